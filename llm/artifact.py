@@ -1,0 +1,263 @@
+"""What a stage leaves behind: a folder of files with a manifest written last, published by one rename.
+
+Readers see a whole artifact or none. The digest of an artifact is over the bytes of its files alone: the
+same bytes have the same digest wherever, whenever and by whatever key they were made. Logs (times, rates)
+lie beside the files, are checked like them, and are not part of the digest.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import IO, cast
+
+from llm.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+DIGEST_HEX_CHARACTERS = 32  # 128 bits; MLflow cuts dataset digests at 36 characters
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRecord:
+    """One file of an artifact: its path inside the folder, its size and the sha256 of its bytes."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artifact:
+    """A published artifact. `digest` is of the files' bytes; `summary` is what the stage says of them."""
+
+    stage: str
+    digest: str
+    path: Path
+    summary: Mapping[str, Json]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """The content of `manifest.json`: what lies in the folder, and what it was made from and by."""
+
+    stage: str
+    digest: str
+    files: Sequence[FileRecord]
+    logs: Sequence[FileRecord]
+    summary: Mapping[str, Json]
+    settings: Mapping[str, Json] = field(default_factory=dict[str, Json])
+    inputs: Mapping[str, str] = field(default_factory=dict[str, str])
+    code: Mapping[str, str] = field(default_factory=dict[str, str])
+    provenance: Mapping[str, Json] = field(default_factory=dict[str, Json])
+
+
+def canonical(value: object, where: str = "value") -> Json:
+    """Return `value` as plain JSON types, or raise on anything without one canonical form.
+
+    Raises:
+        TypeError: paths, sets, callables, bytes and other objects; mappings with keys that are not strings.
+        ValueError: floats that are not finite.
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: {value} has no canonical form; use a finite number")
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: canonical(getattr(value, f.name), f"{where}.{f.name}") for f in fields(value)}
+    if isinstance(value, Mapping):
+        result: dict[str, Json] = {}
+        for key, item in cast(Mapping[object, object], value).items():
+            if not isinstance(key, str):
+                raise TypeError(f"{where}: mapping key {key!r} is no string")
+            result[key] = canonical(item, f"{where}.{key}")
+        return result
+    if isinstance(value, list | tuple):
+        items = cast(Sequence[object], value)
+        return [canonical(item, f"{where}[{index}]") for index, item in enumerate(items)]
+    raise TypeError(f"{where}: {type(value).__name__} has no canonical form")
+
+
+def canonical_json(value: object) -> str:
+    """Encode `value` so that equal values give equal text: sorted keys, no spaces, finite numbers."""
+    return json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: object) -> str:
+    """Return the digest, 32 hexadecimal characters, of `value`'s canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:DIGEST_HEX_CHARACTERS]
+
+
+class HashingFile(io.RawIOBase):
+    """A binary file that hashes what is written through it, so the bytes are never read back to be blessed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = path.open("wb")
+        self._sha256 = hashlib.sha256()
+        self.size_bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object) -> int:  # type: ignore[override]
+        view = memoryview(data).cast("B")  # type: ignore[arg-type]
+        self._file.write(view)
+        self._sha256.update(view)
+        self.size_bytes += len(view)
+        return len(view)
+
+    def finish(self) -> str:
+        """Flush to the disk itself, close, and return the sha256 of all that was written."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.close()
+        return self._sha256.hexdigest()
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self._file.close()
+        super().close()
+
+
+class ArtifactWriter:
+    """Fills a staging folder with files and ends it with a manifest.
+
+    with writer.open("train.jsonl") as file: file.write(b"...")
+    writer.write_bytes("tokenizer.json", data)
+    writer.finish(stage="pack", summary={...})
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Start afresh: whatever an earlier, killed attempt left in `folder` is removed."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self._files: dict[str, FileRecord] = {}
+        self._logs: dict[str, FileRecord] = {}
+
+    @contextmanager
+    def open(self, name: str, *, is_log: bool = False) -> Iterator[IO[bytes]]:
+        """Open the new file `name` for binary writing through a 1 MiB buffer."""
+        if name in self._files or name in self._logs or name == MANIFEST:
+            raise ValueError(f"{name} is already written")
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        raw = HashingFile(path)
+        buffered = io.BufferedWriter(raw, buffer_size=1 << 20)
+        try:
+            yield buffered
+            buffered.flush()
+            record = FileRecord(path=name, sha256=raw.finish(), size_bytes=raw.size_bytes)
+        except BaseException:
+            raw.close()
+            raise
+        (self._logs if is_log else self._files)[name] = record
+
+    def write_bytes(self, name: str, data: bytes, *, is_log: bool = False) -> None:
+        """Write the whole file `name` at once."""
+        with self.open(name, is_log=is_log) as file:
+            file.write(data)
+
+    def write_json(self, name: str, value: object, *, is_log: bool = False) -> None:
+        """Write `value` as indented JSON with sorted keys."""
+        text = json.dumps(canonical(value), indent=2, sort_keys=True, allow_nan=False)
+        self.write_bytes(name, text.encode() + b"\n", is_log=is_log)
+
+    def finish(
+        self,
+        *,
+        stage: str,
+        summary: Mapping[str, Json],
+        settings: Mapping[str, Json] | None = None,
+        inputs: Mapping[str, str] | None = None,
+        code: Mapping[str, str] | None = None,
+        provenance: Mapping[str, Json] | None = None,
+    ) -> Manifest:
+        """Write `manifest.json` last, durably, and return it. The folder is whole from this moment on."""
+        files = [self._files[name] for name in sorted(self._files)]
+        manifest = Manifest(
+            stage=stage,
+            digest=digest([stage, files]),
+            files=files,
+            logs=[self._logs[name] for name in sorted(self._logs)],
+            summary=summary,
+            settings=settings or {},
+            inputs=inputs or {},
+            code=code or {},
+            provenance=provenance or {},
+        )
+        for folder in sorted({(self.folder / name).parent for name in (*self._files, *self._logs)}):
+            fsync_folder(folder)
+        write_json_atomically(self.folder / MANIFEST, manifest)
+        return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of the artifact in `folder`.
+
+    Raises:
+        ArtifactError: no manifest there, or one that is damaged.
+    """
+    path = folder / MANIFEST
+    try:
+        data = json.loads(path.read_bytes())
+        data["files"] = [FileRecord(**record) for record in data["files"]]
+        data["logs"] = [FileRecord(**record) for record in data["logs"]]
+        manifest = Manifest(**data)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{folder}: no {MANIFEST} there, so the artifact is missing or unfinished") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(f"{path}: not a manifest of this version ({error}); remove the folder") from error
+    if manifest.digest != digest([manifest.stage, list(manifest.files)]):
+        raise ArtifactError(f"{path}: its list of files does not give its digest; remove the folder")
+    return manifest
+
+
+def load_artifact(folder: Path) -> Artifact:
+    """Open the artifact in `folder` by its manifest; the bytes of its files are not read."""
+    manifest = read_manifest(folder)
+    return Artifact(stage=manifest.stage, digest=manifest.digest, path=folder, summary=manifest.summary)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes, read in pieces of 1 MiB."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable: a renamed file is safe only when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes_atomically(path: Path, data: bytes, *, is_durable: bool = True) -> None:
+    """Write `path` so that a reader sees the old bytes or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        if is_durable:
+            file.flush()
+            os.fsync(file.fileno())
+    temporary.replace(path)
+    if is_durable:
+        fsync_folder(path.parent)
+
+
+def write_json_atomically(path: Path, value: object, *, is_durable: bool = True) -> None:
+    """Write `value` as indented canonical JSON to `path` in one rename."""
+    text = json.dumps(canonical(value), indent=2, sort_keys=True, allow_nan=False)
+    write_bytes_atomically(path, text.encode() + b"\n", is_durable=is_durable)

@@ -1,0 +1,78 @@
+"""The code digest: what the code of a stage does, without how it is commented, documented or laid out.
+
+It covers the stage's module and every project module it imports, transitively, also inside functions. Two are
+left out, and may therefore decide no bytes: `llm.config`, whose values are in the cache key themselves, and
+`llm.errors`, whose texts go to people.
+"""
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from llm.artifact import DIGEST_HEX_CHARACTERS
+
+PACKAGE_FOLDER = Path(__file__).parent
+NOT_COVERED = frozenset({"llm.config", "llm.errors"})
+
+
+def code_digests(stage: str) -> dict[str, str]:
+    """Return `{"llm.pack": digest, "llm.data.packing": digest, ...}` for the modules that make a stage's bytes."""
+    found: dict[str, str] = {}
+    waiting = [f"llm.{stage}"]
+    while waiting:
+        module = waiting.pop()
+        if module in found or module in NOT_COVERED:
+            continue
+        path = module_path(module)
+        if path is None:
+            continue
+        found[module], imports = _digest_and_imports(path.read_bytes())
+        waiting += imports
+    return dict(sorted(found.items()))
+
+
+def module_path(module: str) -> Path | None:
+    """Return the source file of a project module, or None where no such module is (a class, say)."""
+    stem = PACKAGE_FOLDER.joinpath(*module.split(".")[1:])
+    for path in (stem.with_suffix(".py"), stem / "__init__.py"):
+        if path.is_file() and module.split(".")[0] == "llm":
+            return path
+    return None
+
+
+def normalized_source(source: bytes) -> str:
+    """Return the code as Python writes it itself: no comments, docstrings or layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            strings = [statement for statement in node.body if _is_string(statement)]
+            node.body = [statement for statement in node.body if statement not in strings] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+@cache
+def _digest_and_imports(source: bytes) -> tuple[str, tuple[str, ...]]:
+    text = normalized_source(source)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:DIGEST_HEX_CHARACTERS]
+    return digest, tuple(_imports(ast.parse(text)))
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    """Yield every project module named by an import statement anywhere in `tree`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "llm")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "llm":
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _is_string(statement: ast.stmt) -> bool:
+    """Tell a bare string: a docstring, or the description under a field. It does nothing when run."""
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )

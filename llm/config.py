@@ -1,0 +1,475 @@
+"""Every setting, as frozen dataclasses, and the one way to make them: defaults < recipe < overrides.
+
+A stage's section holds only what changes the bytes it produces and is part of its cache key; `runtime` holds
+where and how, and never is. Sections hold plain fields and nothing else: no methods, no derived values, so that
+what a setting means is decided in the code that uses it (and is therefore in that stage's code digest).
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+
+from llm.errors import ConfigError
+
+CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Bounds of a number, both included unless `above` or `below` is given."""
+
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __contains__(self, number: float) -> bool:
+        return self.minimum <= number <= self.maximum and self.above < number < self.below
+
+    def __str__(self) -> str:
+        parts = [f">= {self.minimum:g}"] if self.minimum > -math.inf else []
+        parts += [f"> {self.above:g}"] if self.above > -math.inf else []
+        parts += [f"<= {self.maximum:g}"] if self.maximum < math.inf else []
+        parts += [f"< {self.below:g}"] if self.below < math.inf else []
+        return " and ".join(parts)
+
+
+Count = Annotated[int, Range(minimum=0)]
+Positive = Annotated[int, Range(minimum=1)]
+Fraction = Annotated[float, Range(minimum=0, maximum=1)]
+PositiveFloat = Annotated[float, Range(above=0)]
+NonNegativeFloat = Annotated[float, Range(minimum=0)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """Where raw data comes from. Which fields count depends on `kind`."""
+
+    kind: Literal["stdlib", "files", "url", "hub"] = "stdlib"
+    """stdlib: the running Python's standard library; files: local; url: http(s); hub: Hugging Face datasets."""
+    path: str = ""
+    """files: a file, a folder or a glob. Its bytes, not its place, enter the cache key."""
+    url: str = ""
+    """url: an http or https address."""
+    sha256: str = ""
+    """url: the sha256 the downloaded bytes must have, 64 hexadecimal characters. Required."""
+    hub_name: str = ""
+    """hub: the dataset, `owner/name`."""
+    hub_config: str = ""
+    """hub: its configuration; empty for the default one."""
+    hub_split: str = "train"
+    """hub: the split to read."""
+    hub_revision: str = ""
+    """hub: the commit, 40 hexadecimal characters, so that the bytes never change. Required."""
+    text_key: str = "text"
+    """Corpus records (json, jsonl, hub): the key that holds the text."""
+    max_documents: Count = 0
+    """stdlib and hub: stop after this many documents; 0 takes all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DownloadConfig:
+    """The two sources: text to learn the language from, chats to learn answering from."""
+
+    corpus: SourceConfig = field(default_factory=SourceConfig)
+    """Documents of plain text."""
+    chats: SourceConfig = field(default_factory=SourceConfig)
+    """Conversations: records with `messages`, or with `instruction`, `input` and `output`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CleanConfig:
+    """From raw files to documents with ids, each once, split into train and validation."""
+
+    decode_errors: Literal["replace", "skip", "strict"] = "replace"
+    """Bytes that are no UTF-8: replaced by U+FFFD and counted, the document skipped and counted, or an error."""
+    text_document_bytes: Positive = 32_768
+    """Plain text files are cut at blank lines into documents of about this many bytes."""
+    min_document_bytes: Positive = 1
+    """Shorter documents are dropped and counted."""
+    validation_fraction: Annotated[float, Range(above=0, below=1)] = 0.05
+    """Share of documents, chosen by content hash, that no model is trained on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainTokenizerConfig:
+    """Byte-level BPE learned from the training documents."""
+
+    vocab_size: Annotated[int, Range(minimum=264, maximum=1_000_000)] = 4096
+    """Tokens in all: 256 bytes, the control tokens, and merges. More means fewer tokens per byte."""
+    sample_bytes: Positive = 50_000_000
+    """Learn from at most this much text, sampled by document; memory grows with it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackConfig:
+    """From documents to rows of tokens."""
+
+    seq_len: Annotated[int, Range(minimum=8, maximum=1_048_576)] = 256
+    """T: positions in a row, the longest context the model ever sees."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The shape of the transformer. The vocabulary size is the tokenizer's, the context the rows'."""
+
+    layout: Literal["llama"] = "llama"
+    """llama: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases."""
+    num_layers: Positive = 4
+    """Transformer blocks, one after another."""
+    d_model: Positive = 256
+    """C: width of the residual stream."""
+    num_heads: Positive = 4
+    """H: query heads; d_model / num_heads is the head width D, which must be even."""
+    num_kv_heads: Positive = 4
+    """K: key/value heads; num_heads must be a multiple. Fewer means a smaller cache."""
+    d_ff: Positive = 704
+    """F: width inside the feed-forward block, about 8/3 of d_model."""
+    rope_theta: PositiveFloat = 10_000.0
+    """Base of the rotary wavelengths; raise it for longer contexts."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tie_embeddings: bool = True
+    """Use one matrix to embed tokens and to score them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizationConfig:
+    """What pretraining and fine-tuning both need: one loop, one set of settings."""
+
+    num_steps: Positive = 500
+    """Optimizer steps."""
+    rows_per_step: Positive = 32
+    """Rows in one optimizer step, over all processes and micro-batches."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices inside the blocks, AdamW for the rest."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate of AdamW."""
+    muon_learning_rate: PositiveFloat = 0.02
+    """Peak learning rate of Muon."""
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """From the peak to the end; wsd stays at the peak and falls over the last `decay_fraction`."""
+    warmup_steps: Count = 20
+    """Steps over which the learning rate rises from zero."""
+    decay_fraction: Annotated[float, Range(above=0, maximum=1)] = 0.3
+    """wsd: share of the steps, at the end, over which the learning rate falls linearly."""
+    final_learning_rate_fraction: Fraction = 0.1
+    """Learning rate at the last step, as a share of the peak."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay of matrices; vectors are not decayed."""
+    beta1: Annotated[float, Range(minimum=0, below=1)] = 0.9
+    """AdamW's first-moment decay."""
+    beta2: Annotated[float, Range(minimum=0, below=1)] = 0.95
+    """AdamW's second-moment decay."""
+    max_gradient_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this norm when theirs is larger."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matrix products in bfloat16, weights and optimizer in fp32."""
+    is_document_masked: bool = False
+    """Attend within a document only; off, a token also sees the documents before its own in the row."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainConfig(OptimizationConfig):
+    """From rows of text to a base model."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The shape of what is trained."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneConfig(OptimizationConfig):
+    """From a base model and rows of chats to a chat model. Only the assistant's words are learned."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """What is measured, and the samples shown."""
+
+    prompts: tuple[str, ...] = ("The ", "def ", "import ")
+    """Continued by the base model and the chat model, side by side."""
+    max_new_tokens: Positive = 64
+    """Longest answer or continuation."""
+    temperature: NonNegativeFloat = 0.8
+    """Of the samples; 0 takes the likeliest token. Answers to instructions are always greedy."""
+    num_instructions: Positive = 200
+    """Held-out instructions answered for the exact-match figure."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuntimeConfig:
+    """Where and how. Never part of a cache key."""
+
+    artifacts_dir: str = "artifacts"
+    """Folder of all artifacts, locks and logs."""
+    project: str = "fromscratch"
+    """First part of the MLflow experiments' names."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: every visible GPU, else the CPU."""
+    num_processes: Count = 0
+    """Training processes; 0 is one per visible GPU, or one on a machine without any."""
+    micro_batch_rows: Count = 0
+    """Rows in one forward pass of one process; 0 takes what rows_per_step gives each process."""
+    num_threads: Count = 0
+    """CPU threads of one process; 0 divides the cores among the processes."""
+    checkpoint_every_steps: Positive = 50
+    """Steps between checkpoints: at most this much work is lost to a kill."""
+    keep_checkpoints: Annotated[int, Range(minimum=2)] = 2
+    """Newest checkpoints kept while a stage runs; at least two, so a damaged one has a predecessor."""
+    validate_every_steps: Positive = 50
+    """Steps between measurements of validation loss."""
+    validation_rows: Positive = 64
+    """Validation rows measured while training; the report measures all."""
+    log_every_steps: Positive = 1
+    """Steps between points of the training curves."""
+    max_restarts: Count = 1
+    """Times a stage whose process was killed by a signal is started again from its checkpoint."""
+    stall_seconds: Positive = 900
+    """A training that reports nothing for so long is taken for hung, stopped and restarted."""
+    tracking_uri: str = ""
+    """MLflow: empty takes MLFLOW_TRACKING_URI, or else a SQLite file in artifacts_dir."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """A whole recipe, resolved: one section per stage, and `runtime`."""
+
+    name: str
+    """The recipe's name."""
+    description: str = ""
+    """One line for people."""
+    seed: Count = 1
+    """Every random choice derives from it and its purpose."""
+    download: DownloadConfig = field(default_factory=DownloadConfig)
+    """Raw data."""
+    clean: CleanConfig = field(default_factory=CleanConfig)
+    """Documents."""
+    train_tokenizer: TrainTokenizerConfig = field(default_factory=TrainTokenizerConfig)
+    """Tokenizer."""
+    pack: PackConfig = field(default_factory=PackConfig)
+    """Rows."""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    """Base model."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """Chat model."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Report."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """Where and how."""
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Resolve a recipe (a name in configs/, or a YAML file) and `section.key=value` overrides.
+
+    Raises:
+        ConfigError: with every problem found, each with its dotted key and what is allowed.
+    """
+    path = find_recipe(recipe)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: no valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected `section: {{key: value}}`, found {type(tree).__name__}")
+    problems: list[str] = []
+    tree.setdefault("name", path.stem)
+    for override in overrides:
+        _apply_override(tree, override, problems)
+    config = _build(RunConfig, tree, "", problems)
+    if config is not None:
+        problems += _cross_checks(typing.cast(RunConfig, config))
+    if problems or config is None:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise ConfigError(f"{path.name}: {len(problems)} problem(s) in the settings\n{listed}")
+    return typing.cast(RunConfig, config)
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """Return the file of a recipe given by name or by path.
+
+    Raises:
+        ConfigError: no such recipe; the message lists those there are.
+    """
+    text = str(recipe)
+    if text.endswith((".yaml", ".yml")) or os.sep in text:
+        if Path(text).is_file():
+            return Path(text)
+        raise ConfigError(f"{text}: no such recipe file")
+    for folder in CONFIG_FOLDERS:
+        if (folder / f"{text}.yaml").is_file():
+            return folder / f"{text}.yaml"
+    names = recipe_names()
+    raise ConfigError(f"{text}: unknown recipe{_did_you_mean(text, names)}; there are {', '.join(names)}")
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the project, sorted."""
+    return sorted({path.stem for folder in CONFIG_FOLDERS for path in folder.glob("*.yaml")})
+
+
+def flatten(tree: object, prefix: str = "") -> dict[str, object]:
+    """Return `{"pretrain.model.d_model": 256, ...}`: every leaf of a config or of nested mappings by dotted key."""
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        tree = {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree)}
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    leaves: dict[str, object] = {}
+    for key, value in typing.cast(Mapping[str, object], tree).items():
+        leaves |= flatten(value, f"{prefix}.{key}" if prefix else key)
+    return leaves
+
+
+def _apply_override(tree: dict[str, object], override: str, problems: list[str]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        problems.append(f"{override}: expected section.key=value")
+        return
+    try:
+        value: object = yaml.safe_load(text) if text.strip() else ""
+    except yaml.YAMLError:
+        value = text
+    *parents, last = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            problems.append(f"{key}: {parent} is a value, not a section")
+            return
+        node = typing.cast(dict[str, object], child)
+    node[last] = value
+
+
+def _build(cls: type, tree: Mapping[str, object], prefix: str, problems: list[str]) -> object | None:
+    """Make the dataclass `cls` from a mapping; on any problem say it and return None at the end."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    values: dict[str, object] = {}
+    before = len(problems)
+    for name, value in tree.items():
+        dotted = f"{prefix}{name}"
+        if name not in known:
+            meant = _did_you_mean(str(name), list(known), prefix)
+            problems.append(f"{dotted}: unknown{meant or '; known here: ' + ', '.join(known)}")
+            continue
+        values[name] = _check(hints[name], value, dotted, problems)
+    return cls(**values) if len(problems) == before else None
+
+
+def _check(hint: object, value: object, dotted: str, problems: list[str]) -> object:
+    """Return `value` as the type `hint` wants it, or add a problem."""
+    bounds: Range | None = None
+    if typing.get_origin(hint) is Annotated:
+        hint, bounds = typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if value is None:
+            value = {}
+        if not isinstance(value, Mapping):
+            problems.append(f"{dotted}: found {value!r}, expected a section with keys")
+            return None
+        return _build(typing.cast(type, hint), typing.cast(Mapping[str, object], value), f"{dotted}.", problems)
+    if typing.get_origin(hint) is Literal:
+        allowed = typing.get_args(hint)
+        if value not in allowed:
+            meant = _did_you_mean(str(value), [str(choice) for choice in allowed])
+            problems.append(f"{dotted}: found {value!r}, allowed: {', '.join(map(str, allowed))}{meant}")
+        return value
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            problems.append(f"{dotted}: found {value!r}, expected a list of strings")
+            return None
+        return tuple(typing.cast(Sequence[str], value))
+    value = _coerce(hint, value)
+    if not isinstance(value, typing.cast(type, hint)) or (hint is not bool and isinstance(value, bool)):
+        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[typing.cast(type, hint)]
+        limits = f" {bounds}" if bounds else ""
+        problems.append(f"{dotted}: found {value!r}, expected {kind}{limits}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        problems.append(f"{dotted}: found {value}, expected a finite number")
+    elif bounds is not None and typing.cast(float, value) not in bounds:
+        problems.append(f"{dotted}: found {value}, expected {bounds}")
+    return value
+
+
+def _coerce(hint: object, value: object) -> object:
+    """Read what YAML leaves as text or int: `1e-3` is no float in YAML 1.1, and 1 is a fine float."""
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return value
+
+
+def _cross_checks(config: RunConfig) -> list[str]:
+    """Return what is wrong between settings that are each allowed alone."""
+    problems: list[str] = []
+    model = config.pretrain.model
+    if model.d_model % model.num_heads or (model.d_model // model.num_heads) % 2:
+        problems.append(
+            f"pretrain.model.d_model: found {model.d_model}, expected an even multiple of"
+            f" pretrain.model.num_heads = {model.num_heads}"
+        )
+    if model.num_heads % model.num_kv_heads:
+        problems.append(
+            f"pretrain.model.num_kv_heads: found {model.num_kv_heads}, expected a divisor of"
+            f" pretrain.model.num_heads = {model.num_heads}"
+        )
+    for stage in ("pretrain", "finetune"):
+        section: OptimizationConfig = getattr(config, stage)
+        if section.warmup_steps >= section.num_steps:
+            problems.append(
+                f"{stage}.warmup_steps: found {section.warmup_steps}, expected less than"
+                f" {stage}.num_steps = {section.num_steps}"
+            )
+        processes = config.runtime.num_processes
+        if processes and section.rows_per_step % processes:
+            problems.append(
+                f"{stage}.rows_per_step: found {section.rows_per_step}, expected a multiple of"
+                f" runtime.num_processes = {processes}"
+            )
+    for slot in ("corpus", "chats"):
+        source: SourceConfig = getattr(config.download, slot)
+        problems += _source_problems(source, f"download.{slot}")
+    return problems
+
+
+def _source_problems(source: SourceConfig, dotted: str) -> list[str]:
+    def is_hexadecimal(text: str, length: int) -> bool:
+        return len(text) == length and all(character in "0123456789abcdef" for character in text)
+
+    problems: list[str] = []
+    if source.kind == "files" and not source.path:
+        problems.append(f"{dotted}.path: empty, expected a file, folder or glob since {dotted}.kind is files")
+    if source.kind == "url":
+        if not source.url.startswith(("http://", "https://")):
+            problems.append(f"{dotted}.url: found {source.url!r}, expected an http:// or https:// address")
+        if not is_hexadecimal(source.sha256, 64):
+            problems.append(f"{dotted}.sha256: found {source.sha256!r}, expected the file's sha256, 64 hex characters")
+    if source.kind == "hub":
+        if not source.hub_name:
+            problems.append(f"{dotted}.hub_name: empty, expected owner/name since {dotted}.kind is hub")
+        if not is_hexadecimal(source.hub_revision, 40):
+            problems.append(
+                f"{dotted}.hub_revision: found {source.hub_revision!r}, expected a commit of 40 hex characters"
+            )
+    return problems
+
+
+def _did_you_mean(word: str, known: Sequence[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f", did you mean {prefix}{close[0]}?" if close else ""
+

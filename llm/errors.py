@@ -1,0 +1,25 @@
+"""The four errors a user can meet. Each message says what was found, what was expected, what to do."""
+
+
+class FromscratchError(Exception):
+    """Base of every error whose message is meant for the user, shown without a traceback."""
+
+
+class ConfigError(FromscratchError):
+    """The user's settings are wrong. The message names each dotted key."""
+
+
+class DataError(FromscratchError):
+    """The user's data is wrong. The message names file and line."""
+
+
+class ArtifactError(FromscratchError):
+    """An artifact is missing or damaged. The message names its folder and what to run."""
+
+
+class StageError(FromscratchError):
+    """A stage's child process failed. The message holds its traceback and how to reproduce it."""
+
+
+class Interrupted(BaseException):
+    """A stage was asked to stop, has saved what it needs to go on, and can be started again."""

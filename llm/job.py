@@ -1,0 +1,208 @@
+"""How a stage runs as a process of its own: `python -m llm.<stage> JOB.json`.
+
+The job file says what to build and where. The process reports by three files in its work folder, which outlives
+kills: `progress.json` (how far it is), `metrics.jsonl` (the curves) and `error.json` (why it failed). It ends
+with its parent, and on SIGTERM, SIGINT or SIGUSR1 saves what it has and exits with EXIT_INTERRUPTED.
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import platform
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+
+from llm.artifact import MANIFEST, ArtifactWriter, Json, write_json_atomically
+from llm.code import code_digests
+from llm.config import RuntimeConfig
+from llm.errors import FromscratchError, Interrupted, StageError
+
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again, nothing is lost
+PROGRESS, METRICS, ERROR = "progress.json", "metrics.jsonl", "error.json"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+SECONDS_BETWEEN_PROGRESS = 0.2
+
+_is_stopping = False
+
+
+@dataclass(kw_only=True, slots=True)
+class Job:
+    """One stage to run: what decides its bytes, where they go, and what it may say on the way."""
+
+    stage: str
+    settings: Mapping[str, Json]
+    """The stage's section, as plain JSON types."""
+    role: str = ""
+    """`corpus` or `chats` where a stage runs twice."""
+    seed: int = 0
+    """The run's seed; each use derives its own from it."""
+    inputs: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Folder of each input artifact by name."""
+    input_digests: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Content digest of each input by name."""
+    code: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The code the cache key was computed from; empty skips the comparison."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """Where and how."""
+    out: Path = Path("out")
+    """Folder the finished artifact is made in; emptied at the start."""
+    work: Path = Path("work")
+    """Folder that outlives kills: checkpoints, partial downloads, progress and metrics."""
+    _next_progress_at: float = field(default=0.0, repr=False)
+
+    def report_progress(self, done: int, total: int, unit: str) -> None:
+        """Say how far the stage is: `done` of `total` (0 when unknown) `unit`s. Cheap; call it in every loop.
+
+        Raises:
+            Interrupted: the stage was asked to stop.
+        """
+        self.raise_if_stopping()
+        now = time.monotonic()
+        if now >= self._next_progress_at or done == total:
+            self._next_progress_at = now + SECONDS_BETWEEN_PROGRESS
+            write_json_atomically(
+                self.work / PROGRESS, {"done": done, "total": total, "unit": unit}, is_durable=False
+            )
+
+    def raise_if_stopping(self) -> None:
+        """Raise Interrupted when a signal asked this process to stop."""
+        if _is_stopping:
+            raise Interrupted(f"{self.stage} was asked to stop")
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether a signal asked this process to stop."""
+        return _is_stopping
+
+
+StageFunction = Callable[[Job, ArtifactWriter], Mapping[str, Json]]
+
+
+def run_job(function: StageFunction) -> None:
+    """Be the process of one stage: read the job named on the command line, run it, leave the artifact or an error.
+
+    `function(job, writer)` writes the files and returns the summary. In a distributed stage every rank runs it
+    and only rank 0 writes.
+    """
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python -m llm.{function.__name__} JOB.json   (run `fromscratch run` to have one made)")
+    die_with_parent()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, _stop)
+    job = read_job(Path(sys.argv[1]))
+    rank = int(os.environ.get("RANK", "0"))
+    job.work.mkdir(parents=True, exist_ok=True)
+    alive = (job.work / "alive.lock").open("w")
+    fcntl.flock(alive, fcntl.LOCK_SH)  # kept until this process ends: whoever starts the stage anew waits for it
+    try:
+        _refuse_changed_code(job)
+        if rank == 0:
+            writer = ArtifactWriter(job.out)
+            summary = function(job, writer)
+            finish(job, writer, summary)
+        else:
+            function(job, ArtifactWriter(job.work / f"rank-{rank}"))
+    except Interrupted as stop:
+        print(f"{stop}; it can go on from here", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except BaseException as error:
+        _write_error(job, error, rank)
+        raise
+    finally:
+        alive.close()
+
+
+def finish(job: Job, writer: ArtifactWriter, summary: Mapping[str, Json]) -> None:
+    """Write the manifest, which makes the artifact whole."""
+    writer.finish(
+        stage=job.stage,
+        summary=summary,
+        settings=job.settings,
+        inputs=job.input_digests,
+        code=job.code,
+        provenance=provenance(),
+    )
+
+
+def read_job(path: Path) -> Job:
+    """Read a job file as `write_job` wrote it."""
+    data = json.loads(path.read_bytes())
+    data["runtime"] = RuntimeConfig(**data["runtime"])
+    data["out"], data["work"] = Path(data["out"]), Path(data["work"])
+    return Job(**data)
+
+
+def write_job(path: Path, job: Job) -> None:
+    """Write the job file that `python -m llm.<stage>` takes."""
+    names = ("stage", "role", "seed", "settings", "inputs", "input_digests", "code", "runtime")
+    data = {name: getattr(job, name) for name in names}
+    write_json_atomically(path, {**data, "out": str(job.out), "work": str(job.work)}, is_durable=False)
+
+
+def provenance() -> dict[str, Json]:
+    """Return where and by what an artifact was made. It never enters a digest."""
+    libraries = ("torch", "accelerate", "tokenizers", "safetensors", "numpy", "datasets")
+    versions: dict[str, Json] = {}
+    for library in libraries:
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def die_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when the process that started it is gone (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    expected = os.environ.get("FROMSCRATCH_PARENT_PID")
+    if expected is not None and "RANK" not in os.environ and os.getppid() != int(expected):
+        sys.exit(EXIT_INTERRUPTED)  # it was gone before the kernel was asked
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    global _is_stopping
+    _is_stopping = True
+
+
+def _refuse_changed_code(job: Job) -> None:
+    if job.code and (now := code_digests(job.stage)) != dict(job.code):
+        changed = sorted(name for name in now.keys() | job.code.keys() if now.get(name) != job.code.get(name))
+        raise StageError(
+            f"the code of {', '.join(changed)} changed after the run began, so its output would be filed under"
+            " the old code; start the run again"
+        )
+
+
+def _write_error(job: Job, error: BaseException, rank: int) -> None:
+    name = ERROR if rank == 0 else f"rank-{rank}-{ERROR}"
+    write_json_atomically(
+        job.work / name,
+        {
+            "type": type(error).__name__,
+            "message": str(error),
+            "is_user_error": isinstance(error, FromscratchError),
+            "traceback": "".join(traceback.format_exception(error)),
+            "rank": rank,
+        },
+    )
+
+
+def is_finished(out: Path) -> bool:
+    """Tell whether the artifact in a staging folder got its manifest."""
+    return (out / MANIFEST).is_file()
