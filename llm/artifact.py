@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -73,7 +73,9 @@ def canonical(value: object, where: str = "value") -> Json:
             raise ValueError(f"{where}: {value} has no canonical form; use a finite number")
         return value
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: canonical(getattr(value, f.name), f"{where}.{f.name}") for f in fields(value)}
+        return {
+            f.name: canonical(getattr(value, f.name), f"{where}.{f.name}") for f in fields(value)
+        }
     if isinstance(value, Mapping):
         result: dict[str, Json] = {}
         for key, item in cast(Mapping[object, object], value).items():
@@ -146,7 +148,7 @@ class ArtifactWriter:
         self._logs: dict[str, FileRecord] = {}
 
     @contextmanager
-    def open(self, name: str, *, is_log: bool = False) -> Iterator[IO[bytes]]:
+    def open(self, name: str, *, is_log: bool = False) -> Generator[IO[bytes]]:
         """Open the new file `name` for binary writing through a 1 MiB buffer."""
         if name in self._files or name in self._logs or name == MANIFEST:
             raise ValueError(f"{name} is already written")
@@ -215,18 +217,26 @@ def read_manifest(folder: Path) -> Manifest:
         data["logs"] = [FileRecord(**record) for record in data["logs"]]
         manifest = Manifest(**data)
     except FileNotFoundError as error:
-        raise ArtifactError(f"{folder}: no {MANIFEST} there, so the artifact is missing or unfinished") from error
+        raise ArtifactError(
+            f"{folder}: no {MANIFEST} there, so the artifact is missing or unfinished"
+        ) from error
     except (ValueError, TypeError, KeyError) as error:
-        raise ArtifactError(f"{path}: not a manifest of this version ({error}); remove the folder") from error
+        raise ArtifactError(
+            f"{path}: not a manifest of this version ({error}); remove the folder"
+        ) from error
     if manifest.digest != digest([manifest.stage, list(manifest.files)]):
-        raise ArtifactError(f"{path}: its list of files does not give its digest; remove the folder")
+        raise ArtifactError(
+            f"{path}: its list of files does not give its digest; remove the folder"
+        )
     return manifest
 
 
 def load_artifact(folder: Path) -> Artifact:
     """Open the artifact in `folder` by its manifest; the bytes of its files are not read."""
     manifest = read_manifest(folder)
-    return Artifact(stage=manifest.stage, digest=manifest.digest, path=folder, summary=manifest.summary)
+    return Artifact(
+        stage=manifest.stage, digest=manifest.digest, path=folder, summary=manifest.summary
+    )
 
 
 def file_sha256(path: Path) -> str:

@@ -1,8 +1,8 @@
 """The code digest: what the code of a stage does, without how it is commented, documented or laid out.
 
-It covers the stage's module and every project module it imports, transitively, also inside functions. Two are
-left out, and may therefore decide no bytes: `llm.config`, whose values are in the cache key themselves, and
-`llm.errors`, whose texts go to people.
+It covers the stage's module and every project module it imports, transitively, also inside functions. Three are
+left out, and may therefore decide no bytes: `llm.config`, whose values are in the cache key themselves,
+`llm.errors`, whose texts go to people, and `llm.job`, which starts and ends the process.
 """
 
 import ast
@@ -14,7 +14,7 @@ from pathlib import Path
 from llm.artifact import DIGEST_HEX_CHARACTERS
 
 PACKAGE_FOLDER = Path(__file__).parent
-NOT_COVERED = frozenset({"llm.config", "llm.errors"})
+NOT_COVERED = frozenset({"llm.config", "llm.errors", "llm.job"})
 
 
 def code_digests(stage: str) -> dict[str, str]:
@@ -48,7 +48,9 @@ def normalized_source(source: bytes) -> str:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             strings = [statement for statement in node.body if _is_string(statement)]
-            node.body = [statement for statement in node.body if statement not in strings] or [ast.Pass()]
+            node.body = [statement for statement in node.body if statement not in strings] or [
+                ast.Pass()
+            ]
     return ast.unparse(tree)
 
 

@@ -13,12 +13,13 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import yaml
 
 from llm.errors import ConfigError
 
+Section = TypeVar("Section")
 CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
 
 
@@ -278,7 +279,9 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: no valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected `section: {{key: value}}`, found {type(tree).__name__}")
+        raise ConfigError(
+            f"{path}: expected `section: {{key: value}}`, found {type(tree).__name__}"
+        )
     problems: list[str] = []
     tree.setdefault("name", path.stem)
     for override in overrides:
@@ -290,6 +293,19 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise ConfigError(f"{path.name}: {len(problems)} problem(s) in the settings\n{listed}")
     return typing.cast(RunConfig, config)
+
+
+def read_section(cls: type[Section], settings: Mapping[str, object]) -> Section:
+    """Make one section, `PackConfig` say, from the plain mapping that a job file or a manifest holds.
+
+    Raises:
+        ConfigError: the mapping does not fit, so it is of another version.
+    """
+    problems: list[str] = []
+    section = _build(cls, settings, "", problems)
+    if section is None:
+        raise ConfigError(f"{cls.__name__}: " + "; ".join(problems))
+    return typing.cast(Section, section)
 
 
 def find_recipe(recipe: str | Path) -> Path:
@@ -307,7 +323,9 @@ def find_recipe(recipe: str | Path) -> Path:
         if (folder / f"{text}.yaml").is_file():
             return folder / f"{text}.yaml"
     names = recipe_names()
-    raise ConfigError(f"{text}: unknown recipe{_did_you_mean(text, names)}; there are {', '.join(names)}")
+    raise ConfigError(
+        f"{text}: unknown recipe{_did_you_mean(text, names)}; there are {', '.join(names)}"
+    )
 
 
 def recipe_names() -> list[str]:
@@ -347,7 +365,9 @@ def _apply_override(tree: dict[str, object], override: str, problems: list[str])
     node[last] = value
 
 
-def _build(cls: type, tree: Mapping[str, object], prefix: str, problems: list[str]) -> object | None:
+def _build(
+    cls: type, tree: Mapping[str, object], prefix: str, problems: list[str]
+) -> object | None:
     """Make the dataclass `cls` from a mapping; on any problem say it and return None at the end."""
     hints = typing.get_type_hints(cls, include_extras=True)
     known = {f.name: f for f in dataclasses.fields(cls)}
@@ -374,12 +394,19 @@ def _check(hint: object, value: object, dotted: str, problems: list[str]) -> obj
         if not isinstance(value, Mapping):
             problems.append(f"{dotted}: found {value!r}, expected a section with keys")
             return None
-        return _build(typing.cast(type, hint), typing.cast(Mapping[str, object], value), f"{dotted}.", problems)
+        return _build(
+            typing.cast(type, hint),
+            typing.cast(Mapping[str, object], value),
+            f"{dotted}.",
+            problems,
+        )
     if typing.get_origin(hint) is Literal:
         allowed = typing.get_args(hint)
         if value not in allowed:
             meant = _did_you_mean(str(value), [str(choice) for choice in allowed])
-            problems.append(f"{dotted}: found {value!r}, allowed: {', '.join(map(str, allowed))}{meant}")
+            problems.append(
+                f"{dotted}: found {value!r}, allowed: {', '.join(map(str, allowed))}{meant}"
+            )
         return value
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
@@ -387,8 +414,12 @@ def _check(hint: object, value: object, dotted: str, problems: list[str]) -> obj
             return None
         return tuple(typing.cast(Sequence[str], value))
     value = _coerce(hint, value)
-    if not isinstance(value, typing.cast(type, hint)) or (hint is not bool and isinstance(value, bool)):
-        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[typing.cast(type, hint)]
+    if not isinstance(value, typing.cast(type, hint)) or (
+        hint is not bool and isinstance(value, bool)
+    ):
+        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[
+            typing.cast(type, hint)
+        ]
         limits = f" {bounds}" if bounds else ""
         problems.append(f"{dotted}: found {value!r}, expected {kind}{limits}")
     elif isinstance(value, float) and not math.isfinite(value):
@@ -453,15 +484,23 @@ def _source_problems(source: SourceConfig, dotted: str) -> list[str]:
 
     problems: list[str] = []
     if source.kind == "files" and not source.path:
-        problems.append(f"{dotted}.path: empty, expected a file, folder or glob since {dotted}.kind is files")
+        problems.append(
+            f"{dotted}.path: empty, expected a file, folder or glob since {dotted}.kind is files"
+        )
     if source.kind == "url":
         if not source.url.startswith(("http://", "https://")):
-            problems.append(f"{dotted}.url: found {source.url!r}, expected an http:// or https:// address")
+            problems.append(
+                f"{dotted}.url: found {source.url!r}, expected an http:// or https:// address"
+            )
         if not is_hexadecimal(source.sha256, 64):
-            problems.append(f"{dotted}.sha256: found {source.sha256!r}, expected the file's sha256, 64 hex characters")
+            problems.append(
+                f"{dotted}.sha256: found {source.sha256!r}, expected the file's sha256, 64 hex characters"
+            )
     if source.kind == "hub":
         if not source.hub_name:
-            problems.append(f"{dotted}.hub_name: empty, expected owner/name since {dotted}.kind is hub")
+            problems.append(
+                f"{dotted}.hub_name: empty, expected owner/name since {dotted}.kind is hub"
+            )
         if not is_hexadecimal(source.hub_revision, 40):
             problems.append(
                 f"{dotted}.hub_revision: found {source.hub_revision!r}, expected a commit of 40 hex characters"
@@ -472,4 +511,3 @@ def _source_problems(source: SourceConfig, dotted: str) -> list[str]:
 def _did_you_mean(word: str, known: Sequence[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f", did you mean {prefix}{close[0]}?" if close else ""
-

@@ -93,7 +93,9 @@ def run_job(function: StageFunction) -> None:
     and only rank 0 writes.
     """
     if len(sys.argv) != 2:
-        sys.exit(f"usage: python -m llm.{function.__name__} JOB.json   (run `fromscratch run` to have one made)")
+        sys.exit(
+            f"usage: python -m llm.{function.__name__} JOB.json   (run `fromscratch run` to have one made)"
+        )
     die_with_parent()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, _stop)
@@ -101,7 +103,9 @@ def run_job(function: StageFunction) -> None:
     rank = int(os.environ.get("RANK", "0"))
     job.work.mkdir(parents=True, exist_ok=True)
     alive = (job.work / "alive.lock").open("w")
-    fcntl.flock(alive, fcntl.LOCK_SH)  # kept until this process ends: whoever starts the stage anew waits for it
+    fcntl.flock(
+        alive, fcntl.LOCK_SH
+    )  # kept until this process ends: whoever starts the stage anew waits for it
     try:
         _refuse_changed_code(job)
         if rank == 0:
@@ -144,7 +148,9 @@ def write_job(path: Path, job: Job) -> None:
     """Write the job file that `python -m llm.<stage>` takes."""
     names = ("stage", "role", "seed", "settings", "inputs", "input_digests", "code", "runtime")
     data = {name: getattr(job, name) for name in names}
-    write_json_atomically(path, {**data, "out": str(job.out), "work": str(job.work)}, is_durable=False)
+    write_json_atomically(
+        path, {**data, "out": str(job.out), "work": str(job.work)}, is_durable=False
+    )
 
 
 def provenance() -> dict[str, Json]:
@@ -182,7 +188,9 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _refuse_changed_code(job: Job) -> None:
     if job.code and (now := code_digests(job.stage)) != dict(job.code):
-        changed = sorted(name for name in now.keys() | job.code.keys() if now.get(name) != job.code.get(name))
+        changed = sorted(
+            name for name in now.keys() | job.code.keys() if now.get(name) != job.code.get(name)
+        )
         raise StageError(
             f"the code of {', '.join(changed)} changed after the run began, so its output would be filed under"
             " the old code; start the run again"
