@@ -1,1 +1,3 @@
-"""The language model: data, tokenizer, model, training, inference and evaluation. No orchestrator in it."""
+"""The language model: data, tokenizer, model, training, inference and evaluation. No orchestrator
+in it.
+"""

@@ -1,8 +1,8 @@
-"""What a stage leaves behind: a folder of files with a manifest written last, published by one rename.
+"""What a stage leaves behind: a folder of files, its manifest written last, published by a rename.
 
-Readers see a whole artifact or none. The digest of an artifact is over the bytes of its files alone: the
-same bytes have the same digest wherever, whenever and by whatever key they were made. Logs (times, rates)
-lie beside the files, are checked like them, and are not part of the digest.
+Readers see a whole artifact or none. The digest of an artifact is over the bytes of its files
+alone: the same bytes have the same digest wherever, whenever and by whatever key they were made.
+Logs (times, rates) lie beside the files, are checked like them, and are not part of the digest.
 """
 
 import hashlib
@@ -36,7 +36,9 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Artifact:
-    """A published artifact. `digest` is of the files' bytes; `summary` is what the stage says of them."""
+    """A published artifact. `digest` is of the files' bytes; `summary` is what the stage says of
+    them.
+    """
 
     stage: str
     digest: str
@@ -63,8 +65,8 @@ def canonical(value: object, where: str = "value") -> Json:
     """Return `value` as plain JSON types, or raise on anything without one canonical form.
 
     Raises:
-        TypeError: paths, sets, callables, bytes and other objects; mappings with keys that are not strings.
-        ValueError: floats that are not finite.
+        TypeError: paths, sets, callables, bytes and other objects; mappings with keys that are not
+        strings. ValueError: floats that are not finite.
     """
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -90,7 +92,7 @@ def canonical(value: object, where: str = "value") -> Json:
 
 
 def canonical_json(value: object) -> str:
-    """Encode `value` so that equal values give equal text: sorted keys, no spaces, finite numbers."""
+    """Encode `value` so that equal values give equal text: sorted keys, no spaces."""
     return json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -100,7 +102,9 @@ def digest(value: object) -> str:
 
 
 class HashingFile(io.RawIOBase):
-    """A binary file that hashes what is written through it, so the bytes are never read back to be blessed."""
+    """A binary file that hashes what is written through it, so the bytes are never read back to be
+    blessed.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -185,7 +189,9 @@ class ArtifactWriter:
         code: Mapping[str, str] | None = None,
         provenance: Mapping[str, Json] | None = None,
     ) -> Manifest:
-        """Write `manifest.json` last, durably, and return it. The folder is whole from this moment on."""
+        """Write `manifest.json` last, durably, and return it. The folder is whole from this moment
+        on.
+        """
         files = [self._files[name] for name in sorted(self._files)]
         manifest = Manifest(
             stage=stage,

@@ -1,8 +1,9 @@
-"""The code digest: what the code of a stage does, without how it is commented, documented or laid out.
+"""The code digest: what a stage's code does, whatever its comments, docstrings and layout.
 
-It covers the stage's module and every project module it imports, transitively, also inside functions. Three are
-left out, and may therefore decide no bytes: `llm.config`, whose values are in the cache key themselves,
-`llm.errors`, whose texts go to people, and `llm.job`, which starts and ends the process.
+It covers the stage's module and every project module it imports, transitively, also inside
+functions. Three are left out, and may therefore decide no bytes: `llm.config`, whose values are in
+the cache key themselves, `llm.errors`, whose texts go to people, and `llm.job`, which starts and
+ends the process.
 """
 
 import ast
@@ -18,7 +19,9 @@ NOT_COVERED = frozenset({"llm.config", "llm.errors", "llm.job"})
 
 
 def code_digests(stage: str) -> dict[str, str]:
-    """Return `{"llm.pack": digest, "llm.data.packing": digest, ...}` for the modules that make a stage's bytes."""
+    """Return `{"llm.pack": digest, "llm.data.packing": digest, ...}` for the modules that make a
+    stage's bytes.
+    """
     found: dict[str, str] = {}
     waiting = [f"llm.{stage}"]
     while waiting:
@@ -34,7 +37,7 @@ def code_digests(stage: str) -> dict[str, str]:
 
 
 def module_path(module: str) -> Path | None:
-    """Return the source file of a project module, or None where no such module is (a class, say)."""
+    """Return the source file of a project module, or None where there is none (a class, say)."""
     stem = PACKAGE_FOLDER.joinpath(*module.split(".")[1:])
     for path in (stem.with_suffix(".py"), stem / "__init__.py"):
         if path.is_file() and module.split(".")[0] == "llm":
@@ -72,7 +75,7 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 
 def _is_string(statement: ast.stmt) -> bool:
-    """Tell a bare string: a docstring, or the description under a field. It does nothing when run."""
+    """Tell a bare string, which does nothing: a docstring, or the text under a field."""
     return (
         isinstance(statement, ast.Expr)
         and isinstance(statement.value, ast.Constant)

@@ -1,8 +1,9 @@
-"""Every setting, as frozen dataclasses, and the one way to make them: defaults < recipe < overrides.
+"""Every setting, as frozen dataclasses, made in one way: defaults < recipe < overrides.
 
-A stage's section holds only what changes the bytes it produces and is part of its cache key; `runtime` holds
-where and how, and never is. Sections hold plain fields and nothing else: no methods, no derived values, so that
-what a setting means is decided in the code that uses it (and is therefore in that stage's code digest).
+A stage's section holds only what changes the bytes it produces and is part of its cache key;
+`runtime` holds where and how, and never is. Sections hold plain fields and nothing else: no
+methods, no derived values, so that what a setting means is decided in the code that uses it (and is
+therefore in that stage's code digest).
 """
 
 import dataclasses
@@ -55,7 +56,9 @@ class SourceConfig:
     """Where raw data comes from. Which fields count depends on `kind`."""
 
     kind: Literal["stdlib", "files", "url", "hub"] = "stdlib"
-    """stdlib: the running Python's standard library; files: local; url: http(s); hub: Hugging Face datasets."""
+    """stdlib: the running Python's standard library; files: local; url: http(s); hub: Hugging Face
+    datasets.
+    """
     path: str = ""
     """files: a file, a folder or a glob. Its bytes, not its place, enter the cache key."""
     url: str = ""
@@ -91,7 +94,9 @@ class CleanConfig:
     """From raw files to documents with ids, each once, split into train and validation."""
 
     decode_errors: Literal["replace", "skip", "strict"] = "replace"
-    """Bytes that are no UTF-8: replaced by U+FFFD and counted, the document skipped and counted, or an error."""
+    """Bytes that are no UTF-8: replaced by U+FFFD and counted, the document skipped and counted, or
+    an error.
+    """
     text_document_bytes: Positive = 32_768
     """Plain text files are cut at blank lines into documents of about this many bytes."""
     min_document_bytes: Positive = 1
@@ -105,7 +110,8 @@ class TrainTokenizerConfig:
     """Byte-level BPE learned from the training documents."""
 
     vocab_size: Annotated[int, Range(minimum=264, maximum=1_000_000)] = 4096
-    """Tokens in all: 256 bytes, the control tokens, and merges. More means fewer tokens per byte."""
+    """Tokens in all: 256 bytes, the control tokens, and merges. More means fewer tokens per byte.
+    """
     sample_bytes: Positive = 50_000_000
     """Learn from at most this much text, sampled by document; memory grows with it."""
 
@@ -120,7 +126,7 @@ class PackConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The shape of the transformer. The vocabulary size is the tokenizer's, the context the rows'."""
+    """The shape of the transformer; its vocabulary is the tokenizer's, its context the rows'."""
 
     layout: Literal["llama"] = "llama"
     """llama: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases."""
@@ -175,7 +181,9 @@ class OptimizationConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: matrix products in bfloat16, weights and optimizer in fp32."""
     is_document_masked: bool = False
-    """Attend within a document only; off, a token also sees the documents before its own in the row."""
+    """Attend within a document only; off, a token also sees the documents before its own in the
+    row.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,7 +196,7 @@ class PretrainConfig(OptimizationConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneConfig(OptimizationConfig):
-    """From a base model and rows of chats to a chat model. Only the assistant's words are learned."""
+    """From a base model and rows of chats to a chat model; only the answers are learned."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,7 +232,8 @@ class RuntimeConfig:
     checkpoint_every_steps: Positive = 50
     """Steps between checkpoints: at most this much work is lost to a kill."""
     keep_checkpoints: Annotated[int, Range(minimum=2)] = 2
-    """Newest checkpoints kept while a stage runs; at least two, so a damaged one has a predecessor."""
+    """Newest checkpoints kept while a stage runs; at least two, so a damaged one has a predecessor.
+    """
     validate_every_steps: Positive = 50
     """Steps between measurements of validation loss."""
     validation_rows: Positive = 64
@@ -296,7 +305,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read_section(cls: type[Section], settings: Mapping[str, object]) -> Section:
-    """Make one section, `PackConfig` say, from the plain mapping that a job file or a manifest holds.
+    """Make one section, `PackConfig` say, from the plain mapping in a job file or a manifest.
 
     Raises:
         ConfigError: the mapping does not fit, so it is of another version.
@@ -334,7 +343,9 @@ def recipe_names() -> list[str]:
 
 
 def flatten(tree: object, prefix: str = "") -> dict[str, object]:
-    """Return `{"pretrain.model.d_model": 256, ...}`: every leaf of a config or of nested mappings by dotted key."""
+    """Return `{"pretrain.model.d_model": 256, ...}`: every leaf of a config or of nested mappings
+    by dotted key.
+    """
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         tree = {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree)}
     if not isinstance(tree, Mapping):
@@ -430,7 +441,7 @@ def _check(hint: object, value: object, dotted: str, problems: list[str]) -> obj
 
 
 def _coerce(hint: object, value: object) -> object:
-    """Read what YAML leaves as text or int: `1e-3` is no float in YAML 1.1, and 1 is a fine float."""
+    """Read what YAML leaves as text or int: `1e-3` is no float in YAML 1.1, 1 is a fine float."""
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):
@@ -494,7 +505,7 @@ def _source_problems(source: SourceConfig, dotted: str) -> list[str]:
             )
         if not is_hexadecimal(source.sha256, 64):
             problems.append(
-                f"{dotted}.sha256: found {source.sha256!r}, expected the file's sha256, 64 hex characters"
+                f"{dotted}.sha256: found {source.sha256!r}, expected a sha256 of 64 hex characters"
             )
     if source.kind == "hub":
         if not source.hub_name:
@@ -503,7 +514,8 @@ def _source_problems(source: SourceConfig, dotted: str) -> list[str]:
             )
         if not is_hexadecimal(source.hub_revision, 40):
             problems.append(
-                f"{dotted}.hub_revision: found {source.hub_revision!r}, expected a commit of 40 hex characters"
+                f"{dotted}.hub_revision: found {source.hub_revision!r},"
+                f" expected a commit of 40 hex characters"
             )
     return problems
 

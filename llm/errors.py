@@ -1,4 +1,4 @@
-"""The four errors a user can meet. Each message says what was found, what was expected, what to do."""
+"""The errors a user can meet: each says what was found, what was expected, what to do."""
 
 
 class FromscratchError(Exception):

@@ -1,8 +1,9 @@
 """How a stage runs as a process of its own: `python -m llm.<stage> JOB.json`.
 
-The job file says what to build and where. The process reports by three files in its work folder, which outlives
-kills: `progress.json` (how far it is), `metrics.jsonl` (the curves) and `error.json` (why it failed). It ends
-with its parent, and on SIGTERM, SIGINT or SIGUSR1 saves what it has and exits with EXIT_INTERRUPTED.
+The job file says what to build and where. The process reports by three files in its work folder,
+which outlives kills: `progress.json` (how far it is), `metrics.jsonl` (the curves) and `error.json`
+(why it failed). It ends with its parent, and on SIGTERM, SIGINT or SIGUSR1 saves what it has and
+exits with EXIT_INTERRUPTED.
 """
 
 import ctypes
@@ -59,7 +60,7 @@ class Job:
     _next_progress_at: float = field(default=0.0, repr=False)
 
     def report_progress(self, done: int, total: int, unit: str) -> None:
-        """Say how far the stage is: `done` of `total` (0 when unknown) `unit`s. Cheap; call it in every loop.
+        """Say how far the stage is: `done` of `total` (0: unknown) `unit`s. Call it in every loop.
 
         Raises:
             Interrupted: the stage was asked to stop.
@@ -87,14 +88,14 @@ StageFunction = Callable[[Job, ArtifactWriter], Mapping[str, Json]]
 
 
 def run_job(function: StageFunction) -> None:
-    """Be the process of one stage: read the job named on the command line, run it, leave the artifact or an error.
+    """Be the process of one stage: read the job named on the command line and run it.
 
-    `function(job, writer)` writes the files and returns the summary. In a distributed stage every rank runs it
-    and only rank 0 writes.
+    `function(job, writer)` writes the files and returns the summary. In a distributed stage every
+    rank runs it and only rank 0 writes.
     """
     if len(sys.argv) != 2:
         sys.exit(
-            f"usage: python -m llm.{function.__name__} JOB.json   (run `fromscratch run` to have one made)"
+            f"usage: python -m llm.{function.__name__} JOB.json   (`fromscratch run` makes one)"
         )
     die_with_parent()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -172,7 +173,7 @@ def provenance() -> dict[str, Json]:
 
 
 def die_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when the process that started it is gone (Linux)."""
+    """Have the kernel send this process SIGTERM when its parent is gone (Linux)."""
     if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -192,8 +193,8 @@ def _refuse_changed_code(job: Job) -> None:
             name for name in now.keys() | job.code.keys() if now.get(name) != job.code.get(name)
         )
         raise StageError(
-            f"the code of {', '.join(changed)} changed after the run began, so its output would be filed under"
-            " the old code; start the run again"
+            f"the code of {', '.join(changed)} changed after the run began, so its output would be"
+            " filed under the old code; start the run again"
         )
 
 
