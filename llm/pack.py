@@ -1,0 +1,142 @@
+"""Pack documents into rows of tokens for training: text and chats through one packer."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from llm.artifact import ArtifactWriter, Json
+from llm.config import PackConfig, read_section
+from llm.data.chat import render_chats
+from llm.data.document_file import SPLITS, Document, DocumentFile, read_content
+from llm.data.packing import EncodedDocument, make_packer
+from llm.data.permutation import permute
+from llm.data.rows import RowLayout, RowWriter, SplitInfo, write_pack_json
+from llm.errors import DataError
+from llm.job import Job, run_job
+from llm.seeds import derive_seed
+from llm.tokenizer.bpe import ByteLevelBPE
+
+BATCH_BYTES = 1 << 20
+ORDER_DOCUMENTS = 1 << 16
+
+
+def pack(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
+    """Encode the documents of both splits and lay them into rows.
+
+    Raises:
+        DataError: a split is empty or has nothing to learn, or the training text is shorter than
+        one row.
+    """
+    config = read_section(PackConfig, job.settings)
+    folder = Path(job.inputs["documents"])
+    tokenizer = ByteLevelBPE.load(Path(job.inputs["tokenizer"]))
+    layout = RowLayout(
+        seq_len=config.seq_len,
+        vocab_size=tokenizer.vocab_size,
+        content=read_content(folder),
+        bos_id=tokenizer.bos_id,
+        pad_id=tokenizer.pad_id,
+    )
+    splits: dict[str, SplitInfo] = {}
+    for split in SPLITS:
+        with DocumentFile(folder, split) as documents:
+            splits[split] = _pack_split(job, writer, layout, split, documents, tokenizer)
+    write_pack_json(writer, layout, splits)
+    summary: dict[str, Json] = {"content": layout.content, "vocab_size": layout.vocab_size}
+    for split, info in splits.items():
+        summary |= {f"{split}_{name.removeprefix('num_')}": n for name, n in asdict(info).items()}
+    return summary
+
+
+def _pack_split(
+    job: Job,
+    writer: ArtifactWriter,
+    layout: RowLayout,
+    split: str,
+    documents: DocumentFile,
+    tokenizer: ByteLevelBPE,
+) -> SplitInfo:
+    if not len(documents):
+        raise DataError(
+            f"{documents.path}: no documents, expected at least one; give more data or change"
+            " clean.validation_fraction"
+        )
+    seed = derive_seed(job.seed, "pack", split)
+    num_tokens = num_bytes = done_bytes = 0
+    with RowWriter(writer, split, layout, tokenizer.token_bytes) as rows:
+        packer = make_packer(rows)
+        for batch in _batches(documents, seed):
+            encoded = _encode(batch, tokenizer)
+            packer.add(encoded)
+            num_tokens += sum(len(document.tokens) for document in encoded)
+            num_bytes += sum(_num_target_bytes(document) for document in batch)
+            done_bytes += sum(document.size_bytes for document in batch)
+            job.report_progress(done_bytes, documents.size_bytes, f"{split} bytes")
+        packer.finish()
+        info = rows.info(packer.num_split_chats)
+    assert (info.num_tokens, info.num_bytes) == (num_tokens, num_bytes), "tokens were lost"
+    assert info.num_documents == len(documents)
+    _refuse_too_little(info, layout, split, documents.path)
+    return info
+
+
+def _batches(documents: DocumentFile, seed: int) -> Iterator[list[Document]]:
+    """Yield all documents in a seeded order, about BATCH_BYTES at a time."""
+    batch: list[Document] = []
+    size_bytes = 0
+    for start in range(0, len(documents), ORDER_DOCUMENTS):
+        places = np.arange(start, min(start + ORDER_DOCUMENTS, len(documents)))
+        for document in documents.read(permute(places, len(documents), seed)):
+            batch.append(document)
+            size_bytes += document.size_bytes
+            if size_bytes >= BATCH_BYTES:
+                yield batch
+                batch, size_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(batch: Sequence[Document], tokenizer: ByteLevelBPE) -> list[EncodedDocument]:
+    if batch[0].messages:
+        rendered = render_chats([document.messages for document in batch], tokenizer)
+        return [
+            EncodedDocument(
+                id=document.id,
+                tokens=np.array(chat.ids, dtype=np.uint32),
+                mask=np.array(chat.mask, dtype=np.bool_),
+            )
+            for document, chat in zip(batch, rendered, strict=True)
+        ]
+    encoded = tokenizer.encode_arrays([document.text for document in batch])
+    bos = np.array([tokenizer.bos_id], dtype=np.uint32)
+    return [
+        EncodedDocument(id=document.id, tokens=np.concatenate([bos, ids]))
+        for document, ids in zip(batch, encoded, strict=True)
+    ]
+
+
+def _num_target_bytes(document: Document) -> int:
+    """Return the UTF-8 bytes to learn: all of a text, the assistant's words of a chat."""
+    if not document.messages:
+        return len(document.text.encode())
+    answers = (m["content"] for m in document.messages if m["role"] == "assistant")
+    return sum(len(answer.encode()) for answer in answers)
+
+
+def _refuse_too_little(info: SplitInfo, layout: RowLayout, split: str, path: Path) -> None:
+    if info.num_target_tokens == 0:
+        raise DataError(
+            f"{path}: nothing in it is a target to learn; expected text, or chats with answers of"
+            " the assistant"
+        )
+    if layout.content == "text" and split == "train" and info.num_tokens <= layout.seq_len:
+        raise DataError(
+            f"{path}: {info.num_tokens} tokens, fewer than one row of pack.seq_len + 1 ="
+            f" {layout.seq_len + 1}; lower pack.seq_len or give more text"
+        )
+
+
+if __name__ == "__main__":
+    run_job(pack)

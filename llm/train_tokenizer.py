@@ -1,0 +1,90 @@
+"""Learn the vocabulary from a sample of the training documents."""
+
+import hashlib
+import heapq
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from llm.artifact import ArtifactWriter, Json
+from llm.config import TrainTokenizerConfig, read_section
+from llm.data.document_file import DocumentFile
+from llm.errors import DataError
+from llm.job import Job, run_job
+from llm.seeds import derive_seed
+from llm.tokenizer.bpe import TOKENIZER_JSON, ByteLevelBPE
+
+VALIDATION_SAMPLE_BYTES = 1_000_000
+
+
+class Sample(NamedTuple):
+    """Texts drawn from a split, and how much they are."""
+
+    texts: list[bytes]
+    num_documents: int
+    num_bytes: int
+
+
+def train_tokenizer(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
+    """Train a byte-level BPE on sampled training documents and measure it on validation documents.
+
+    The vocabulary is smaller than asked for where the text repeats nothing more to merge; the
+    summary says so.
+
+    Raises:
+        DataError: there is no training text.
+    """
+    config = read_section(TrainTokenizerConfig, job.settings)
+    folder = Path(job.inputs["documents"])
+    seed = derive_seed(job.seed, "tokenizer sample")
+    with DocumentFile(folder, "train") as documents:
+        sample = draw_sample(documents, seed, config.sample_bytes, job.report_progress)
+        if sample.num_bytes == 0:
+            raise DataError(f"{documents.path}: no text to learn a tokenizer from; give more data")
+    tokenizer = ByteLevelBPE.train((text.decode() for text in sample.texts), config.vocab_size)
+    job.raise_if_stopping()  # one library call, during which nothing can be asked
+    writer.write_bytes(TOKENIZER_JSON, tokenizer.to_json())
+    with DocumentFile(folder, "validation") as documents:
+        held_out = draw_sample(documents, seed, VALIDATION_SAMPLE_BYTES, job.report_progress)
+    num_tokens = sum(map(len, tokenizer.encode_arrays([text.decode() for text in held_out.texts])))
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "asked_vocab_size": config.vocab_size,
+        "bytes_per_token": held_out.num_bytes / num_tokens if num_tokens else None,
+        "sampled_bytes": sample.num_bytes,
+        "sampled_documents": sample.num_documents,
+    }
+
+
+def draw_sample(
+    documents: DocumentFile, seed: int, max_bytes: int, report: Callable[[int, int, str], None]
+) -> Sample:
+    """Return the documents with the smallest hashes of (seed, id), `max_bytes` in all.
+
+    The last one is cut to fit. Which are drawn does not depend on their order, and memory only on
+    `max_bytes` and the longest document.
+    """
+    drawn: list[tuple[int, bytes]] = []  # a heap, the largest hash first
+    num_bytes = done_bytes = 0
+    for document in documents.read(range(len(documents))):
+        text = "\n".join(document.texts).encode()
+        heapq.heappush(drawn, (-_hash(seed, document.id), text))
+        num_bytes += len(text)
+        while num_bytes - len(drawn[0][1]) >= max_bytes:
+            num_bytes -= len(heapq.heappop(drawn)[1])
+        done_bytes += document.size_bytes
+        report(done_bytes, documents.size_bytes, "bytes")
+    texts = [text for _, text in sorted(drawn, reverse=True)]
+    if num_bytes > max_bytes:
+        kept = len(texts[-1]) - (num_bytes - max_bytes)
+        texts[-1] = texts[-1][:kept].decode(errors="ignore").encode()
+    return Sample(texts, len(texts), sum(map(len, texts)))
+
+
+def _hash(seed: int, identifier: bytes) -> int:
+    key = seed.to_bytes(8, "big")
+    return int.from_bytes(hashlib.blake2b(identifier, key=key, digest_size=8).digest(), "big")
+
+
+if __name__ == "__main__":
+    run_job(train_tokenizer)
