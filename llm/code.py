@@ -18,9 +18,11 @@ PACKAGE_FOLDER = Path(__file__).parent
 NOT_COVERED = frozenset({"llm.config", "llm.errors", "llm.job"})
 
 
+@cache
 def code_digests(stage: str) -> dict[str, str]:
-    """Return `{"llm.pack": digest, "llm.data.packing": digest, ...}` for the modules that make a
-    stage's bytes.
+    """Return `{"llm.pack": digest, "llm.data.rows": digest, ...}` for a stage's modules.
+
+    Taken once in a process: what a run began with is what its results are filed under.
     """
     found: dict[str, str] = {}
     waiting = [f"llm.{stage}"]

@@ -206,6 +206,7 @@ def _write_error(job: Job, error: BaseException, rank: int) -> None:
             "type": type(error).__name__,
             "message": str(error),
             "is_user_error": isinstance(error, FromscratchError),
+            "is_transient": isinstance(error, ConnectionError | TimeoutError),
             "traceback": "".join(traceback.format_exception(error)),
             "rank": rank,
         },

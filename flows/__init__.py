@@ -1,0 +1,1 @@
+"""What runs when: the pipeline, single stages, the command line and the servers beside them."""

@@ -1,0 +1,309 @@
+"""The command line: `fromscratch run | up | down | chat | doctor`, also `python -m flows.cli`.
+
+A run whose plan finds nothing to build imports neither prefect nor mlflow and needs no server.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Generator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+from flows.pipeline import language_model
+from llm.config import RunConfig, load_config, recipe_names
+from llm.errors import ArtifactError, ConfigError, FromscratchError, Interrupted
+from llm.job import EXIT_INTERRUPTED
+from tasks.plan import PlannedStep, Selection, make_plan
+from tasks.stages import STAGES, in_order
+from tasks.store import Store
+
+EXIT_FAILED = 1
+EXIT_BAD_SETTINGS = 2  # as argparse's own
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 failed, 2 bad settings, 75 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_SETTINGS
+    except FromscratchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except (Interrupted, KeyboardInterrupt):
+        print("stopped; the same command goes on from where it was", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fromscratch",
+        description="From raw text to a chat model in one cached, resumable flow.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"fromscratch {metadata.version('fromscratch')}"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands)
+    for name, command, text in (
+        ("up", _up, "start Prefect server, worker and MLflow on 127.0.0.1"),
+        ("down", _down, "stop what `up` started"),
+    ):
+        adding = commands.add_parser(name, help=text, description=text)
+        _add_artifacts(adding)
+        adding.set_defaults(command=command)
+    chat = commands.add_parser("chat", help="talk to a chat model in the terminal")
+    chat.add_argument("model", nargs="?", default="", help="its folder; default: the newest one")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    chat.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
+    chat.add_argument("--seed", type=int, default=0)
+    _add_artifacts(chat)
+    chat.set_defaults(command=_chat)
+    doctor = commands.add_parser("doctor", help="say what is wrong with this machine")
+    doctor.add_argument("--verify", action="store_true", help="hash every file of every artifact")
+    _add_artifacts(doctor)
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    names = [stage.name for stage in STAGES]
+    run = commands.add_parser(
+        "run",
+        help="make a model by a recipe, doing only what is not done yet",
+        epilog=f"recipes: {', '.join(recipe_names())}; stages: {', '.join(names)}",
+    )
+    run.add_argument("recipe", help="a name in configs/, or the path of a YAML file")
+    run.add_argument("overrides", nargs="*", metavar="section.key=value")
+    run.add_argument("--plan", action="store_true", help="say what would be built and why")
+    run.add_argument("--only", metavar="STAGE", default="", help="build this stage alone")
+    run.add_argument(
+        "--from",
+        metavar="STAGE",
+        default="",
+        dest="start_from",
+        help="build this stage and all after it, even if cached",
+    )
+    for option, text in (
+        ("--force", "build this stage even if cached"),
+        ("--reuse", "take its newest artifact though its code changed"),
+    ):
+        run.add_argument(option, metavar="STAGE", action="append", default=[], help=text)
+    run.add_argument("--json", action="store_true", help="end with one JSON object on stdout")
+    run.set_defaults(command=_run)
+
+
+def _add_artifacts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), metavar="FOLDER")
+
+
+def _run(options: argparse.Namespace) -> int:
+    started_at = time.monotonic()
+    config = load_config(options.recipe, options.overrides)
+    selection = Selection(
+        only=options.only,
+        start_from=options.start_from,
+        force=tuple(options.force),
+        reuse=tuple(options.reuse),
+    )
+    store = Store(Path(config.runtime.artifacts_dir))
+    plan = make_plan(in_order(language_model()), config, store, selection)
+    if options.plan:
+        return _show_plan(config, plan, options.json)
+    if all(item.status == "cached" and item.reason == "unchanged" for item in plan):
+        result = _cached_result(config, plan, store)
+    else:
+        result = _run_flow(options, config, store)
+    _show_result(result, time.monotonic() - started_at, options.json)
+    return 0
+
+
+def _cached_result(config: RunConfig, plan: Sequence[PlannedStep], store: Store) -> dict[str, Any]:
+    """Return the result of a run that had nothing to do, from what is on disk."""
+    from tasks.cached import cached_outcome
+
+    outcomes = [cached_outcome(item, store) for item in plan]
+    links = outcomes[-1].links
+    return {
+        "recipe": config.name,
+        "outcomes": outcomes,
+        "mlflow_run_id": links.get("mlflow_run_id", ""),
+        "addresses": _addresses(config, store, links),
+    }
+
+
+def _addresses(config: RunConfig, store: Store, links: Mapping[str, str]) -> dict[str, str]:
+    from flows.services import status
+
+    found = status(store.root)
+    if found is None:
+        return {"MLflow": "fromscratch up", "Prefect": "fromscratch up"}
+    return {"MLflow": found.mlflow_url, "Prefect": found.prefect_url}
+
+
+def _run_flow(options: argparse.Namespace, config: RunConfig, store: Store) -> dict[str, Any]:
+    """Run the Prefect flow, on the server that is up or on one that dies with this process."""
+    with _prefect_server(store.root):
+        from flows.run import pipeline
+
+        _quiet_prefect()
+        state = cast(Any, pipeline)(
+            recipe=options.recipe,
+            overrides=options.overrides,
+            only=options.only,
+            start_from=options.start_from,
+            force=options.force,
+            reuse=options.reuse,
+            return_state=True,
+        )
+        result = state.result()
+    return {
+        "recipe": result.recipe,
+        "outcomes": result.outcomes,
+        "mlflow_run_id": result.mlflow_run_id,
+        "addresses": result.addresses,
+    }
+
+
+@contextlib.contextmanager
+def _prefect_server(artifacts: Path) -> Generator[None]:
+    """Point Prefect's client at the server that is up, or at one started for this run alone."""
+    from flows.services import environment, temporary_prefect_server
+
+    if os.environ.get("PREFECT_API_URL"):
+        yield
+    elif found := environment(artifacts):
+        os.environ.update(found)
+        yield
+    else:
+        with temporary_prefect_server(artifacts) as server:
+            os.environ.update(server.environment)
+            import prefect  # noqa: F401  # 2 s of import while the server starts
+
+            server.wait_ready()
+            yield
+
+
+def _quiet_prefect() -> None:
+    """Leave the terminal to the display: Prefect's own lines still reach its server."""
+    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
+        for handler in logging.getLogger(name).handlers:
+            if type(handler).__name__ == "PrefectConsoleHandler":
+                handler.setLevel(logging.CRITICAL)
+
+
+def _show_plan(config: RunConfig, plan: Sequence[PlannedStep], is_json: bool) -> int:
+    if is_json:
+        stages = [
+            {
+                "stage": item.step.stage.name,
+                "role": item.step.role,
+                "status": item.status,
+                "reason": item.reason,
+                "digest": item.digest,
+            }
+            for item in plan
+        ]
+        print(json.dumps({"recipe": config.name, "stages": stages}))
+    else:
+        from flows.display import print_plan
+
+        print_plan(plan)
+    return 0
+
+
+def _show_result(result: Mapping[str, Any], seconds: float, is_json: bool) -> None:
+    outcomes = result["outcomes"]
+    last = outcomes[-1]
+    metrics = {
+        name: value
+        for name, value in (last.summary.items() if last.stage == "evaluate" else ())
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    if is_json:
+        stages = [
+            {
+                "stage": outcome.stage,
+                "role": outcome.role,
+                "digest": outcome.digest,
+                "status": outcome.status,
+                "reason": outcome.reason,
+                "seconds": outcome.seconds,
+                "path": outcome.path,
+            }
+            for outcome in outcomes
+        ]
+        answer = {
+            "recipe": result["recipe"],
+            "seconds": round(seconds, 3),
+            "stages": stages,
+            "metrics": metrics,
+            "mlflow_run_id": result["mlflow_run_id"],
+        }
+        print(json.dumps(answer))
+        return
+    from flows.display import print_outcomes
+
+    samples = Path(last.path) / "samples.json"
+    shown = json.loads(samples.read_bytes()) if samples.is_file() else []
+    answers = [sample for sample in shown if sample.get("expected")] or shown
+    print_outcomes(outcomes, metrics, answers, result["addresses"], seconds)
+
+
+def _up(options: argparse.Namespace) -> int:
+    from flows.services import up
+
+    found = up(options.artifacts.absolute())
+    print(f"Prefect  {found.prefect_url}\nMLflow   {found.mlflow_url}")
+    return 0
+
+
+def _down(options: argparse.Namespace) -> int:
+    from flows.services import down
+
+    stopped = down(options.artifacts.absolute())
+    print(f"stopped: {', '.join(stopped)}" if stopped else "nothing was running")
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    folder = Path(options.model) if options.model else _newest_chat_model(options.artifacts)
+    from llm.inference.chat import chat_terminal
+
+    chat_terminal(
+        folder,
+        temperature=options.temperature,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+    )
+    return 0
+
+
+def _newest_chat_model(artifacts: Path) -> Path:
+    store = Store(artifacts)
+    for record in store.records("finetune"):
+        folder = store.folder("finetune", record.digest)
+        if folder.is_dir():
+            return folder
+    raise ArtifactError(
+        f"{store.root}: no chat model there; make one with `fromscratch run quickstart`,"
+        " or name its folder: `fromscratch chat FOLDER`"
+    )
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from flows.doctor import examine
+
+    return examine(options.artifacts, is_thorough=options.verify)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""What a person sees of a run: bars with rate and time left, and at the end a table."""
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from tasks.cached import Outcome
+from tasks.launch import Progress as StageProgress
+from tasks.plan import PlannedStep
+
+SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
+
+err = Console(stderr=True, highlight=False)
+out = Console(highlight=False)
+
+
+class _Rate(ProgressColumn):
+    """Done of total, and how many a second."""
+
+    def render(self, task: Task) -> Text:
+        unit = task.fields.get("unit", "")
+        if not unit:
+            return Text("")
+        total = f"/{task.total:,.0f}" if task.total else ""
+        rate = f", {task.speed:,.1f}/s" if task.speed else ""
+        return Text(f"{task.completed:,.0f}{total} {unit}{rate}", style="dim")
+
+
+class LiveDisplay:
+    """Draws on stderr: live bars on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console = err) -> None:
+        """Draw nothing before the first step starts."""
+        self._console = console
+        self._bars = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._next_line_at: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "LiveDisplay":
+        """Begin to draw."""
+        if self._console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the terminal as it was."""
+        if self._console.is_terminal:
+            self._bars.stop()
+
+    def started(self, name: str, reason: str) -> None:
+        """Announce a step and why it is built."""
+        self._console.print(f"[bold]{name:<16}[/bold] building: {reason}", soft_wrap=True)
+        with self._lock:
+            if self._console.is_terminal:
+                self._tasks[name] = self._bars.add_task(name, total=None, unit="")
+            self._next_line_at[name] = time.monotonic() + SECONDS_BETWEEN_LINES
+
+    def waits(self, name: str) -> None:
+        """Say that another run is at it."""
+        self._console.print(f"[bold]{name:<16}[/bold] another run is building it; waiting for that")
+
+    def progressed(self, name: str, progress: StageProgress) -> None:
+        """Move the bar, or print a line when the last is some time ago."""
+        with self._lock:
+            if name in self._tasks:
+                self._bars.update(
+                    self._tasks[name],
+                    completed=progress.done,
+                    total=progress.total or None,
+                    unit=progress.unit,
+                )
+            elif time.monotonic() >= self._next_line_at.get(name, 0.0):
+                self._next_line_at[name] = time.monotonic() + SECONDS_BETWEEN_LINES
+                total = f" of {progress.total:,}" if progress.total else ""
+                self._console.print(f"{name:<16} {progress.done:,}{total} {progress.unit}")
+
+    def finished(self, outcome: Outcome) -> None:
+        """Replace the bar by a line."""
+        with self._lock:
+            if outcome.name in self._tasks:
+                self._bars.remove_task(self._tasks.pop(outcome.name))
+        if outcome.status == "built":
+            took = f"built in {_seconds(outcome.seconds)}"
+            said = _in_short(outcome.summary)
+            self._console.print(
+                f"[bold]{outcome.name:<16}[/bold] [green]{took}[/green]  [dim]{said}[/dim]",
+                soft_wrap=True,
+            )
+        else:
+            self._console.print(f"[bold]{outcome.name:<16}[/bold] [cyan]cached[/cyan]")
+
+
+def print_plan(plan: Sequence[PlannedStep], console: Console = out) -> None:
+    """Print every step: cached or to build, and why."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("stage", "status", "why", "artifact"):
+        table.add_column(heading, overflow="fold")
+    for item in plan:
+        style = "cyan" if item.status == "cached" else "yellow"
+        why = f"{item.reason} ({item.note})" if item.note else item.reason
+        table.add_row(item.step.name, f"[{style}]{item.status}[/]", why, item.digest[:12])
+    console.print(table)
+    num_to_build = sum(item.status == "build" for item in plan)
+    console.print(f"{num_to_build} of {len(plan)} to build" if num_to_build else "nothing to build")
+
+
+def print_outcomes(
+    outcomes: Sequence[Outcome],
+    metrics: Mapping[str, float],
+    samples: Sequence[Mapping[str, object]],
+    addresses: Mapping[str, str],
+    seconds: float,
+    console: Console = out,
+) -> None:
+    """Print what a run came to: stages with times, main figures, sample answers, where to look."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("stage", "status", "seconds", "artifact"):
+        table.add_column(heading, justify="right" if heading == "seconds" else "left")
+    for outcome in outcomes:
+        style = "cyan" if outcome.status == "cached" else "green"
+        took = f"{outcome.seconds:.1f}" if outcome.status == "built" else ""
+        place = f"{outcome.stage}/{outcome.digest[:12]}"
+        table.add_row(outcome.name, f"[{style}]{outcome.status}[/]", took, place)
+    console.print()
+    console.print(table)
+    console.print(f"\n{_seconds(seconds)} in all")
+    if metrics:
+        _print_metrics(metrics, console)
+    for sample in samples[:3]:
+        console.print(f"\n[bold]Q[/bold] {_plain(sample.get('prompt'))}", soft_wrap=True)
+        console.print(f"[bold]A[/bold] {_plain(sample.get('chat'))}", soft_wrap=True)
+        if sample.get("expected"):
+            console.print(f"[dim]expected: {_plain(sample.get('expected'))}[/dim]", soft_wrap=True)
+    if addresses:
+        console.print()
+    for name, address in addresses.items():
+        console.print(f"{name:<8} {address}", soft_wrap=True)
+
+
+def _print_metrics(metrics: Mapping[str, float], console: Console) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}")
+    console.print()
+    console.print(table)
+
+
+def _in_short(summary: Mapping[str, object]) -> str:
+    """Say the first few numbers and words of a summary on one line."""
+    parts: list[str] = []
+    for name, value in summary.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            continue
+        shown = f"{value:,.4g}" if isinstance(value, float) else str(value)
+        parts.append(
+            f"{name.replace('_', ' ')} {f'{value:,}' if isinstance(value, int) else shown}"
+        )
+    return ", ".join(parts[:4])
+
+
+def _seconds(seconds: float) -> str:
+    minutes, rest = divmod(seconds, 60)
+    return f"{minutes:.0f} min {rest:.0f} s" if minutes else f"{rest:.1f} s"
+
+
+def _plain(value: object) -> str:
+    return str(value).replace("[", "\\[").strip()

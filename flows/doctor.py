@@ -1,0 +1,115 @@
+"""Say what is wrong with this machine, and with what is on it, each with what to do."""
+
+import importlib.util
+import os
+import platform
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import track
+
+from llm.errors import ArtifactError
+from tasks.stages import STAGES
+from tasks.store import Store
+
+FREE_BYTES_WANTED = 5_000_000_000  # the quickstart's artifacts, twice, and the servers' databases
+MEMORY_BYTES_WANTED = 4_000_000_000  # the quickstart stays below 2 GiB; servers take the rest
+FASTAPI_TOO_NEW = (0, 151)  # Prefect 3.8.8 starts no server from here on
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One thing looked at: fine, worth knowing, or wrong and what to do."""
+
+    level: Literal["ok", "note", "wrong"]
+    text: str
+
+
+def examine(artifacts: Path, *, is_thorough: bool = False) -> int:
+    """Print every finding and return 1 when one is wrong; `is_thorough` hashes all artifacts."""
+    console = Console(highlight=False)
+    num_wrong = 0
+    marks = {"ok": "[green]ok   [/]", "note": "[yellow]note [/]", "wrong": "[red]wrong[/]"}
+    for finding in (*_machine(artifacts), *_libraries(), *_store(artifacts, is_thorough)):
+        console.print(f"{marks[finding.level]} {finding.text}", soft_wrap=True)
+        num_wrong += finding.level == "wrong"
+    console.print(f"{num_wrong} wrong" if num_wrong else "nothing is wrong")
+    return 1 if num_wrong else 0
+
+
+def _machine(artifacts: Path) -> Iterator[Finding]:
+    version = platform.python_version()
+    if not (3, 11) <= sys.version_info[:2] < (3, 14):
+        yield Finding(level="wrong", text=f"Python {version}: 3.11 to 3.13 is needed")
+    else:
+        yield Finding(level="ok", text=f"Python {version}, {os.cpu_count()} cores")
+    if not sys.platform.startswith("linux"):
+        text = f"{sys.platform}: only Linux ends a training when the flow that started it is killed"
+        yield Finding(level="note", text=text)
+    import psutil
+
+    memory = psutil.virtual_memory().available
+    level = "ok" if memory >= MEMORY_BYTES_WANTED else "note"
+    yield Finding(level=level, text=f"{memory / 1e9:.1f} GB of memory free")
+    folder = artifacts.absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    level = "ok" if free >= FREE_BYTES_WANTED else "wrong"
+    text = f"{free / 1e9:.1f} GB of disk free for {folder}"
+    yield Finding(level=level, text=text if level == "ok" else f"{text}: free some, or move it")
+    if not os.access(existing, os.W_OK):
+        yield Finding(level="wrong", text=f"{existing}: not writable; set runtime.artifacts_dir")
+    for name, port in (("Prefect", 4200), ("MLflow", 5000)):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                text = f"port {port} is in use; `fromscratch up` takes another for {name}"
+                yield Finding(level="note", text=text)
+
+
+def _libraries() -> Iterator[Finding]:
+    for name in ("torch", "accelerate", "tokenizers", "safetensors", "numpy", "prefect", "mlflow"):
+        if importlib.util.find_spec(name) is None:
+            yield Finding(level="wrong", text=f"{name} is not installed; run `make run` or pip")
+    try:
+        fastapi = metadata.version("fastapi")
+        if tuple(map(int, fastapi.split(".")[:2])) >= FASTAPI_TOO_NEW:
+            text = (
+                f"fastapi {fastapi}: no Prefect server starts; pip install 'fastapi<0.151'"
+            )
+            yield Finding(level="wrong", text=text)
+    except metadata.PackageNotFoundError:
+        yield Finding(level="wrong", text="fastapi is not installed; run `make run` or pip")
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        text = f"torch {torch.__version__}, {', '.join(gpus) or 'no GPU: training runs on the CPU'}"
+        yield Finding(level="ok", text=text)
+
+
+def _store(artifacts: Path, is_thorough: bool) -> Iterator[Finding]:
+    store = Store(artifacts)
+    folders = store.artifacts([stage.name for stage in STAGES])
+    yield Finding(level="ok", text=f"{len(folders)} artifacts in {store.root}")
+    num_damaged = len(list((store.root / "damaged").glob("*/REASON.txt")))
+    if num_damaged:
+        text = f"{num_damaged} damaged artifacts were set aside in {store.root / 'damaged'}"
+        yield Finding(level="note", text=f"{text}; look at the disk, then delete them")
+    num_unfinished = len(list((store.root / "staging").glob("*/job.json")))
+    if num_unfinished:
+        text = f"{num_unfinished} unfinished stages in {store.root / 'staging'}"
+        yield Finding(level="note", text=f"{text}; running them again goes on from there")
+    looked_at = track(folders, "verifying", transient=True) if is_thorough else folders
+    for folder in looked_at:
+        try:
+            store.verify(folder, is_thorough=is_thorough)
+        except ArtifactError as error:
+            text = f"{error}; the next run that needs it sets it aside and builds it again"
+            yield Finding(level="wrong", text=text)

@@ -1,0 +1,196 @@
+"""Run one stage in a process group of its own: `python -m llm.<stage> JOB.json`.
+
+The child imports neither prefect nor mlflow, so neither can stall or kill a training. This side
+follows its progress, stops the whole group when asked, restarts what a signal killed, and turns a
+failure into one error with the child's own traceback and the command that reproduces it.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import llm
+from llm.artifact import Json
+from llm.errors import DataError, Interrupted, StageError
+from llm.job import ERROR, EXIT_INTERRUPTED, METRICS, PROGRESS, Job, is_finished, write_job
+
+SECONDS_BETWEEN_LOOKS = 0.05
+SECONDS_TO_SAVE = 60.0  # a stopped child saves a checkpoint; then it is killed
+OUTPUT = "output.log"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a stage is: `done` of `total` (0: unknown) `unit`s."""
+
+    done: int
+    total: int
+    unit: str
+
+
+class TransientError(StageError):
+    """A stage failed for a reason that may pass: the network."""
+
+
+def launch(
+    job: Job,
+    folder: Path,
+    *,
+    is_training: bool,
+    on_progress: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+) -> None:
+    """Run the stage of `job`, whose staging folder is `folder`, until its artifact is finished.
+
+    Raises:
+        Interrupted: `should_stop` said so, or the child was told by a signal; it can go on later.
+        DataError, ConfigError, ...: what the child raised for the user.
+        TransientError: it failed for a network.
+        StageError: it failed otherwise; the message holds its traceback.
+    """
+    job.work.mkdir(parents=True, exist_ok=True)
+    path = folder / "job.json"
+    write_job(path, job)
+    for attempt in range(job.runtime.max_restarts + 1):
+        _wait_for_leftovers(job.work, should_stop)
+        for stale in (*job.work.glob(f"*{ERROR}"), job.work / PROGRESS):
+            stale.unlink(missing_ok=True)
+        code = _run(job, path, is_training, on_progress, should_stop)
+        if code == 0 and is_finished(job.out):
+            return
+        if should_stop() or code == EXIT_INTERRUPTED:
+            raise Interrupted(f"{job.stage} was stopped; run again to go on from where it was")
+        error = _read_error(job.work)
+        if error is not None or attempt == job.runtime.max_restarts:
+            raise _as_exception(job, path, code, error)
+
+
+def command(job_path: Path, stage: str) -> list[str]:
+    """Return the command that runs a stage by itself."""
+    return [sys.executable, "-m", f"llm.{stage}", str(job_path)]
+
+
+def _run(
+    job: Job,
+    path: Path,
+    is_training: bool,
+    on_progress: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+) -> int:
+    """Start the child, follow it to its end, and return its exit code. Its group is gone then."""
+    environment = dict(os.environ)
+    source = str(Path(llm.__file__).parents[1])
+    paths = [source, *filter(None, [environment.get("PYTHONPATH")])]
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+        "FROMSCRATCH_PARENT_PID": str(os.getpid()),
+    }
+    with (job.work / OUTPUT).open("ab") as output:
+        child = subprocess.Popen(
+            command(path, job.stage),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        watch = _Watch(job.work, on_progress, job.runtime.stall_seconds if is_training else 0)
+        while True:
+            try:
+                return child.wait(timeout=SECONDS_BETWEEN_LOOKS)
+            except subprocess.TimeoutExpired:
+                watch.look()
+            if should_stop() or watch.is_stalled:
+                return _end(child)
+    finally:
+        _end(child)
+
+
+def _end(child: subprocess.Popen[bytes]) -> int:
+    """Stop the child's group: ask first, so that it saves, then kill."""
+    if child.poll() is None:
+        _signal_group(child.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=SECONDS_TO_SAVE)
+    _signal_group(child.pid, signal.SIGKILL)
+    return child.wait()
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return
+
+
+class _Watch:
+    """Looks at what a child reports, and for how long it has reported nothing."""
+
+    def __init__(
+        self, work: Path, on_progress: Callable[[Progress], None], stall_seconds: int
+    ) -> None:
+        self._files = (work / PROGRESS, work / METRICS)
+        self._on_progress = on_progress
+        self._stall_seconds = stall_seconds
+        self._seen: tuple[int, ...] = ()
+        self._seen_at = time.monotonic()
+        self._next_at = 0.0
+
+    @property
+    def is_stalled(self) -> bool:
+        return 0 < self._stall_seconds < time.monotonic() - self._seen_at
+
+    def look(self) -> None:
+        now = time.monotonic()
+        if now < self._next_at:
+            return
+        self._next_at = now + 4 * SECONDS_BETWEEN_LOOKS
+        seen = tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in self._files)
+        if seen != self._seen:
+            self._seen, self._seen_at = seen, now
+            if self._files[0].exists():
+                self._on_progress(Progress(**json.loads(self._files[0].read_bytes())))
+
+
+def _wait_for_leftovers(work: Path, should_stop: Callable[[], bool]) -> None:
+    """Wait until no process of an earlier attempt is left; one may still be saving."""
+    with (work / "alive.lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if should_stop():
+                    raise Interrupted("stopped while an earlier attempt was ending") from None
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _read_error(work: Path) -> dict[str, Json] | None:
+    """Return the first error any rank wrote: the others are its consequences."""
+    paths = sorted(work.glob(f"*{ERROR}"), key=lambda path: path.stat().st_mtime_ns)
+    return json.loads(paths[0].read_bytes()) if paths else None
+
+
+def _as_exception(job: Job, path: Path, code: int, error: dict[str, Json] | None) -> Exception:
+    reproduce = f"reproduce: {shlex.join(command(path, job.stage))}"
+    if error is None:
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        log = (job.work / OUTPUT).read_text(encoding="utf-8", errors="replace")[-2000:]
+        hint = " (SIGKILL is what the kernel sends when memory runs out)" if code == -9 else ""
+        return StageError(f"{job.stage} {how}{hint}\n{log}\n{reproduce}")
+    if error["is_user_error"]:
+        kinds = {"DataError": DataError}
+        return kinds.get(str(error["type"]), StageError)(f"{job.stage}: {error['message']}")
+    kind = TransientError if error["is_transient"] else StageError
+    return kind(f"{job.stage} failed: {error['message']}\n{error['traceback']}\n{reproduce}")

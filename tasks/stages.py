@@ -1,0 +1,107 @@
+"""The seven stages as values: what each is made from.
+
+A step knows its inputs, and nothing of where or how it runs: planning and running walk the same
+steps.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal["", "corpus", "chats"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One stage: `llm.<name>`, its section in the recipe, and what else decides its bytes."""
+
+    name: str
+    has_seed: bool = False
+    """Whether the run's seed decides its bytes."""
+    libraries: Sequence[str] = ()
+    """Libraries whose version decides its bytes; torch is provenance, its numbers differ anyway."""
+    is_training: bool = False
+    """Whether it reports curves, and is taken for hung when these stop."""
+
+
+DOWNLOAD = Stage(name="download")
+CLEAN = Stage(name="clean")
+TRAIN_TOKENIZER = Stage(name="train_tokenizer", has_seed=True, libraries=("tokenizers",))
+PACK = Stage(name="pack", has_seed=True, libraries=("tokenizers",))
+PRETRAIN = Stage(name="pretrain", has_seed=True, is_training=True)
+FINETUNE = Stage(name="finetune", has_seed=True, is_training=True)
+EVALUATE = Stage(name="evaluate", has_seed=True)
+STAGES = (DOWNLOAD, CLEAN, TRAIN_TOKENIZER, PACK, PRETRAIN, FINETUNE, EVALUATE)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Step:
+    """One stage at its place in a pipeline: what it is made from, by name. Equal only to itself."""
+
+    stage: Stage
+    role: Role = ""
+    inputs: Mapping[str, "Step"] = field(default_factory=dict[str, "Step"])
+
+    @property
+    def name(self) -> str:
+        """What people call it: `pack corpus`, `pretrain`."""
+        return f"{self.stage.name} {self.role}".strip()
+
+
+def download(role: Role) -> Step:
+    """Fetch the raw files of `download.corpus` or `download.chats`."""
+    return Step(stage=DOWNLOAD, role=role)
+
+
+def clean(raw: Step) -> Step:
+    """Turn raw files into documents with ids, each once, split into train and validation."""
+    return Step(stage=CLEAN, role=raw.role, inputs={"raw": raw})
+
+
+def train_tokenizer(documents: Step) -> Step:
+    """Learn the vocabulary."""
+    return Step(stage=TRAIN_TOKENIZER, inputs={"documents": documents})
+
+
+def pack(documents: Step, tokenizer: Step) -> Step:
+    """Cut documents into rows of tokens."""
+    return Step(
+        stage=PACK, role=documents.role, inputs={"documents": documents, "tokenizer": tokenizer}
+    )
+
+
+def pretrain(rows: Step, tokenizer: Step) -> Step:
+    """Train the base model on rows of text."""
+    return Step(stage=PRETRAIN, inputs={"rows": rows, "tokenizer": tokenizer})
+
+
+def finetune(base: Step, rows: Step) -> Step:
+    """Train the chat model from the base model on rows of chats."""
+    return Step(stage=FINETUNE, inputs={"base": base, "rows": rows})
+
+
+def evaluate(base: Step, chat: Step, text_rows: Step, chat_rows: Step, tokenizer: Step) -> Step:
+    """Measure both models side by side and write the report."""
+    return Step(
+        stage=EVALUATE,
+        inputs={
+            "base": base,
+            "chat": chat,
+            "text_rows": text_rows,
+            "chat_rows": chat_rows,
+            "tokenizer": tokenizer,
+        },
+    )
+
+
+def in_order(last: Step) -> list[Step]:
+    """Return every step `last` needs, and itself, each after its inputs, as in STAGES."""
+    found: dict[Step, None] = {}
+
+    def visit(step: Step) -> None:
+        for made_first in step.inputs.values():
+            visit(made_first)
+        found.setdefault(step)
+
+    visit(last)
+    return sorted(found, key=lambda step: STAGES.index(step.stage))

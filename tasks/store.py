@@ -1,0 +1,263 @@
+"""The store: artifacts by the digest of their bytes, and keys that say what gave which bytes.
+
+    artifacts/<stage>/<digest>/         a published artifact, whole
+    artifacts/keys/<stage>/<key>.json   what it was made from, and which digest came out
+    artifacts/stamps/<stage>/<digest>   size, times, inode of each file when it was last verified
+    artifacts/staging/<stage>-<key>/    one being made: job.json, out/, work/ (which outlives kills)
+    artifacts/locks/                    kernel locks: two runs that want one artifact build it once
+    artifacts/damaged/                  what was found damaged, each with its reason
+
+It needs no server, and is the truth about what is there: a hit is a hit only if every file was
+seen to be whole.
+"""
+
+import contextlib
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llm.artifact import (
+    MANIFEST,
+    Artifact,
+    Json,
+    digest,
+    file_sha256,
+    fsync_folder,
+    load_artifact,
+    read_manifest,
+    write_json_atomically,
+)
+from llm.errors import ArtifactError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyParts:
+    """All that decides the bytes a step makes. `key` is the digest of it."""
+
+    stage: str
+    role: str
+    settings: Mapping[str, Json]
+    """The stage's section of the recipe."""
+    seed: int | None
+    """The run's seed where the stage draws from it."""
+    inputs: Mapping[str, str]
+    """Content digest of each input."""
+    libraries: Mapping[str, str]
+    """Versions of the libraries that decide the bytes."""
+    code: Mapping[str, str]
+    """Digest of each module's code."""
+
+    @property
+    def key(self) -> str:
+        """The cache key."""
+        return digest(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyRecord:
+    """What is remembered under a key: which digest came out, and where to read about it."""
+
+    key: str
+    parts: KeyParts
+    digest: str
+    seconds: float
+    """Wall time of the building."""
+    made_at: str
+    """When, UTC."""
+    reused_from: str = ""
+    """The key whose artifact someone declared to hold for this one too (`--reuse`)."""
+    links: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Ids of the MLflow and Prefect runs that made it."""
+
+
+class Store:
+    """The artifacts folder."""
+
+    def __init__(self, root: Path) -> None:
+        """Open the store in `root`; nothing is made before something is written."""
+        self.root = root.absolute()
+
+    def staging(self, parts: KeyParts) -> Path:
+        """Return the folder in which the artifact of `parts` is made."""
+        return self.root / "staging" / f"{parts.stage}-{parts.key}"
+
+    def folder(self, stage: str, content_digest: str) -> Path:
+        """Return where the artifact with these bytes lies, or would."""
+        return self.root / stage / content_digest
+
+    def find(self, parts: KeyParts) -> tuple[KeyRecord, Artifact] | None:
+        """Return the verified artifact of `parts`, or None; a damaged one is set aside first."""
+        record = self.record(parts.stage, parts.key)
+        if record is None:
+            return None
+        folder = self.folder(parts.stage, record.digest)
+        if not folder.is_dir():
+            return None
+        try:
+            self.verify(folder)
+            return record, load_artifact(folder)
+        except ArtifactError as error:
+            self.set_aside(folder, str(error))
+            return None
+
+    def damage(self, record: KeyRecord) -> str:
+        """Say what keeps a recorded artifact from being used, or nothing."""
+        folder = self.folder(record.parts.stage, record.digest)
+        if not folder.is_dir():
+            return "its artifact was deleted"
+        try:
+            self.verify(folder)
+        except ArtifactError as error:
+            return f"its artifact is damaged: {error}"
+        return ""
+
+    def record(self, stage: str, key: str) -> KeyRecord | None:
+        """Return what is remembered under a key; an unreadable record counts as none."""
+        return _read_record(self.root / "keys" / stage / f"{key}.json")
+
+    def records(self, stage: str, *, newest: int = 200) -> list[KeyRecord]:
+        """Return the newest records of a stage, newest first."""
+        paths = list((self.root / "keys" / stage).glob("*.json"))
+        paths.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        return [record for path in paths[:newest] if (record := _read_record(path)) is not None]
+
+    def remember(self, record: KeyRecord) -> None:
+        """Write a key's record, durably."""
+        folder = self.root / "keys" / record.parts.stage
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(folder / f"{record.key}.json", record)
+
+    def publish(self, parts: KeyParts, out: Path) -> Artifact:
+        """Give a finished staging folder its final name in one rename, and return the artifact.
+
+        When the same bytes are there already, whole, they stay and `out` is dropped.
+        """
+        manifest = read_manifest(out)
+        folder = self.folder(parts.stage, manifest.digest)
+        if folder.is_dir():
+            try:
+                self.verify(folder)
+                shutil.rmtree(out)
+                return load_artifact(folder)
+            except ArtifactError as error:
+                self.set_aside(folder, str(error))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        out.rename(folder)
+        fsync_folder(folder.parent)
+        self._write_stamps(folder)
+        return load_artifact(folder)
+
+    def verify(self, folder: Path, *, is_thorough: bool = False) -> None:
+        """Check that every file of an artifact is there and whole.
+
+        A file whose size, times and inode are as when it was last verified is taken for
+        unchanged; any other is hashed again, and with `is_thorough` all are.
+
+        Raises:
+            ArtifactError: naming the first file that is missing or differs.
+        """
+        manifest = read_manifest(folder)
+        stamps = {} if is_thorough else self._read_stamps(folder)
+        has_news = False
+        for record in (*manifest.files, *manifest.logs):
+            path = folder / record.path
+            try:
+                stamp = _stamp(path)
+            except OSError as error:
+                raise ArtifactError(f"{path}: missing ({error.strerror})") from error
+            if stamp[0] != record.size_bytes:
+                raise ArtifactError(f"{path}: {stamp[0]} bytes, expected {record.size_bytes}")
+            if stamps.get(record.path) != stamp:
+                has_news = True
+                if (found := file_sha256(path)) != record.sha256:
+                    raise ArtifactError(f"{path}: sha256 {found}, expected {record.sha256}")
+        if has_news:
+            self._write_stamps(folder)
+
+    def set_aside(self, folder: Path, reason: str) -> Path:
+        """Move a damaged artifact out of the way, its reason with it, and return where to."""
+        target = self.root / "damaged" / f"{folder.parent.name}-{folder.name}-{time.time_ns()}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(target)
+        (target / "REASON.txt").write_text(reason + "\n", encoding="utf-8")
+        return target
+
+    def artifacts(self, stages: Sequence[str]) -> list[Path]:
+        """Return the folders of all published artifacts of these stages."""
+        folders = (self.root / stage for stage in stages)
+        return sorted(path.parent for folder in folders for path in folder.glob(f"*/{MANIFEST}"))
+
+    def sweep(self) -> None:
+        """Remove the staging folders of artifacts that are published and that nobody is making."""
+        for folder in (self.root / "staging").glob("*-*"):
+            stage, _, key = folder.name.rpartition("-")
+            if self.record(stage, key) is not None:
+                with contextlib.suppress(BlockingIOError), self.lock(folder.name, is_waiting=False):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def lock(
+        self, name: str, *, on_wait: Callable[[], None] | None = None, is_waiting: bool = True
+    ) -> Generator[None]:
+        """Hold the lock `name`, which the kernel frees when its holder dies.
+
+        `on_wait` is called every 0.1 s while another process holds it.
+
+        Raises:
+            BlockingIOError: another process holds it and `is_waiting` is off.
+        """
+        folder = self.root / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{name}.lock").open("w") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not is_waiting:
+                        raise
+                    if on_wait is not None:
+                        on_wait()
+                    time.sleep(0.1)
+            yield
+
+    def _stamps_path(self, folder: Path) -> Path:
+        return self.root / "stamps" / folder.parent.name / f"{folder.name}.json"
+
+    def _read_stamps(self, folder: Path) -> Mapping[str, Sequence[int]]:
+        try:
+            return json.loads(self._stamps_path(folder).read_bytes())
+        except (OSError, ValueError):
+            return {}  # then every file is hashed again, which is always right
+
+    def _write_stamps(self, folder: Path) -> None:
+        manifest = read_manifest(folder)
+        path = self._stamps_path(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        names = [record.path for record in (*manifest.files, *manifest.logs)]
+        write_json_atomically(path, {name: _stamp(folder / name) for name in names})
+
+
+def library_versions(libraries: Sequence[str]) -> dict[str, str]:
+    """Return the installed version of each library, from its metadata alone."""
+    from importlib import metadata  # 30 ms that only some callers need
+
+    return {library: metadata.version(library) for library in libraries}
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _read_record(path: Path) -> KeyRecord | None:
+    try:
+        data = json.loads(path.read_bytes())
+        data["parts"] = KeyParts(**data["parts"])
+        return KeyRecord(**data)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
