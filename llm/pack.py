@@ -1,6 +1,6 @@
 """Pack documents into rows of tokens for training: text and chats through one packer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,47 +39,42 @@ def pack(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
         bos_id=tokenizer.bos_id,
         pad_id=tokenizer.pad_id,
     )
-    splits: dict[str, SplitInfo] = {}
-    for split in SPLITS:
-        with DocumentFile(folder, split) as documents:
-            splits[split] = _pack_split(job, writer, layout, split, documents, tokenizer)
-    write_pack_json(writer, layout, splits)
+    files = {split: DocumentFile(folder, split) for split in SPLITS}
+    _refuse_empty(files.values())
+    infos: dict[str, SplitInfo] = {}
+    done_bytes, total_bytes = 0, sum(documents.size_bytes for documents in files.values())
+    for split, documents in files.items():
+        seed = derive_seed(job.seed, "document order", split)
+        with RowWriter(writer, split, layout, tokenizer.token_bytes) as rows:
+            for size_bytes in _pack_documents(documents, seed, tokenizer, rows):
+                done_bytes += size_bytes
+                job.report_progress(done_bytes, total_bytes, "bytes")
+        infos[split] = rows.info()
+        _refuse_too_little(infos[split], layout, documents.path)
+    write_pack_json(writer, layout, infos)
     summary: dict[str, Json] = {"content": layout.content, "vocab_size": layout.vocab_size}
-    for split, info in splits.items():
+    for split, info in infos.items():
         summary |= {f"{split}_{name.removeprefix('num_')}": n for name, n in asdict(info).items()}
     return summary
 
 
-def _pack_split(
-    job: Job,
-    writer: ArtifactWriter,
-    layout: RowLayout,
-    split: str,
-    documents: DocumentFile,
-    tokenizer: ByteLevelBPE,
-) -> SplitInfo:
-    if not len(documents):
-        raise DataError(
-            f"{documents.path}: no documents, expected at least one; give more data or change"
-            " clean.validation_fraction"
-        )
-    seed = derive_seed(job.seed, "pack", split)
-    num_tokens = num_bytes = done_bytes = 0
-    with RowWriter(writer, split, layout, tokenizer.token_bytes) as rows:
-        packer = make_packer(rows)
-        for batch in _batches(documents, seed):
-            encoded = _encode(batch, tokenizer)
-            packer.add(encoded)
-            num_tokens += sum(len(document.tokens) for document in encoded)
-            num_bytes += sum(_num_target_bytes(document) for document in batch)
-            done_bytes += sum(document.size_bytes for document in batch)
-            job.report_progress(done_bytes, documents.size_bytes, f"{split} bytes")
-        packer.finish()
-        info = rows.info(packer.num_split_chats)
-    assert (info.num_tokens, info.num_bytes) == (num_tokens, num_bytes), "tokens were lost"
+def _pack_documents(
+    documents: DocumentFile, seed: int, tokenizer: ByteLevelBPE, rows: RowWriter
+) -> Iterator[int]:
+    """Pack all documents in a seeded order; yield the bytes read, batch by batch."""
+    packer = make_packer(rows)
+    num_tokens = num_bytes = 0
+    for batch in _batches(documents, seed):
+        encoded = _encode(batch, tokenizer)
+        packer.add(encoded)
+        num_tokens += sum(len(document.tokens) for document in encoded)
+        num_bytes += sum(map(_num_target_bytes, batch))
+        yield sum(document.size_bytes for document in batch)
+    packer.finish()
+    info = rows.info()
+    found, expected = (info.num_tokens, info.num_bytes), (num_tokens, num_bytes)
+    assert found == expected, f"wrote {found} tokens and target bytes of {expected}"
     assert info.num_documents == len(documents)
-    _refuse_too_little(info, layout, split, documents.path)
-    return info
 
 
 def _batches(documents: DocumentFile, seed: int) -> Iterator[list[Document]]:
@@ -125,15 +120,23 @@ def _num_target_bytes(document: Document) -> int:
     return sum(len(answer.encode()) for answer in answers)
 
 
-def _refuse_too_little(info: SplitInfo, layout: RowLayout, split: str, path: Path) -> None:
+def _refuse_empty(files: Iterable[DocumentFile]) -> None:
+    if empty := [str(documents.path) for documents in files if not len(documents)]:
+        raise DataError(
+            f"{', '.join(empty)}: no documents, expected at least one; give more data or change"
+            " clean.validation_fraction"
+        )
+
+
+def _refuse_too_little(info: SplitInfo, layout: RowLayout, path: Path) -> None:
     if info.num_target_tokens == 0:
         raise DataError(
             f"{path}: nothing in it is a target to learn; expected text, or chats with answers of"
             " the assistant"
         )
-    if layout.content == "text" and split == "train" and info.num_tokens <= layout.seq_len:
+    if layout.content == "text" and path.stem == "train" and info.num_tokens <= layout.seq_len:
         raise DataError(
-            f"{path}: {info.num_tokens} tokens, fewer than one row of pack.seq_len + 1 ="
+            f"{path}: {info.num_tokens} tokens, less than one row of pack.seq_len + 1 ="
             f" {layout.seq_len + 1}; lower pack.seq_len or give more text"
         )
 

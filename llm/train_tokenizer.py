@@ -37,15 +37,16 @@ def train_tokenizer(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     config = read_section(TrainTokenizerConfig, job.settings)
     folder = Path(job.inputs["documents"])
     seed = derive_seed(job.seed, "tokenizer sample")
-    with DocumentFile(folder, "train") as documents:
-        sample = draw_sample(documents, seed, config.sample_bytes, job.report_progress)
-        if sample.num_bytes == 0:
-            raise DataError(f"{documents.path}: no text to learn a tokenizer from; give more data")
+    documents = DocumentFile(folder, "train")
+    sample = draw_sample(documents, seed, config.sample_bytes, job.report_progress)
+    if sample.num_bytes == 0:
+        raise DataError(f"{documents.path}: no text to learn a tokenizer from; give more data")
+    job.report_progress(0, 0, "merges")  # one library call, during which nothing can be asked
     tokenizer = ByteLevelBPE.train((text.decode() for text in sample.texts), config.vocab_size)
-    job.raise_if_stopping()  # one library call, during which nothing can be asked
+    job.raise_if_stopping()
     writer.write_bytes(TOKENIZER_JSON, tokenizer.to_json())
-    with DocumentFile(folder, "validation") as documents:
-        held_out = draw_sample(documents, seed, VALIDATION_SAMPLE_BYTES, job.report_progress)
+    validation = DocumentFile(folder, "validation")
+    held_out = draw_sample(validation, seed, VALIDATION_SAMPLE_BYTES, job.report_progress)
     num_tokens = sum(map(len, tokenizer.encode_arrays([text.decode() for text in held_out.texts])))
     return {
         "vocab_size": tokenizer.vocab_size,
@@ -73,7 +74,7 @@ def draw_sample(
         while num_bytes - len(drawn[0][1]) >= max_bytes:
             num_bytes -= len(heapq.heappop(drawn)[1])
         done_bytes += document.size_bytes
-        report(done_bytes, documents.size_bytes, "bytes")
+        report(done_bytes, documents.size_bytes, f"bytes of {documents.path.name}")
     texts = [text for _, text in sorted(drawn, reverse=True)]
     if num_bytes > max_bytes:
         kept = len(texts[-1]) - (num_bytes - max_bytes)

@@ -4,19 +4,13 @@
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
+from llm.data.document_file import Message
 from llm.errors import DataError
 from llm.tokenizer.bpe import ByteLevelBPE
 
 ROLES = ("system", "user", "assistant")
-
-
-class Message(TypedDict):
-    """One turn: who speaks (`system`, `user` or `assistant`) and what."""
-
-    role: str
-    content: str
 
 
 class RenderedChat(NamedTuple):

@@ -5,13 +5,11 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from llm.data.chat import Message
 from llm.errors import ArtifactError
 
 SPLITS = ("train", "validation")
@@ -20,9 +18,16 @@ SCAN_BYTES = 1 << 22
 Content = Literal["text", "chats"]
 
 
+class Message(TypedDict):
+    """One turn of a chat: who speaks (`system`, `user` or `assistant`), and what."""
+
+    role: str
+    content: str
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """One document: its text, or its messages."""
+    """A text, or the messages of a chat."""
 
     id: bytes
     """16 bytes."""
@@ -33,7 +38,7 @@ class Document:
 
     @property
     def texts(self) -> list[str]:
-        """Everything a person wrote in it."""
+        """Everything that was written in it."""
         return [message["content"] for message in self.messages] if self.messages else [self.text]
 
 
@@ -41,29 +46,17 @@ class DocumentFile:
     """The documents of `train.jsonl` or `validation.jsonl`, located by their lines' offsets."""
 
     def __init__(self, folder: Path, split: str) -> None:
-        """Open the file and find its lines.
+        """Find the lines.
 
         Raises:
-            ArtifactError: it is missing.
+            ArtifactError: the file is missing.
         """
         self.path = folder / f"{split}.jsonl"
         self._content: Content = read_content(folder)
         try:
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._offsets = _line_offsets(self.path)  # (num_documents + 1,)
         except FileNotFoundError as error:
             raise ArtifactError(f"{self.path}: not there; run clean again") from error
-        self._offsets = self._line_offsets()  # (num_documents + 1,)
-
-    def __enter__(self) -> "DocumentFile":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        os.close(self._descriptor)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -79,28 +72,17 @@ class DocumentFile:
         Raises:
             ArtifactError: a line is no document; the message names file and line.
         """
-        for ordinal in ordinals:
-            start, end = int(self._offsets[ordinal]), int(self._offsets[ordinal + 1])
-            line = os.pread(self._descriptor, end - start, start)
-            try:
-                yield _parse(line, self._content)
-            except (ValueError, TypeError, KeyError) as error:
-                raise ArtifactError(
-                    f"{self.path}:{ordinal + 1}: no document of kind {self._content}"
-                    f" ({type(error).__name__}: {error}); run clean again"
-                ) from error
-
-    def _line_offsets(self) -> npt.NDArray[np.int64]:
-        """Return where each line starts, and at last the length of the file."""
-        size = os.fstat(self._descriptor).st_size
-        ends: list[npt.NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
-        for start in range(0, size, SCAN_BYTES):
-            piece = os.pread(self._descriptor, SCAN_BYTES, start)
-            ends.append(
-                np.flatnonzero(np.frombuffer(piece, dtype=np.uint8) == ord("\n")) + start + 1
-            )
-        offsets = np.concatenate(ends)
-        return offsets if offsets[-1] == size else np.append(offsets, size)
+        with self.path.open("rb", buffering=0) as file:
+            for ordinal in ordinals:
+                start, end = self._offsets[ordinal : ordinal + 2].tolist()
+                line = os.pread(file.fileno(), end - start, start)
+                try:
+                    yield _parse(line, self._content)
+                except (ValueError, TypeError, KeyError) as error:
+                    raise ArtifactError(
+                        f"{self.path}:{ordinal + 1}: no document of kind {self._content}"
+                        f" ({type(error).__name__}: {error}); run clean again"
+                    ) from error
 
 
 def read_content(folder: Path) -> Content:
@@ -121,23 +103,38 @@ def read_content(folder: Path) -> Content:
     return content
 
 
+def _line_offsets(path: Path) -> npt.NDArray[np.int64]:
+    """Return where each line starts, and at last the length of the file."""
+    offsets, size_bytes = [np.zeros(1, dtype=np.int64)], 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(SCAN_BYTES):
+            line_ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n"))
+            offsets.append(line_ends + size_bytes + 1)
+            size_bytes += len(block)
+    if offsets[-1].size == 0 or offsets[-1][-1] != size_bytes:
+        offsets.append(np.array([size_bytes], dtype=np.int64))  # a last line without an end
+    return np.concatenate(offsets)
+
+
 def _parse(line: bytes, content: Content) -> Document:
     record = cast(dict[str, Any], json.loads(line))
     identifier = bytes.fromhex(record["id"])
     if len(identifier) != 16:
-        raise ValueError(f"id of {len(identifier)} bytes, expected 16")
+        raise ValueError(f"an id of {len(identifier)} bytes, expected 16")
     if content == "text":
-        if not isinstance(record["text"], str):
-            raise TypeError("text is no string")
-        return Document(id=identifier, text=record["text"], size_bytes=len(line))
-    messages = tuple(_parse_message(message) for message in record["messages"])
+        return Document(id=identifier, text=_string(record["text"]), size_bytes=len(line))
+    messages = tuple(
+        Message(role=_string(message["role"]), content=_string(message["content"]))
+        for message in record["messages"]
+    )
     if not messages:
         raise ValueError("a chat without messages")
     return Document(id=identifier, messages=messages, size_bytes=len(line))
 
 
-def _parse_message(record: dict[str, Any]) -> Message:
-    role, content = record["role"], record["content"]
-    if not (isinstance(role, str) and isinstance(content, str)):
-        raise TypeError("the role or content of a message is no string")
-    return Message(role=role, content=content)
+def _string(value: Any) -> str:
+    """Return `value` if it is text that UTF-8 can say; a lone surrogate is a ValueError."""
+    if not isinstance(value, str):
+        raise TypeError(f"found {value!r}, expected text")
+    value.encode()
+    return value

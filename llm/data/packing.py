@@ -11,7 +11,7 @@ Shapes: B rows, T positions, S tokens in a stream.
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,15 @@ from llm.data.rows import RowWriter
 
 Tokens = npt.NDArray[np.uint32]
 Mask = npt.NDArray[np.bool_]
+Scalar = TypeVar("Scalar", bound=np.generic)
 
-NUM_OPEN_ROWS = 256
+MAX_OPEN_ROWS = 4096
+MAX_OPEN_TOKENS = 1 << 24  # 80 MiB with the mask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedDocument:
-    """A document as tokens, the first of them bos; for chats with its mask."""
+    """A document as tokens (S,), the first of them bos, and for chats their mask (S,)."""
 
     id: bytes
     tokens: Tokens
@@ -36,10 +38,8 @@ class EncodedDocument:
 class Packer(Protocol):
     """What lays documents into rows."""
 
-    num_split_chats: int
-
     def add(self, documents: Sequence[EncodedDocument]) -> None:
-        """Take the next documents; rows that are full are written."""
+        """Take the next documents, and write rows that are full."""
         ...
 
     def finish(self) -> None:
@@ -47,90 +47,89 @@ class Packer(Protocol):
         ...
 
 
-class TextPacker:
-    """Concatenate and cut; only the last row is padded."""
-
-    num_split_chats = 0
-
-    def __init__(self, rows: RowWriter) -> None:
-        self._rows = rows
-        self._left = np.zeros(0, dtype=np.uint32)  # from the last token already written on
-        self._document = 0  # that the first token left belongs to
-
-    def add(self, documents: Sequence[EncodedDocument]) -> None:
-        """Take the next documents; rows that are full are written."""
-        self._rows.write_document_ids([document.id for document in documents])
-        stream = np.concatenate([self._left, *(document.tokens for document in documents)])
-        T = self._rows.layout.seq_len
-        num_rows = (len(stream) - 1) // T
-        if num_rows:
-            self._document = _write_stream(
-                self._rows, stream[: num_rows * T + 1], None, self._document
-            )
-        self._left = stream[num_rows * T :]
-
-    def finish(self) -> None:
-        """Write what is left as a padded row."""
-        if len(self._left) > 1 or self._document == 0:
-            _write_stream(self._rows, self._left, None, self._document)
-
-
-class ChatPacker:
-    """Best fit over a bounded number of open rows; for one more, the fullest is written."""
-
-    def __init__(self, rows: RowWriter) -> None:
-        self._rows = rows
-        self._num_documents = 0
-        self._opened = 0
-        self._open: dict[int, list[EncodedDocument]] = {}
-        self._room: list[tuple[int, int]] = []  # (free positions, number of the open row), sorted
-        self.num_split_chats = 0
-
-    def add(self, documents: Sequence[EncodedDocument]) -> None:
-        """Take the next chats; the fullest rows are written."""
-        for document in documents:
-            self._place(document)
-
-    def finish(self) -> None:
-        """Write all open rows, in the order they were opened."""
-        for number in sorted(self._open):
-            self._write(number)
-        self._room.clear()
-
-    def _place(self, chat: EncodedDocument) -> None:
-        T = self._rows.layout.seq_len
-        length = len(chat.tokens)
-        place = bisect_left(self._room, (length, 0))
-        if place < len(self._room):
-            room, number = self._room.pop(place)
-        else:
-            if len(self._open) == NUM_OPEN_ROWS:
-                self._write(self._room.pop(0)[1])
-            number, self._opened = self._opened, self._opened + 1
-            self._open[number] = []
-            num_rows = max(1, -(-(length - 1) // T))
-            self.num_split_chats += num_rows > 1
-            room = num_rows * T + 1
-        self._open[number].append(chat)
-        insort(self._room, (room - length, number))
-
-    def _write(self, number: int) -> None:
-        chats = self._open.pop(number)
-        self._rows.write_document_ids([chat.id for chat in chats])
-        stream = np.concatenate([chat.tokens for chat in chats])
-        mask = np.concatenate([_mask(chat) for chat in chats])
-        _write_stream(self._rows, stream, mask, self._num_documents)
-        self._num_documents += len(chats)
-
-
 def make_packer(rows: RowWriter) -> Packer:
     """Return the packer for the content of `rows`."""
     return ChatPacker(rows) if rows.layout.content == "chats" else TextPacker(rows)
 
 
-def _mask(chat: EncodedDocument) -> Mask:
-    assert chat.mask is not None
-    return chat.mask
+class TextPacker:
+    """Concatenate and cut; only the last row is padded."""
+
+    def __init__(self, rows: RowWriter) -> None:
+        self._rows = rows
+        self._left = np.zeros(0, dtype=np.uint32)
+        self._num_left_written = 0  # 1 once the first token left is the last of a written row
+        self._document = 0  # ordinal of the document the first token left belongs to
+
+    def add(self, documents: Sequence[EncodedDocument]) -> None:
+        """Take the next documents, and write rows that are full."""
+        self._rows.write_document_ids([document.id for document in documents])
+        stream = np.concatenate([self._left, *(document.tokens for document in documents)])
+        end = (len(stream) - 1) // self._rows.layout.seq_len * self._rows.layout.seq_len
+        if end > 0:
+            self._document = _write_stream(self._rows, stream[: end + 1], None, self._document)
+            self._num_left_written = 1
+        self._left = stream[end:]
+
+    def finish(self) -> None:
+        """Write what is left as a padded row."""
+        if len(self._left) > self._num_left_written:
+            _write_stream(self._rows, self._left, None, self._document)
+
+
+class ChatPacker:
+    """Best fit over many open rows, longest chat of a batch first; the fullest row makes place.
+
+    A chat longer than a row fills rows of its own; others may follow it in its last.
+    """
+
+    def __init__(self, rows: RowWriter) -> None:
+        self._rows = rows
+        self._max_open_rows = max(1, min(MAX_OPEN_ROWS, MAX_OPEN_TOKENS // rows.layout.seq_len))
+        self._open: dict[int, list[EncodedDocument]] = {}  # by number, in the order opened
+        self._room: list[tuple[int, int]] = []  # (free positions, number), sorted
+        self._num_opened = 0
+        self._num_documents = 0
+
+    def add(self, documents: Sequence[EncodedDocument]) -> None:
+        """Take the next chats, and write the fullest rows where too many are open."""
+        for chat in sorted(documents, key=lambda document: -len(document.tokens)):
+            length = len(chat.tokens)
+            place = bisect_left(self._room, (length, 0))
+            room, number = (
+                self._room.pop(place) if place < len(self._room) else self._open_row(length)
+            )
+            self._open[number].append(chat)
+            insort(self._room, (room - length, number))
+
+    def finish(self) -> None:
+        """Write the open rows in the order they were opened."""
+        for number in list(self._open):
+            self._write(number)
+
+    def _open_row(self, length: int) -> tuple[int, int]:
+        """Return room and number of a new row, or of as many as a chat of `length` tokens needs."""
+        if len(self._open) == self._max_open_rows:
+            self._write(self._room.pop(0)[1])
+        num_rows = _num_rows(length, self._rows.layout.seq_len)
+        self._rows.num_split_chats += num_rows > 1
+        number = self._num_opened
+        self._num_opened += 1
+        self._open[number] = []
+        return num_rows * self._rows.layout.seq_len + 1, number
+
+    def _write(self, number: int) -> None:
+        chats = self._open.pop(number)
+        self._rows.write_document_ids([chat.id for chat in chats])
+        stream = np.concatenate([chat.tokens for chat in chats])
+        mask = np.concatenate([chat.mask for chat in chats if chat.mask is not None])
+        _write_stream(self._rows, stream, mask, self._num_documents)
+        self._num_documents += len(chats)
+
+
+def _num_rows(length: int, seq_len: int) -> int:
+    """Return how many rows a stream takes; each but the first repeats one token."""
+    return max(1, -(-(length - 1) // seq_len))
 
 
 def _write_stream(rows: RowWriter, stream: Tokens, mask: Mask | None, document: int) -> int:
@@ -140,15 +139,15 @@ def _write_stream(rows: RowWriter, stream: Tokens, mask: Mask | None, document: 
     with the last token of the one before.
     """
     S, T = len(stream), rows.layout.seq_len
-    B = max(1, -(-(S - 1) // T))
+    B = _num_rows(S, T)
     num_padding = B * T + 1 - S
     tokens = np.pad(stream, (0, num_padding), constant_values=rows.layout.pad_id)
-    windows = np.lib.stride_tricks.sliding_window_view
-    row_starts = np.arange(B) * T
+    row_mask = None if mask is None else _windows(np.pad(mask, (0, num_padding)), T)
     bos_positions = np.flatnonzero(stream[1:] == rows.layout.bos_id) + 1
-    first_documents = document + np.searchsorted(bos_positions, row_starts, side="right")
-    row_mask = None
-    if mask is not None:
-        row_mask = windows(np.pad(mask, (0, num_padding)), T + 1)[::T]  # (S,) -> (B, T+1)
-    rows.write_rows(windows(tokens, T + 1)[::T], row_mask, first_documents)
+    first_documents = document + np.searchsorted(bos_positions, np.arange(B) * T, side="right")
+    rows.write_rows(_windows(tokens, T), row_mask, first_documents)
     return document + len(bos_positions)
+
+
+def _windows(stream: npt.NDArray[Scalar], T: int) -> npt.NDArray[Scalar]:
+    return np.lib.stride_tricks.sliding_window_view(stream, T + 1)[::T]  # (B * T + 1,) -> (B, T+1)

@@ -90,6 +90,7 @@ class RowWriter:
         token_bytes: npt.NDArray[np.int64],
     ) -> None:
         self.layout = layout
+        self.num_split_chats = 0  # counted by the packer, which alone knows
         self._token_bytes = token_bytes
         self._stack = ExitStack()
         names = ["tokens", "first_document", "document_ids"]
@@ -122,10 +123,10 @@ class RowWriter:
         is_padding = tokens == self.layout.pad_id
         targets = ~is_padding if mask is None else mask.copy()
         targets[:, 0] = False  # the input before it is in another row
-        self._files["tokens"].write(tokens.astype(f"<{np.dtype(self.layout.dtype).str[1:]}").data)
-        self._files["first_document"].write(first_documents.astype("<u8").data)
+        self._files["tokens"].write(tokens.astype(_little_endian(self.layout)).tobytes())
+        self._files["first_document"].write(first_documents.astype("<u8").tobytes())
         if mask is not None:
-            self._files["mask"].write(targets.astype(np.uint8).data)
+            self._files["mask"].write(targets.tobytes())
         last = first_documents + (tokens[:, 1:] == self.layout.bos_id).sum(axis=1)
         before = np.concatenate([[self._last_document], last[:-1]])
         self._last_document = int(last[-1])
@@ -144,7 +145,7 @@ class RowWriter:
         self._files["document_ids"].write(b"".join(ids))
         self._num_documents += len(ids)
 
-    def info(self, num_split_chats: int = 0) -> SplitInfo:
+    def info(self) -> SplitInfo:
         """Return the figures of what was written so far."""
         assert self._last_document == self._num_documents - 1
         return SplitInfo(
@@ -154,7 +155,7 @@ class RowWriter:
             num_padding_tokens=self._num_padding,
             num_target_tokens=self._num_targets,
             num_bytes=self._num_bytes,
-            num_split_chats=num_split_chats,
+            num_split_chats=self.num_split_chats,
         )
 
 
@@ -183,12 +184,11 @@ class Rows:
         self.num_rows, self.seq_len = self.info.num_rows, self.layout.seq_len
         width = self.seq_len + 1
         N, D = self.num_rows, self.info.num_documents
-        dtype = np.dtype(self.layout.dtype).newbyteorder("<")
 
         def map_file(name: str, kind: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
             return _map_file(folder / f"{split}.{name}.bin", np.dtype(kind), shape)
 
-        self._tokens = map_file("tokens", dtype, (N, width))
+        self._tokens = map_file("tokens", _little_endian(self.layout), (N, width))
         self._first_document = map_file("first_document", "<u8", (N,))
         self._document_ids = map_file("document_ids", "u1", (D, DOCUMENT_ID_BYTES))
         has_mask = self.layout.content == "chats"
@@ -202,7 +202,7 @@ class Rows:
             mask = tokens != self.layout.pad_id
             mask[:, 0] = False
         else:
-            mask = self._mask[indices].view(np.bool_)
+            mask = self._mask[indices] != 0
         document_ids = (tokens == self.layout.bos_id).astype(np.int64)
         document_ids[:, 0] = self._first_document[indices]
         np.cumsum(document_ids, axis=1, out=document_ids)
@@ -221,6 +221,10 @@ def row_order(
     A function of its arguments alone: no state to lose, the same on any number of processes.
     """
     return permute(indices, num_rows, derive_seed(seed, "row order", epoch))
+
+
+def _little_endian(layout: RowLayout) -> np.dtype[Any]:
+    return np.dtype(layout.dtype).newbyteorder("<")
 
 
 def _read_pack_json(folder: Path) -> tuple[RowLayout, dict[str, SplitInfo]]:

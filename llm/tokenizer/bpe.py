@@ -30,7 +30,7 @@ SPLITTING = (
 )
 # The library needs over 100 bytes a token while it encodes, so a long text goes through in pieces:
 # so many characters in a piece, and in one call.
-PIECE_CHARACTERS = 65_536
+PIECE_CHARACTERS = 32_768
 CALL_CHARACTERS = 1_048_576
 _LINE_START = re.compile(r"\n(?=\S)")
 
@@ -209,6 +209,8 @@ def _difference(tokenizer: Tokenizer) -> str | None:
         return f"its control tokens are {added}"
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
         return "its ids have gaps"
+    if strange := set("".join(vocabulary)) - set(byte_characters()):
+        return f"its vocabulary holds {sorted(strange)}, which stand for no byte"
     if missing := [
         token for token in (*CONTROL_TOKENS, *byte_characters()) if token not in vocabulary
     ]:
