@@ -80,9 +80,7 @@ def _libraries() -> Iterator[Finding]:
     try:
         fastapi = metadata.version("fastapi")
         if tuple(map(int, fastapi.split(".")[:2])) >= FASTAPI_TOO_NEW:
-            text = (
-                f"fastapi {fastapi}: no Prefect server starts; pip install 'fastapi<0.151'"
-            )
+            text = f"fastapi {fastapi}: no Prefect server starts; pip install 'fastapi<0.151'"
             yield Finding(level="wrong", text=text)
     except metadata.PackageNotFoundError:
         yield Finding(level="wrong", text="fastapi is not installed; run `make run` or pip")

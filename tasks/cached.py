@@ -12,7 +12,7 @@ from llm.artifact import Artifact, Json, load_artifact
 from llm.config import RunConfig, flatten
 from llm.job import Job, is_finished
 from tasks.launch import Progress, launch
-from tasks.plan import PlannedStep, Selection, explain, key_parts, reusable
+from tasks.plan import PlannedStep, Selection, explain, key_parts, reusable, section_of
 from tasks.stages import Step
 from tasks.store import KeyParts, KeyRecord, Store
 from tasks.tracking import Dataset, Tracker
@@ -155,7 +155,7 @@ class Builder:
         is_forced = self._selection.is_forced(step.stage)
         reason = "asked for (--force or --from)" if is_forced else explain(parts, self.store)
         folder = self.store.staging(parts)
-        job = self._job(parts, inputs, folder)
+        job = self._job(step, parts, inputs, folder)
         self._display.started(step.name, reason)
         started_at = time.monotonic()
         self.tracker.stage_started(parts.stage, parts.role, parts.key, {"reason": reason})
@@ -217,11 +217,11 @@ class Builder:
             )
         return _outcome(parts, artifact, "built", reason, seconds, self._links)
 
-    def _job(self, parts: KeyParts, inputs: Mapping[str, Outcome], folder: Path) -> Job:
+    def _job(self, step: Step, parts: KeyParts, inputs: Mapping[str, Outcome], folder: Path) -> Job:
         return Job(
             stage=parts.stage,
             role=parts.role,
-            settings=parts.settings,
+            settings=section_of(step, self.config),
             seed=self.config.seed,
             inputs={name: outcome.path for name, outcome in inputs.items()},
             input_digests=parts.inputs,

@@ -7,12 +7,13 @@ from typing import Literal, cast
 
 from llm.artifact import Json, canonical
 from llm.code import code_digests
-from llm.config import RunConfig, flatten
+from llm.config import RunConfig, SourceConfig, flatten
 from llm.data.sources import fingerprint
 from llm.errors import ArtifactError, ConfigError
-from tasks.stages import STAGES, Stage, Step
+from tasks.stages import DOWNLOAD, STAGES, Stage, Step
 from tasks.store import KeyParts, KeyRecord, Store, library_versions
 
+PLACES = ("path", "url")  # where a source's bytes lie; the bytes count, by its fingerprint
 UNKNOWN = ""  # digest of an input that is yet to be built
 
 
@@ -101,21 +102,29 @@ def make_plan(
     return list(planned.values())
 
 
+def section_of(step: Step, config: RunConfig) -> dict[str, Json]:
+    """Return a step's settings as plain JSON: its section, or its part of `download`."""
+    section: object = getattr(config, step.stage.name)
+    if step.stage is DOWNLOAD:
+        section = getattr(section, step.role)
+    return cast(dict[str, Json], canonical(section, step.stage.name))
+
+
 def key_parts(
     step: Step, config: RunConfig, input_digests: Mapping[str, str], store: Store
 ) -> KeyParts:
     """Return all that decides the bytes of `step`. A download's input is what its source gives."""
     stage = step.stage
-    section: object = getattr(config, stage.name)
+    settings = section_of(step, config)
     inputs = dict(input_digests)
-    if stage.name == "download":
-        source = getattr(section, step.role)
-        section = source
+    if stage is DOWNLOAD:
+        source: SourceConfig = getattr(config.download, step.role)
+        settings = {name: value for name, value in settings.items() if name not in PLACES}
         inputs = {"source": fingerprint(source, step.role, store.root / "sources.json")}
     return KeyParts(
         stage=stage.name,
         role=step.role,
-        settings=cast(Mapping[str, Json], canonical(section, stage.name)),
+        settings=settings,
         seed=config.seed if stage.has_seed else None,
         inputs=inputs,
         libraries=library_versions(stage.libraries),

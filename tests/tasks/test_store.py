@@ -1,0 +1,143 @@
+"""The store: a hit is a hit only when every byte was seen to be whole; damage is set aside."""
+
+import multiprocessing
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from llm.artifact import ArtifactWriter
+from llm.errors import ArtifactError
+from tasks.store import KeyParts, KeyRecord, Store
+
+
+def parts(stage: str = "pack", **settings: int) -> KeyParts:
+    """Key parts that differ in settings alone."""
+    return KeyParts(
+        stage=stage, role="", settings=settings, seed=1, inputs={}, libraries={}, code={"m": "1"}
+    )
+
+
+def publish(store: Store, key_parts: KeyParts, **files: bytes) -> Path:
+    """Put an artifact with these files into the store under a key."""
+    out = store.staging(key_parts) / "out"
+    writer = ArtifactWriter(out)
+    for name, data in files.items():
+        writer.write_bytes(name, data)
+    writer.finish(stage=key_parts.stage, summary={})
+    artifact = store.publish(key_parts, out)
+    store.remember(
+        KeyRecord(
+            key=key_parts.key, parts=key_parts, digest=artifact.digest, seconds=1.0, made_at="now"
+        )
+    )
+    return artifact.path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty store."""
+    return Store(tmp_path / "artifacts")
+
+
+def test_published_artifact_is_found_again_by_its_key(store: Store) -> None:
+    folder = publish(store, parts(a=1), x=b"hello")
+    found = store.find(parts(a=1))
+    assert found is not None and found[1].path == folder
+    assert store.find(parts(a=2)) is None
+
+
+def test_same_bytes_under_two_keys_lie_there_once(store: Store) -> None:
+    assert publish(store, parts(a=1), x=b"1") == publish(store, parts(a=2), x=b"1")
+    assert len(store.artifacts(["pack"])) == 1
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_damage_is_found_and_set_aside_with_its_reason(store: Store, seed: int) -> None:
+    rng = random.Random(seed)
+    folder = publish(store, parts(), x=rng.randbytes(5000), y=rng.randbytes(50))
+    path = folder / rng.choice(["x", "y", "manifest.json"])
+    data = bytearray(path.read_bytes())
+    damage = rng.choice(["flip", "truncate", "delete", "swap", "append"])
+    if damage == "flip":
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif damage == "truncate":
+        del data[rng.randrange(len(data)) :]
+    elif damage == "append":
+        data += b"x"
+    elif damage == "swap":
+        data.reverse()
+    if damage == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(data)
+    assert store.find(parts()) is None
+    assert not folder.exists()
+    (aside,) = (store.root / "damaged").iterdir()
+    assert (aside / "REASON.txt").read_text().strip()
+
+
+def test_a_file_with_its_old_stamp_is_not_read_again_unless_asked(store: Store) -> None:
+    folder = publish(store, parts(), x=b"hello")
+    status = (folder / "x").stat()
+    with (folder / "x").open("r+b") as file:
+        file.write(b"j")
+    os.utime(folder / "x", ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(ArtifactError):  # the change time betrays it
+        store.verify(folder)
+
+
+def test_thorough_verification_reads_everything(store: Store, tmp_path: Path) -> None:
+    folder = publish(store, parts(), x=b"hello")
+    with (folder / "x").open("r+b") as file:
+        file.write(b"j")
+    store._write_stamps(folder)  # as if a disk had rotted below the file system
+    store.verify(folder)
+    with pytest.raises(ArtifactError, match="sha256"):
+        store.verify(folder, is_thorough=True)
+
+
+def test_a_copied_store_is_hashed_once_and_then_hits(store: Store, tmp_path: Path) -> None:
+    publish(store, parts(), x=b"hello")
+    store.root.rename(tmp_path / "moved")
+    moved = Store(tmp_path / "moved")
+    assert moved.find(parts()) is not None
+
+
+def test_unreadable_record_counts_as_none(store: Store) -> None:
+    publish(store, parts(), x=b"1")
+    (store.root / "keys" / "pack" / f"{parts().key}.json").write_text("{")
+    assert store.find(parts()) is None
+    assert store.records("pack") == []
+
+
+def test_sweep_removes_the_staging_of_what_is_published_and_nothing_else(store: Store) -> None:
+    publish(store, parts(a=1), x=b"1")
+    unfinished = store.staging(parts(a=2))
+    (unfinished / "work").mkdir(parents=True)
+    store.sweep()
+    assert not store.staging(parts(a=1)).exists()
+    assert unfinished.exists()
+
+
+def _hold(root: Path, ready: object) -> None:
+    with Store(root).lock("x"):
+        ready.set()  # type: ignore[attr-defined]
+        time.sleep(60)
+
+
+def test_lock_of_a_killed_holder_is_free_at_once(store: Store) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(store.root, ready))
+    holder.start()
+    assert ready.wait(30)
+    with pytest.raises(BlockingIOError), store.lock("x", is_waiting=False):
+        pass
+    holder.kill()
+    holder.join()
+    killed_at = time.monotonic()
+    with store.lock("x"):
+        assert time.monotonic() - killed_at < 2.0
