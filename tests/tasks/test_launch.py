@@ -1,0 +1,198 @@
+"""A stage's process: its errors arrive, its group ends with its parent, and a restart goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llm.config import RuntimeConfig
+from llm.errors import DataError, Interrupted, StageError
+from llm.job import Job
+from tasks import launch as launch_module
+from tasks.launch import Progress, TransientError, launch
+
+
+@pytest.fixture
+def run_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Progress]]:
+    """Run a stage whose body is given as text; return the progress it made."""
+
+    def run(
+        body: str, *, should_stop: Callable[[], bool] = lambda: False, **runtime: int
+    ) -> list[Progress]:
+        script = tmp_path / "stage.py"
+        script.write_text(
+            "import os, signal, time, json, sys\nfrom pathlib import Path\n"
+            "from llm.job import run_job\nfrom llm.errors import DataError\n"
+            "def clean(job, writer):\n"
+            + textwrap.indent(textwrap.dedent(body), "    ")
+            + "\n    writer.write_bytes('x', b'1')\n    return {}\n"
+            "run_job(clean)\n"
+        )
+        monkeypatch.setattr(
+            launch_module, "command", lambda path, stage: [sys.executable, str(script), str(path)]
+        )
+        job = Job(
+            stage="clean",
+            settings={},
+            runtime=RuntimeConfig(**runtime),
+            out=tmp_path / "staging" / "out",
+            work=tmp_path / "staging" / "work",
+        )
+        seen: list[Progress] = []
+        launch(
+            job,
+            tmp_path / "staging",
+            is_training=True,
+            on_progress=seen.append,
+            should_stop=should_stop,
+        )
+        return seen
+
+    return run
+
+
+def test_finished_stage_leaves_an_artifact_and_its_progress_is_seen(
+    run_stage: Callable[..., list[Progress]], tmp_path: Path
+) -> None:
+    seen = run_stage("""
+        for i in range(5):
+            job.report_progress(i, 5, "rows")
+            time.sleep(0.25)
+    """)
+    assert seen and seen[-1].total == 5 and seen[-1].unit == "rows"
+    assert (tmp_path / "staging" / "out" / "manifest.json").is_file()
+
+
+def test_user_error_arrives_without_a_traceback(run_stage: Callable[..., None]) -> None:
+    with pytest.raises(DataError) as caught:
+        run_stage("raise DataError('corpus.txt:3: no text there')")
+    assert str(caught.value) == "clean: corpus.txt:3: no text there"
+
+
+def test_bug_arrives_with_its_own_traceback_and_how_to_reproduce_it(
+    run_stage: Callable[..., None],
+) -> None:
+    with pytest.raises(StageError) as caught:
+        run_stage("return {}['missing']")
+    message = str(caught.value)
+    assert "KeyError: 'missing'" in message and "return {}['missing']" in message
+    assert "reproduce: " in message and "job.json" in message
+
+
+def test_network_failure_is_told_apart(run_stage: Callable[..., None]) -> None:
+    with pytest.raises(TransientError):
+        run_stage("raise ConnectionResetError('cut')")
+
+
+def test_stage_killed_by_a_signal_is_started_again(
+    run_stage: Callable[..., None], tmp_path: Path
+) -> None:
+    run_stage("""
+        mark = job.work / "was_here"
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    assert (tmp_path / "staging" / "out" / "manifest.json").is_file()
+
+
+def test_stage_killed_each_time_is_an_error_that_names_the_signal(
+    run_stage: Callable[..., None],
+) -> None:
+    with pytest.raises(StageError, match="SIGKILL"):
+        run_stage("os.kill(os.getpid(), signal.SIGKILL)", max_restarts=1)
+
+
+def test_stop_reaches_the_child_which_saves_first(
+    run_stage: Callable[..., None], tmp_path: Path
+) -> None:
+    stop = threading.Event()
+    threading.Timer(1.5, stop.set).start()
+    with pytest.raises(Interrupted):
+        run_stage(
+            """
+            from llm.errors import Interrupted
+            try:
+                while True:
+                    job.report_progress(0, 0, "rows")
+                    time.sleep(0.01)
+            except Interrupted:
+                (job.work / "saved").touch()
+                raise
+            """,
+            should_stop=stop.is_set,
+        )
+    assert (tmp_path / "staging" / "work" / "saved").exists()
+
+
+def test_hung_stage_is_stopped_and_started_again(
+    run_stage: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launch_module, "SECONDS_TO_SAVE", 0.5)
+    run_stage(
+        """
+        mark = job.work / "was_here"
+        if not mark.exists():
+            mark.touch()
+            time.sleep(600)
+        """,
+        stall_seconds=2,
+    )
+    assert (tmp_path / "staging" / "out" / "manifest.json").is_file()
+
+
+def test_code_changed_after_the_key_was_taken_is_refused(tmp_path: Path) -> None:
+    job = Job(
+        stage="clean",
+        settings={},
+        code={"llm.clean": "of another time"},
+        out=tmp_path / "out",
+        work=tmp_path / "work",
+    )
+    with pytest.raises(StageError, match=r"the code of .*llm\.clean.* changed"):
+        launch(
+            job,
+            tmp_path,
+            is_training=False,
+            on_progress=lambda progress: None,
+            should_stop=lambda: False,
+        )
+
+
+def test_child_is_gone_when_its_parent_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "stage.py"
+    script.write_text(
+        "import time\nfrom llm.job import run_job\n"
+        "def clean(job, writer):\n"
+        "    while True:\n        job.report_progress(0, 0, 'rows')\n        time.sleep(0.01)\n"
+        "run_job(clean)\n"
+    )
+    parent = tmp_path / "parent.py"
+    parent.write_text(
+        "import sys\nfrom pathlib import Path\nfrom llm.job import Job\nfrom tasks import launch\n"
+        f"launch.command = lambda path, stage: [sys.executable, {str(script)!r}, str(path)]\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "job = Job(stage='clean', settings={}, out=folder / 'out', work=folder / 'work')\n"
+        "launch.launch(job, folder, is_training=False, on_progress=lambda p: None,"
+        " should_stop=lambda: False)\n"
+    )
+    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]))
+    process = subprocess.Popen([sys.executable, str(parent)], env=environment)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "work" / "progress.json").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive
