@@ -1,7 +1,12 @@
 """Turn raw files into documents with ids, each once, split into train and validation.
 
+A record of text holds it under `text_key`. A chat holds `messages`, each with `role` (system, user,
+assistant) and `content`, or else `instruction`, `input` and `output`; `kind` may name what it is.
+
 A document's id is the hash of its content, and the hash alone decides its side of the split: adding
-data never moves a document from one side to the other. Nothing is dropped without being counted.
+data never moves a document from one side to the other. Chats with the same `group` (questions on
+the same function, say) stay together: for them the hash of the group decides. Nothing is dropped
+without being counted.
 """
 
 import hashlib
