@@ -1,0 +1,125 @@
+"""Checkpoints: what training needs to go on as if it had never been stopped.
+
+`checkpoints/step-00000050/` holds the weights and the optimizer's state as safetensors,
+`state.json`, and a manifest with the sha256 of each, written last; the folder gets its name by a
+rename once all of it is on the disk. So a folder of that name is whole, unless something damaged it
+later, which the sums show.
+"""
+
+import errno
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from llm.artifact import ArtifactWriter, file_sha256, fsync_folder, read_manifest
+from llm.errors import ArtifactError, StageError
+from llm.model.store import read_tensors, set_weights, weights_of, write_tensors
+from llm.model.transformer import Transformer
+from llm.training.loop import TrainState
+from llm.training.optimizers import Optimizer
+
+PREFIX, DAMAGED_PREFIX = "step-", "damaged-"
+WRITING, REMOVING = ".writing", ".removing"
+WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+def save_checkpoint(
+    folder: Path, model: Transformer, optimizer: Optimizer, state: TrainState, *, keep: int
+) -> None:
+    """Publish a checkpoint of `state` in `folder`, then remove all but the newest `keep`.
+
+    Raises:
+        StageError: the disk is full. Earlier checkpoints are untouched.
+    """
+    final = folder / f"{PREFIX}{state.step:08d}"
+    if final.exists():
+        return  # saved already: by the same settings and seed, so the same
+    weights, moments = weights_of(model), optimizer.state_dict()
+    try:
+        writer = ArtifactWriter(folder / WRITING)
+        with writer.open(WEIGHTS) as file:
+            write_tensors(file, weights)
+        with writer.open(OPTIMIZER) as file:
+            write_tensors(file, moments)
+        writer.write_json(STATE, asdict(state))
+        writer.finish(stage="checkpoint", summary={"step": state.step})
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        shutil.rmtree(folder / WRITING, ignore_errors=True)
+        needed = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values()))
+        raise StageError(
+            f"{folder}: no space left for a checkpoint of {needed:,} bytes, found"
+            f" {shutil.disk_usage(folder).free:,} free; make room and run again, training goes on from"
+            " the checkpoint before"
+        ) from error
+    (folder / WRITING).rename(final)
+    fsync_folder(folder)
+    for old in _published(folder)[:-keep]:
+        old.rename(folder / REMOVING)  # first out of sight: half a folder is no checkpoint
+        shutil.rmtree(folder / REMOVING)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint in `folder`; damaged ones on the way are set aside with
+    the reason.
+    """
+    for leftover in (WRITING, REMOVING):
+        shutil.rmtree(folder / leftover, ignore_errors=True)
+    for path in reversed(_published(folder)):
+        problem = _problem(path)
+        if problem is None:
+            return path
+        aside = _free_name(folder / f"{DAMAGED_PREFIX}{path.name}")
+        path.rename(aside)
+        (aside / "reason.txt").write_text(problem + "\n", encoding="utf-8")
+        print(f"checkpoint set aside as {aside.name}: {problem}", file=sys.stderr)
+    return None
+
+
+def load_checkpoint(path: Path, model: Transformer, optimizer: Optimizer) -> TrainState:
+    """Bring model and optimizer to the checkpoint at `path` and return how far it was.
+
+    Raises:
+        ArtifactError: it is of another model, optimizer or version.
+    """
+    try:
+        state = TrainState(**json.loads((path / STATE).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ArtifactError(
+            f"{path / STATE}: of another version ({error}); remove {path.parent}"
+        ) from error
+    set_weights(model, read_tensors(path / WEIGHTS), path / WEIGHTS)
+    optimizer.load_state_dict(read_tensors(path / OPTIMIZER), path / OPTIMIZER)
+    return state
+
+
+def _published(folder: Path) -> list[Path]:
+    """Return the checkpoints by name, oldest first."""
+    return sorted(folder.glob(f"{PREFIX}*"))
+
+
+def _problem(path: Path) -> str | None:
+    """Say what is damaged in a checkpoint, or None when every byte is as it was written."""
+    try:
+        manifest = read_manifest(path)
+        for record in manifest.files:
+            size = (path / record.path).stat().st_size
+            if size != record.size_bytes:
+                return f"{record.path}: found {size} bytes, expected {record.size_bytes}"
+            if (found := file_sha256(path / record.path)) != record.sha256:
+                return f"{record.path}: found sha256 {found}, expected {record.sha256}"
+    except (ArtifactError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _free_name(path: Path) -> Path:
+    number = 0
+    candidate = path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate

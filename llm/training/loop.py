@@ -1,0 +1,189 @@
+"""The one training loop: a generator of steps. What to do with a step is up to who asks for it.
+
+Shapes: B rows in a micro-batch, T positions, V vocabulary.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from llm.config import OptimizationConfig
+from llm.data.rows import Rows
+from llm.errors import StageError
+from llm.model.loss import token_losses
+from llm.training.batches import Batch, make_batch, sample_rows
+from llm.training.optimizers import Optimizer
+from llm.training.schedules import learning_rate_factor
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainState:
+    """How far training is: with weights and optimizer, all that a checkpoint needs.
+
+    No generator is here because none is kept: whatever is random is a function of the seed and the
+    step. Neither is the number of processes, which may change between two runs.
+    """
+
+    step: int = 0
+    """Steps done."""
+    tokens: int = 0
+    """Positions read, padding included: rows times their length."""
+    epoch: int = 0
+    """Passes over the training rows completed."""
+    row: int = 0
+    """Rows read in the epoch under way."""
+    skipped_steps: int = 0
+    """Steps whose rows, on all processes, held nothing to learn; they changed no weight."""
+    loss: float | None = None
+    """Training loss of the last step that learned, in nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """What one step did, the same on every process."""
+
+    step: int
+    """Steps done, this one included."""
+    tokens: int
+    """Positions read in this step over all processes, padding included."""
+    num_targets: int
+    """Positions learned from, over all processes. 0: the step was skipped."""
+    loss: float
+    """Mean loss of these targets before the update, in nats per token."""
+    gradient_norm: float
+    """Norm of the whole gradient before clipping."""
+    learning_rate: float
+    """AdamW's learning rate in this step."""
+    seconds: float
+    """How long it took."""
+
+
+def training_steps(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    rows: Rows,
+    config: OptimizationConfig,
+    state: TrainState,
+    *,
+    stage: str,
+    seed: int,
+    micro_batch_rows: int,
+    is_stopping: Callable[[], bool],
+) -> Iterator[Step]:
+    """Train from `state` to `config.num_steps`, yielding after each step with `state` brought up to
+    date.
+
+    It ends early, between two steps and on all processes alike, when any of them is asked to stop;
+    then `state.step` is below `config.num_steps`.
+
+    Raises:
+        StageError: loss or gradient is not finite. Weights and optimizer are as before that step.
+    """
+    world = accelerator.num_processes
+    model.train()
+    while state.step < config.num_steps:
+        started_at = time.perf_counter()
+        batches = step_batches(rows, config, state.step, seed, accelerator, micro_batch_rows)
+        # One message before any work: the number of targets that every loss is divided by, and
+        # whether to stop.
+        local_targets = sum(batch.num_targets() for batch in batches)
+        num_targets, num_stopping = _sum_over_processes(
+            accelerator, float(local_targets), float(is_stopping())
+        )
+        if num_stopping:
+            return
+        loss, gradient_norm = 0.0, 0.0
+        factor = learning_rate_factor(state.step, config)
+        if num_targets:
+            # The mean over all targets of all processes and micro-batches, whatever their share of
+            # padding: the sum of every token's loss over the number of tokens. DDP divides the
+            # summed gradients by the number of processes, so each loss is multiplied by it.
+            local_loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+            for number, batch in enumerate(batches, start=1):
+                is_last = number == len(batches)
+                with nullcontext() if is_last else accelerator.no_sync(model):
+                    on_device = batch.to(accelerator.device)
+                    documents = on_device.document_ids if config.is_document_masked else None
+                    logits = model(on_device.inputs, documents)  # (B, T) -> (B, T, V)
+                    share = token_losses(logits, on_device.targets).sum() / num_targets
+                    accelerator.backward(share * world)
+                local_loss += share.detach()
+            (loss,) = _sum_over_processes(accelerator, local_loss)
+            norm = accelerator.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
+            gradient_norm = float(cast(Tensor, norm))
+            # Both are sums over all processes, so all of them decide alike.
+            if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+                optimizer.zero_grad()
+                raise StageError(
+                    _divergence_message(stage, state.step + 1, loss, gradient_norm, config)
+                )
+            optimizer.set_learning_rates(factor)
+            optimizer.step()
+            optimizer.zero_grad()
+            state.loss = loss
+        else:
+            state.skipped_steps += 1
+        state.step += 1
+        state.tokens += config.rows_per_step * rows.seq_len
+        state.epoch, state.row = divmod(state.step * config.rows_per_step, rows.num_rows)
+        yield Step(
+            step=state.step,
+            tokens=config.rows_per_step * rows.seq_len,
+            num_targets=int(num_targets),
+            loss=loss,
+            gradient_norm=gradient_norm,
+            learning_rate=config.learning_rate * factor,
+            seconds=time.perf_counter() - started_at,
+        )
+
+
+def step_batches(
+    rows: Rows,
+    config: OptimizationConfig,
+    step: int,
+    seed: int,
+    accelerator: Accelerator,
+    micro_batch_rows: int,
+) -> list[Batch]:
+    """Return this process's micro-batches of `step`: its slice of the rows that all of them learn
+    from.
+    """
+    per_process = config.rows_per_step // accelerator.num_processes
+    first = step * config.rows_per_step + accelerator.process_index * per_process
+    mine = sample_rows(seed, first, per_process, rows.num_rows)
+    return [
+        make_batch(rows.read(mine[start : start + micro_batch_rows]))
+        for start in range(0, per_process, micro_batch_rows)
+    ]
+
+
+def _sum_over_processes(accelerator: Accelerator, *numbers: float | Tensor) -> list[float]:
+    """Return each number summed over all processes, by one all-reduce."""
+    summed = torch.stack(
+        [
+            torch.as_tensor(number, dtype=torch.float64, device=accelerator.device)
+            for number in numbers
+        ]
+    )
+    return cast(Tensor, accelerator.reduce(summed, reduction="sum")).tolist()
+
+
+def _divergence_message(
+    stage: str, step: int, loss: float, gradient_norm: float, config: OptimizationConfig
+) -> str:
+    rate = "muon_learning_rate" if config.optimizer == "muon" else "learning_rate"
+    return (
+        f"{stage}: step {step} of {config.num_steps} gave a loss of {loss} and a gradient norm of"
+        f" {gradient_norm}, expected finite numbers; the weights are as before that step. Try a lower"
+        f" {stage}.{rate} (now {getattr(config, rate):g}), more {stage}.warmup_steps (now"
+        f" {config.warmup_steps})"
+        + (f", or {stage}.precision=fp32" if config.precision != "fp32" else "")
+    )

@@ -1,0 +1,214 @@
+"""The processes of a training: `python -m llm.pretrain JOB.json` is one, or starts one per device.
+
+Each rank is the same command with RANK and WORLD_SIZE in its environment, so any launcher that sets
+these, on many nodes too, does as well as the one here. This one is for a single machine and opens
+no port to others: ranks find each other by a file (`FileStore`) and talk over the loopback
+interface.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import torch
+import torch.distributed
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from llm.config import OptimizationConfig, RuntimeConfig
+from llm.errors import ConfigError, StageError
+from llm.job import (
+    ERROR,
+    EXIT_INTERRUPTED,
+    Job,
+    StageFunction,
+    die_with_parent,
+    read_job,
+    run_job,
+)
+
+RENDEZVOUS, LAUNCHER_PID = "FROMSCRATCH_RENDEZVOUS", "FROMSCRATCH_LAUNCHER_PID"
+SECONDS_BETWEEN_LOOKS = 0.05
+SECONDS_TO_END = 20.0  # ranks of a failed group get this long before they are killed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Where a training runs: on what, and in how many processes."""
+
+    device: Literal["cpu", "cuda"]
+    num_processes: int
+
+
+def run_training_job(function: StageFunction) -> None:
+    """Be the process of a training stage, or, when it wants several and none is started, their
+    launcher.
+    """
+    if "RANK" not in os.environ and len(sys.argv) == 2:
+        job = read_job(Path(sys.argv[1]))
+        num_processes = place(job.runtime).num_processes if _is_placeable(job.runtime) else 1
+        if num_processes > 1:
+            sys.exit(_launch(job, num_processes))
+    elif LAUNCHER_PID in os.environ:
+        die_with_parent()
+        if os.getppid() != int(os.environ[LAUNCHER_PID]):
+            sys.exit(EXIT_INTERRUPTED)  # the launcher died while this rank was starting
+    run_job(function)
+
+
+def place(runtime: RuntimeConfig) -> Placement:
+    """Decide device and number of processes.
+
+    Raises:
+        ConfigError: GPUs are asked for that are not there.
+    """
+    num_gpus = torch.cuda.device_count() if runtime.device != "cpu" else 0
+    if runtime.device == "cuda" and not num_gpus:
+        raise ConfigError("runtime.device: found cuda, but torch sees no GPU; use cpu or auto")
+    if num_gpus and runtime.num_processes > num_gpus and "RANK" not in os.environ:
+        raise ConfigError(
+            f"runtime.num_processes: found {runtime.num_processes}, expected at most {num_gpus}, the number"
+            " of visible GPUs"
+        )
+    return Placement(
+        device="cuda" if num_gpus else "cpu",
+        num_processes=int(os.environ.get("WORLD_SIZE", 0))
+        or runtime.num_processes
+        or max(1, num_gpus),
+    )
+
+
+def make_accelerator(runtime: RuntimeConfig, config: OptimizationConfig) -> Accelerator:
+    """Join the other processes, if any, and say on what and in which precision to train.
+
+    Raises:
+        ConfigError: the machine has not what `runtime` asks for.
+        StageError: Accelerate sees another number of processes than there should be.
+    """
+    placement = place(runtime)
+    is_cpu = placement.device == "cpu"
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", placement.num_processes))
+    torch.set_num_threads(runtime.num_threads or _threads_per_process(local_processes))
+    if not is_cpu:
+        # The same bits on every run: kernels that add in a fixed order. cuBLAS needs the variable.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if RENDEZVOUS in os.environ and not torch.distributed.is_initialized():
+        rank = int(os.environ["RANK"])
+        if not is_cpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group(
+            "gloo" if is_cpu else "nccl",
+            init_method=f"file://{os.environ[RENDEZVOUS]}",
+            rank=rank,
+            world_size=placement.num_processes,
+        )
+    accelerator = Accelerator(
+        cpu=is_cpu,
+        mixed_precision="bf16" if config.precision == "bf16" else "no",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ],
+    )
+    if accelerator.num_processes != placement.num_processes:
+        raise StageError(
+            f"Accelerate found {accelerator.num_processes} process(es), expected"
+            f" {placement.num_processes}; start them with RANK, WORLD_SIZE and LOCAL_RANK set, or leave"
+            " runtime.num_processes at 0"
+        )
+    return accelerator
+
+
+def _is_placeable(runtime: RuntimeConfig) -> bool:
+    """Tell whether `place` works; where not, the stage itself reports why."""
+    with contextlib.suppress(ConfigError):
+        place(runtime)
+        return True
+    return False
+
+
+def _threads_per_process(num_processes: int) -> int:
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, num_cores // num_processes)
+
+
+def _launch(job: Job, num_processes: int) -> int:
+    """Start the ranks, pass signals on, and return the exit code when all have ended."""
+    die_with_parent()
+    job.work.mkdir(parents=True, exist_ok=True)
+    for leftover in job.work.glob("rendezvous-*"):
+        leftover.unlink()
+    rendezvous = job.work.resolve() / f"rendezvous-{uuid.uuid4().hex}"
+    threads = job.runtime.num_threads or _threads_per_process(num_processes)
+    ranks: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            process.send_signal(signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    for rank in range(num_processes):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(num_processes),
+            "LOCAL_WORLD_SIZE": str(num_processes),
+            "OMP_NUM_THREADS": str(threads),
+            "GLOO_SOCKET_IFNAME": "lo" if sys.platform.startswith("linux") else "lo0",
+            "NCCL_SOCKET_IFNAME": "lo",
+            RENDEZVOUS: str(rendezvous),
+            LAUNCHER_PID: str(os.getpid()),
+        }
+        command = [sys.executable, "-m", f"llm.{job.stage}", sys.argv[1]]
+        ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
+    try:
+        return _wait(job, ranks)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+        rendezvous.unlink(missing_ok=True)
+
+
+def _wait(job: Job, ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait for all ranks; when one fails, end the others, since they wait for it for ever."""
+    while True:
+        codes = [process.poll() for process in ranks]
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+        if failed:
+            break
+        if None not in codes:
+            return 0
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    rank, code = failed[0], codes[failed[0]] or 0
+    if code != EXIT_INTERRUPTED:
+        for process in ranks:
+            process.terminate()
+    give_up_at = time.monotonic() + SECONDS_TO_END
+    for process in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=max(0.0, give_up_at - time.monotonic()))
+    if code < 0:
+        # What the others wrote are consequences. This process ends as the rank did, so that whoever
+        # started it sees a kill, which is worth another try, and not an error, which is not.
+        for consequence in job.work.glob(f"*{ERROR}"):
+            consequence.unlink()
+        name = signal.Signals(-code).name
+        print(f"{job.stage}: rank {rank} of {len(ranks)} was killed by {name}", file=sys.stderr)
+        sys.stderr.flush()
+        for process in ranks:
+            process.kill()
+            process.wait()
+        signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+        os.kill(os.getpid(), -code)
+    return code
