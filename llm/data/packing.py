@@ -140,14 +140,15 @@ def _write_stream(rows: RowWriter, stream: Tokens, mask: Mask | None, document: 
     """
     S, T = len(stream), rows.layout.seq_len
     B = _num_rows(S, T)
-    num_padding = B * T + 1 - S
-    tokens = np.pad(stream, (0, num_padding), constant_values=rows.layout.pad_id)
-    row_mask = None if mask is None else _windows(np.pad(mask, (0, num_padding)), T)
     bos_positions = np.flatnonzero(stream[1:] == rows.layout.bos_id) + 1
     first_documents = document + np.searchsorted(bos_positions, np.arange(B) * T, side="right")
-    rows.write_rows(_windows(tokens, T), row_mask, first_documents)
+    row_tokens = _cut(stream, B, T, rows.layout.pad_id)
+    row_mask = None if mask is None else _cut(mask, B, T, False)
+    rows.write_rows(row_tokens, row_mask, first_documents)
     return document + len(bos_positions)
 
 
-def _windows(stream: npt.NDArray[Scalar], T: int) -> npt.NDArray[Scalar]:
-    return np.lib.stride_tricks.sliding_window_view(stream, T + 1)[::T]  # (B * T + 1,) -> (B, T+1)
+def _cut(stream: npt.NDArray[Scalar], B: int, T: int, filler: int) -> npt.NDArray[Scalar]:
+    padded = np.full(B * T + 1, filler, dtype=stream.dtype)
+    padded[: len(stream)] = stream
+    return np.column_stack([padded[:-1].reshape(B, T), padded[T::T]])  # (S,) -> (B, T+1)

@@ -130,9 +130,7 @@ class RowWriter:
         last = first_documents + (tokens[:, 1:] == self.layout.bos_id).sum(axis=1)
         before = np.concatenate([[self._last_document], last[:-1]])
         self._last_document = int(last[-1])
-        num_repeated = int(
-            (first_documents == before).sum()
-        )  # rows that begin with the last token before
+        num_repeated = int((first_documents == before).sum())  # rows that go on with a document
         self._num_rows += len(tokens)
         self._num_padding += int(is_padding.sum())
         self._num_tokens += int((~is_padding).sum()) - num_repeated

@@ -1,0 +1,90 @@
+"""A small real corpus, a tokenizer learned from it, and a way to run one stage in a test."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from llm.artifact import ArtifactWriter, Json
+from llm.data.document_file import Message
+from llm.job import Job, StageFunction, finish
+from llm.tokenizer.bpe import TOKENIZER_JSON, ByteLevelBPE
+
+RunStage = Callable[..., tuple[Path, Mapping[str, Json]]]
+MakeDocuments = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[str]:
+    """A module of the standard library, 100 KB of Python and English, in pieces."""
+    text = Path(argparse.__file__).read_text(encoding="utf-8")
+    return [piece + "\n" for piece in text.split("\n\n\n")]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus: list[str]) -> ByteLevelBPE:
+    """Learned from `corpus`, 600 tokens."""
+    return ByteLevelBPE.train(corpus, 600)
+
+
+@pytest.fixture
+def tokenizer_folder(tokenizer: ByteLevelBPE, tmp_path: Path) -> Path:
+    """A folder with `tokenizer` in it."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / TOKENIZER_JSON).write_bytes(tokenizer.to_json())
+    return folder
+
+
+@pytest.fixture
+def make_documents(tmp_path: Path) -> MakeDocuments:
+    """Return a function that writes documents as `clean` does and returns their folder."""
+
+    def make(
+        train: Sequence[str | Sequence[Message]], validation: Sequence[str | Sequence[Message]]
+    ) -> Path:
+        folder = tmp_path / "documents"
+        folder.mkdir(exist_ok=True)
+        is_text = isinstance([*train, *validation, ""][0], str)
+        content = "text" if is_text else "chats"
+        (folder / "documents.json").write_text(json.dumps({"content": content}))
+        for split, documents in (("train", train), ("validation", validation)):
+            with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+                for document in documents:
+                    key = "text" if is_text else "messages"
+                    record = {"id": document_id(document), key: document}
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def run_stage(tmp_path: Path) -> RunStage:
+    """Return a function that runs one stage in this process; it returns its folder and summary."""
+
+    def run(
+        stage: StageFunction,
+        settings: Mapping[str, Json],
+        seed: int = 1,
+        out: str = "out",
+        **inputs: Path,
+    ) -> tuple[Path, Mapping[str, Json]]:
+        folders = {name: str(folder) for name, folder in inputs.items()}
+        job = Job(stage=stage.__name__, settings=settings, seed=seed, inputs=folders)
+        job.out, job.work = tmp_path / out, tmp_path / f"{out}.work"
+        job.work.mkdir(exist_ok=True)
+        writer = ArtifactWriter(job.out)
+        summary = stage(job, writer)
+        finish(job, writer, summary)
+        return job.out, summary
+
+    return run
+
+
+def document_id(document: str | Sequence[Message]) -> str:
+    """The id that `make_documents` gives a document."""
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:32]

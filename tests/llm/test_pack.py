@@ -1,0 +1,237 @@
+"""The stage `pack`: from documents to rows, deterministic, and refusing what cannot work."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm import pack as pack_module
+from llm.artifact import Json, read_manifest
+from llm.data.chat import render_chat
+from llm.data.document_file import Message
+from llm.data.rows import Rows
+from llm.errors import ArtifactError, ConfigError, DataError
+from llm.job import PROGRESS, Interrupted, Job
+from llm.pack import pack
+from llm.tokenizer.bpe import TOKENIZER_JSON, ByteLevelBPE
+
+MakeDocuments = Callable[..., Path]
+RunStage = Callable[..., tuple[Path, Mapping[str, Json]]]
+
+SHARED = Path(__file__).parents[2] / "../shared/data"
+
+
+def chat(question: str, answer: str) -> list[Message]:
+    return [Message(role="user", content=question), Message(role="assistant", content=answer)]
+
+
+CHATS = [chat(f"what is {n} + {n}?", f"{n} and {n} make {2 * n}." * (n % 4)) for n in range(200)]
+
+
+def contents_of_documents(rows: Rows) -> list[list[int]]:
+    """Every document's tokens in packed order, joined over rows."""
+    contents: list[list[int]] = []
+    for index in range(rows.num_rows):
+        tokens, _, ordinals = (array[0] for array in rows.read([index]))
+        starts_anew = not contents or int(ordinals[0]) == len(contents)
+        for position in range(0 if starts_anew else 1, len(tokens)):
+            if int(tokens[position]) != rows.layout.pad_id:
+                if int(ordinals[position]) == len(contents):
+                    contents.append([])
+                contents[int(ordinals[position])].append(int(tokens[position]))
+    return contents
+
+
+def test_every_document_comes_back_from_the_rows(
+    make_documents: MakeDocuments,
+    run_stage: RunStage,
+    tokenizer_folder: Path,
+    tokenizer: ByteLevelBPE,
+    corpus: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pack_module, "BATCH_BYTES", 2000)
+    monkeypatch.setattr(pack_module, "ORDER_DOCUMENTS", 7)
+    train, validation = corpus[:-5], [*corpus[-5:], "", "<|bos|> typed <|pad|>"]
+    documents = make_documents(train, validation)
+    out, summary = run_stage(pack, {"seq_len": 64}, documents=documents, tokenizer=tokenizer_folder)
+    for split, texts in (("train", train), ("validation", validation)):
+        rows = Rows(out, split)
+        contents = contents_of_documents(rows)
+        assert sorted(tokenizer.decode(ids) for ids in contents) == sorted(texts)
+        assert all(ids[0] == tokenizer.bos_id for ids in contents)
+        lines = (documents / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        texts_by_id = {record["id"]: record["text"] for record in map(json.loads, lines)}
+        for ordinal, ids in enumerate(contents):
+            assert texts_by_id[rows.source_id(ordinal)] == tokenizer.decode(ids)
+        assert [tokenizer.decode(ids) for ids in contents] != texts, "documents are shuffled"
+        num_tokens = sum(map(len, tokenizer.encode_batch(texts))) + len(texts)
+        assert (rows.info.num_tokens, rows.info.num_documents) == (num_tokens, len(texts))
+        assert rows.info.num_bytes == sum(len(text.encode()) for text in texts)
+        assert rows.info.num_target_tokens == num_tokens - 1
+        assert summary[f"{split}_rows"] == rows.num_rows
+    assert not list(out.glob("*.mask.bin"))
+
+
+def test_every_chat_comes_back_with_its_mask(
+    make_documents: MakeDocuments,
+    run_stage: RunStage,
+    tokenizer_folder: Path,
+    tokenizer: ByteLevelBPE,
+) -> None:
+    long = chat("say a lot", "word " * 300)
+    train, validation = [*CHATS[:150], long], CHATS[150:]
+    documents = make_documents(train, validation)
+    out, summary = run_stage(pack, {"seq_len": 64}, documents=documents, tokenizer=tokenizer_folder)
+    rows = Rows(out, "train")
+    rendered = [render_chat(messages, tokenizer) for messages in train]
+    assert sorted(contents_of_documents(rows)) == sorted(ids for ids, _ in rendered)
+    tokens, mask, _ = rows.read(np.arange(rows.num_rows))
+    assert mask.sum() == sum(sum(each) for _, each in rendered)
+    expected = sorted(
+        token
+        for ids, each in rendered
+        for token, is_target in zip(ids, each, strict=True)
+        if is_target
+    )
+    assert sorted(tokens[mask].tolist()) == expected
+    assert rows.info.num_bytes == sum(len(messages[1]["content"]) for messages in train)
+    num_long = sum(len(ids) > 65 for ids, _ in rendered)
+    assert summary["train_split_chats"] == num_long < len(train) / 2
+
+
+def test_packing_again_gives_the_same_bytes_and_another_seed_another_order(
+    make_documents: MakeDocuments, run_stage: RunStage, tokenizer_folder: Path, corpus: list[str]
+) -> None:
+    inputs = {"documents": make_documents(corpus, corpus[:9]), "tokenizer": tokenizer_folder}
+    digests = [
+        read_manifest(run_stage(pack, {"seq_len": 32}, seed=seed, out=name, **inputs)[0]).digest
+        for seed, name in ((1, "a"), (1, "b"), (2, "c"))
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_size_of_batches_does_not_change_rows_of_text(
+    make_documents: MakeDocuments,
+    run_stage: RunStage,
+    tokenizer_folder: Path,
+    corpus: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = {"documents": make_documents(corpus, corpus[:9]), "tokenizer": tokenizer_folder}
+    digests: set[str] = set()
+    for size in (1, 1000, 1 << 20):
+        monkeypatch.setattr(pack_module, "BATCH_BYTES", size)
+        out, _ = run_stage(pack, {"seq_len": 32}, out=f"out{size}", **inputs)
+        digests.add(read_manifest(out).digest)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "message"),
+    [
+        ([], ["text"], r"train\.jsonl: no documents, expected at least one"),
+        (["text " * 99], [], r"validation\.jsonl: no documents.*clean\.validation_fraction"),
+        (["short"], ["text"], r"tokens, less than one row of pack\.seq_len \+ 1 = 33; lower"),
+        (["text " * 99], [""], r"validation\.jsonl: nothing in it is a target"),
+        ([CHATS[0][:1]], CHATS[1:3], r"train\.jsonl: nothing in it is a target to learn"),
+    ],
+)
+def test_too_little_data_is_refused(
+    make_documents: MakeDocuments,
+    run_stage: RunStage,
+    tokenizer_folder: Path,
+    train: Sequence[str],
+    validation: Sequence[str],
+    message: str,
+) -> None:
+    documents = make_documents(train, validation)
+    with pytest.raises(DataError, match=message):
+        run_stage(pack, {"seq_len": 32}, documents=documents, tokenizer=tokenizer_folder)
+
+
+def test_training_text_of_exactly_one_row_is_enough(
+    make_documents: MakeDocuments,
+    run_stage: RunStage,
+    tokenizer_folder: Path,
+    tokenizer: ByteLevelBPE,
+) -> None:
+    text = tokenizer.decode(tokenizer.encode_batch(["import argparse as parser " * 9])[0][:32])
+    assert len(tokenizer.encode_batch([text])[0]) == 32
+    inputs = {"documents": make_documents([text], ["x"]), "tokenizer": tokenizer_folder}
+    out, _ = run_stage(pack, {"seq_len": 32}, **inputs)
+    assert Rows(out, "train").num_rows == 1
+    with pytest.raises(DataError, match="33 tokens, less than one row"):
+        run_stage(pack, {"seq_len": 33}, **inputs)
+
+
+def test_bad_inputs_are_named(
+    make_documents: MakeDocuments, run_stage: RunStage, tokenizer_folder: Path, corpus: list[str]
+) -> None:
+    inputs = {"documents": make_documents(corpus, corpus[:9]), "tokenizer": tokenizer_folder}
+    with pytest.raises(ConfigError, match="seq_len"):
+        run_stage(pack, {"seq_len": 4}, **inputs)
+    (inputs["documents"] / "validation.jsonl").write_text("{}\n")
+    with pytest.raises(ArtifactError, match=r"validation\.jsonl:1: no document"):
+        run_stage(pack, {"seq_len": 32}, **inputs)
+    (tokenizer_folder / TOKENIZER_JSON).write_text("{}")
+    with pytest.raises(ArtifactError, match=TOKENIZER_JSON):
+        run_stage(pack, {"seq_len": 32}, **inputs)
+
+
+def test_progress_is_reported_in_bytes_of_both_splits(
+    make_documents: MakeDocuments,
+    run_stage: RunStage,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    corpus: list[str],
+) -> None:
+    documents = make_documents(corpus, corpus[:9])
+    run_stage(pack, {"seq_len": 32}, documents=documents, tokenizer=tokenizer_folder)
+    total = sum(path.stat().st_size for path in documents.glob("*.jsonl"))
+    progress = json.loads((tmp_path / "out.work" / PROGRESS).read_text())
+    assert progress == {"done": total, "total": total, "unit": "bytes"}
+
+
+def test_a_stop_leaves_no_manifest_and_a_new_start_gives_the_same_bytes(
+    make_documents: MakeDocuments,
+    run_stage: RunStage,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    corpus: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = {"documents": make_documents(corpus, corpus[:9]), "tokenizer": tokenizer_folder}
+    undisturbed, _ = run_stage(pack, {"seq_len": 32}, out="undisturbed", **inputs)
+    monkeypatch.setattr(pack_module, "BATCH_BYTES", 10_000)
+
+    def stop(job: Job, done: int, total: int, unit: str) -> None:
+        if done > total // 2:
+            raise Interrupted("asked to stop")
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Job, "report_progress", stop)
+        run_stage(pack, {"seq_len": 32}, **inputs)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    again, _ = run_stage(pack, {"seq_len": 32}, **inputs)
+    assert read_manifest(again).digest == read_manifest(undisturbed).digest
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared example data is not beside the project")
+def test_real_instructions_fill_97_of_100_positions(
+    make_documents: MakeDocuments, run_stage: RunStage, tokenizer_folder: Path
+) -> None:
+    records = json.loads((SHARED / "instruction-data.json").read_text(encoding="utf-8"))
+    chats = [
+        chat(f"{record['instruction']}\n{record['input']}".strip(), record["output"])
+        for record in records
+    ]
+    documents = make_documents(chats[:1000], chats[1000:])
+    out, summary = run_stage(
+        pack, {"seq_len": 256}, documents=documents, tokenizer=tokenizer_folder
+    )
+    rows = Rows(out, "train")
+    assert rows.info.num_padding_tokens <= 0.03 * rows.num_rows * 257
+    assert summary["train_split_chats"] == 0
