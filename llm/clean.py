@@ -174,12 +174,12 @@ def _refuse_empty_side(tally: Tally, settings: CleanConfig) -> None:
     assert tally.num_read == tally.num_kept.total() + tally.skipped.total()
     if tally.num_kept["train"] and tally.num_kept["validation"]:
         return
-    skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(tally.skipped.items()))
-    first = f", the first in {tally.rejected[0]['file']} line {tally.rejected[0]['line']}"
+    counts = [f"{count} {reason}" for reason, count in sorted(tally.skipped.items())]
+    first = [f"the first in {example['file']} line {example['line']}" for example in tally.rejected]
     side = "train" if tally.num_kept["validation"] else "validation"
     raise DataError(
         f"of {tally.num_read} documents {tally.num_kept.total()} are left"
-        f" (skipped: {skipped + first if skipped else 'none'}), and none of them fell to {side};"
+        f" (skipped: {', '.join(counts + first[:1]) or 'none'}), and none of them fell to {side};"
         f" give more data, change clean.validation_fraction ({settings.validation_fraction:g}), or"
         f" make clean.text_document_bytes ({settings.text_document_bytes}) smaller, which cuts text"
         " files into more documents"

@@ -1,0 +1,312 @@
+"""Cleaning: every document is used once or counted with its reason, and never changes sides."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm.artifact import ArtifactWriter, Json, load_artifact
+from llm.clean import clean
+from llm.errors import DataError
+from llm.job import Job, finish, write_job
+
+SHARED_DATA = Path(__file__).parents[2] / "../shared/data"
+TEXTS = [f"Document {number} has words of its own." for number in range(200)]
+
+
+def run_clean(
+    folder: Path, files: Mapping[str, bytes], content: str = "text", **chosen: Json
+) -> tuple[dict[str, Json], dict[str, list[dict[str, Json]]], str]:
+    """Clean raw `files`; return the summary, the lines of each output, and the digest."""
+    raw = folder / "raw"
+    (raw / "files").mkdir(parents=True, exist_ok=True)
+    (raw / "source.json").write_text(
+        json.dumps({"kind": "files", "content": content, "text_key": "text"})
+    )
+    for name, data in files.items():
+        (raw / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        (raw / "files" / name).write_bytes(data)
+    (folder / "work").mkdir(exist_ok=True)
+    job = Job(
+        stage="clean", settings=chosen, inputs={"raw": str(raw)}, out=folder / "out",
+        work=folder / "work",
+    )  # fmt: skip
+    writer = ArtifactWriter(job.out)
+    summary = clean(job, writer)
+    finish(job, writer, summary)
+    names = ("train", "validation", "rejected")
+    outputs = {
+        name: [json.loads(line) for line in (job.out / f"{name}.jsonl").read_bytes().splitlines()]
+        for name in names
+    }
+    assert json.loads((job.out / "documents.json").read_bytes()) == {"content": content}
+    assert summary["read_documents"] == (
+        len(outputs["train"]) + len(outputs["validation"]) + sum(summary["skipped"].values())  # type: ignore[union-attr]
+    )
+    assert not list((folder / "work").glob("seen*")), "the set of ids is removed"
+    return summary, outputs, load_artifact(job.out).digest
+
+
+def jsonl(records: list[Json]) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def corpus(texts: list[str]) -> bytes:
+    return jsonl([{"text": text} for text in texts])
+
+
+def texts_of(documents: list[dict[str, Json]]) -> set[str]:
+    return {str(document["text"]) for document in documents}
+
+
+def test_each_document_comes_once_with_the_hash_of_its_content_as_id(tmp_path: Path) -> None:
+    summary, outputs, _ = run_clean(tmp_path, {"a.jsonl": corpus(TEXTS), "b.jsonl": corpus(TEXTS)})
+    documents = outputs["train"] + outputs["validation"]
+    assert sorted(str(document["text"]) for document in documents) == sorted(TEXTS)
+    for document in documents:
+        data = str(document["text"]).encode()
+        assert document["id"] == hashlib.sha256(data).hexdigest()[:32]
+    assert summary["skipped"] == {"duplicate": 200}
+    assert summary["train_bytes"] == sum(len(text) for text in texts_of(outputs["train"]))
+
+
+def test_the_split_is_the_hash_below_the_fraction(tmp_path: Path) -> None:
+    _, outputs, _ = run_clean(tmp_path, {"a.jsonl": corpus(TEXTS)}, validation_fraction=0.3)
+    expected = {
+        text for text in TEXTS
+        if int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64 < 0.3
+    }  # fmt: skip
+    assert texts_of(outputs["validation"]) == expected
+    assert 30 < len(expected) < 90
+
+
+def test_more_data_moves_no_document_to_the_other_side(tmp_path: Path) -> None:
+    _, few, _ = run_clean(tmp_path / "few", {"a.jsonl": corpus(TEXTS[:100])})
+    _, many, _ = run_clean(tmp_path / "many", {"a.jsonl": corpus(TEXTS[::-1])})
+    assert texts_of(few["validation"]) <= texts_of(many["validation"])
+    assert texts_of(few["train"]) <= texts_of(many["train"])
+
+
+def test_the_same_files_give_the_same_digest(tmp_path: Path) -> None:
+    files = {"b/a.txt": b"Some text.\n\nMore.\n" * 99, "a.jsonl": corpus(TEXTS) + b"{\n\xff\n"}
+    digests = {run_clean(tmp_path / str(go), files)[2] for go in range(3)}
+    assert len(digests) == 1
+
+
+def test_text_files_are_cut_and_joined_again_give_their_text(tmp_path: Path) -> None:
+    text = "".join(f"Paragraph {number} of a long story.\n\n" for number in range(500))
+    summary, outputs, _ = run_clean(tmp_path, {"a.txt": text.encode()}, text_document_bytes=400)
+    documents = outputs["train"] + outputs["validation"]
+    assert summary["read_documents"] == len(documents) > 30
+    pieces = sorted(texts_of(documents), key=text.index)
+    assert "".join(pieces) == text
+
+
+NASTY = {
+    b'{"text": "good", "more": 1}': "",
+    b'{"text": "nul \\u0000 stays"}': "",
+    b'{"text": "nul \x00 raw"}': "malformed JSON",
+    b'{"text": "\xff\xfe"}': "",
+    b'{"text": "half \\ud800 a pair"}': "",
+    b'{"text": "a pair \\ud83d\\ude00"}': "",
+    b'{"text": "no end \xe2\x80\xa8 of a line"}': "",
+    b'{"text": ""}': "empty",
+    b'{"text": " \\n\\t "}': "empty",
+    b"   ": "empty",
+    b'{"text": 3}': "wrong type",
+    b'{"text": null}': "wrong type",
+    b'{"text": ["x"]}': "wrong type",
+    b'{"txet": "x"}': "missing key",
+    b'["text"]': "not an object",
+    b'"text"': "not an object",
+    b"null": "not an object",
+    b"{'text': 'python'}": "malformed JSON",
+    b"[" * 100_000 + b"]" * 100_000: "malformed JSON",
+    b'{"text": "x", "n": ' + b"9" * 6000 + b"}": "malformed JSON",
+    b'{"text": "good", "more": 2}': "duplicate",
+}
+NOT_CLOSED = {b'{"text": "cut': "malformed JSON", b"[" * 100_000: "malformed JSON"}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_every_nasty_record_is_used_or_counted_with_file_and_line(
+    tmp_path: Path, name: str
+) -> None:
+    good = corpus(TEXTS).splitlines()
+    nasty = NASTY | NOT_CLOSED if name == "a.jsonl" else NASTY  # those would swallow an array
+    data = (
+        b"\n".join([*good, *nasty]) if name == "a.jsonl" else b"[%s]" % b",\n".join([*good, *nasty])
+    )
+    summary, outputs, _ = run_clean(tmp_path, {name: data})
+    reasons = [reason for reason in nasty.values() if reason]
+    assert summary["skipped"] == {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+    assert summary["read_documents"] == len(TEXTS) + len(nasty)
+    assert summary["num_decode_errors"] == 3
+    kept = texts_of(outputs["train"] + outputs["validation"])
+    assert {"nul \0 stays", "\ufffd\ufffd", "half \ufffd a pair", "a pair \U0001f600"} <= kept
+    assert [example["reason"] for example in outputs["rejected"]] == reasons
+    assert {example["file"] for example in outputs["rejected"]} == {name}
+    lines = [len(TEXTS) + 1 + index for index, reason in enumerate(nasty.values()) if reason]
+    assert [example["line"] for example in outputs["rejected"]] == lines
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_bytes_that_are_no_utf8_follow_the_policy(tmp_path: Path, name: str) -> None:
+    good = b"\n\n".join(text.encode() for text in TEXTS) + b"\n\n"
+    bad = b"bad \xff\xc3( one\n\n"
+    files = {
+        name: good + bad * 3 if name == "a.txt" else corpus(TEXTS) + b'{"text": "\xff\xc3("}\n'
+    }
+    chosen: dict[str, Json] = {"text_document_bytes": 40}
+    num_errors = 6 if name == "a.txt" else 2
+    summary, _, _ = run_clean(tmp_path, files, decode_errors="replace", **chosen)
+    assert summary["num_decode_errors"] == num_errors
+    summary, outputs, _ = run_clean(tmp_path, files, decode_errors="skip", **chosen)
+    assert summary["num_decode_errors"] == num_errors
+    assert outputs["rejected"][0]["reason"] == "invalid UTF-8"
+    assert not any("\ufffd" in text for text in texts_of(outputs["train"] + outputs["validation"]))
+    offset = files[name].index(b"\xff")
+    line = files[name][:offset].count(b"\n") + 1
+    with pytest.raises(DataError, match=rf"{name}: byte {offset} \(line {line}\)"):
+        run_clean(tmp_path, files, decode_errors="strict", **chosen)
+
+
+def test_half_a_surrogate_pair_is_an_error_when_strict(tmp_path: Path) -> None:
+    files = {"a.jsonl": corpus(TEXTS) + b'{"text": "\\udc80"}'}
+    with pytest.raises(DataError, match=r"a\.jsonl: line 201 holds half a surrogate pair"):
+        run_clean(tmp_path, files, decode_errors="strict")
+
+
+def test_a_byte_order_mark_is_no_text_and_utf16_is_refused(tmp_path: Path) -> None:
+    files = {"a.jsonl": b"\xef\xbb\xbf" + corpus(TEXTS), "b.txt": b"\xef\xbb\xbfWords."}
+    summary, outputs, _ = run_clean(tmp_path, files)
+    assert summary["skipped"] == {}
+    assert texts_of(outputs["train"] + outputs["validation"]) == {*TEXTS, "Words."}
+    with pytest.raises(DataError, match=r"c\.txt: this is UTF-16"):
+        run_clean(tmp_path, {"c.txt": "Words".encode("utf-16")})
+
+
+CHATS: dict[str, tuple[Json, str]] = {
+    "messages": ({"messages": [{"role": "user", "content": "q"},
+                               {"role": "assistant", "content": "a"}]}, ""),
+    "alpaca": ({"instruction": "Do.", "input": "this", "output": "Done."}, ""),
+    "no input": ({"instruction": "Do it.", "output": "Done."}, ""),
+    "empty input": ({"instruction": "Do that.", "input": "", "output": "Done."}, ""),
+    "no output": ({"instruction": "Do."}, "missing key"),
+    "no keys": ({"text": "x"}, "missing key"),
+    "number": ({"instruction": "Do.", "output": 3}, "wrong type"),
+    "null input": ({"instruction": "Do.", "input": None, "output": "x"}, "wrong type"),
+    "blank output": ({"instruction": "Do.", "output": " \n"}, "empty answer"),
+    "no list": ({"messages": "x"}, "wrong type"),
+    "no objects": ({"messages": ["x"]}, "wrong type"),
+    "no content": ({"messages": [{"role": "user"}]}, "missing key"),
+    "parts": ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "wrong type"),
+    "no messages": ({"messages": []}, "no assistant message"),
+    "no answer": ({"messages": [{"role": "user", "content": "q"}]}, "no assistant message"),
+    "role": ({"messages": [{"role": "tool", "content": "q"}]}, "unknown role"),
+    "kind": ({"instruction": "Do.", "output": "x", "kind": 3}, "wrong type"),
+    "group": ({"instruction": "Do.", "output": "x", "group": 3}, "wrong type"),
+}  # fmt: skip
+
+
+def test_every_chat_is_used_or_counted(tmp_path: Path) -> None:
+    many = [{"instruction": text, "output": "Yes."} for text in TEXTS]
+    data = jsonl([*many, *(record for record, _ in CHATS.values())])
+    summary, outputs, _ = run_clean(tmp_path, {"a.jsonl": data}, "chats")
+    reasons = [reason for _, reason in CHATS.values() if reason]
+    assert summary["skipped"] == {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+    chats = [chat["messages"] for chat in outputs["train"] + outputs["validation"]]
+    for question in ("Do.\n\nthis", "Do it.", "Do that."):
+        assert [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": "Done."},
+        ] in chats
+    assert {chat["kind"] for chat in outputs["train"]} == {"chat"}
+
+
+def test_chats_of_one_group_stay_on_one_side(tmp_path: Path) -> None:
+    records: list[Json] = [
+        {"instruction": f"{text} {number}", "output": "Yes.", "kind": text, "group": text}
+        for text in TEXTS
+        for number in range(3)
+    ]
+    _, outputs, _ = run_clean(
+        tmp_path, {"a.jsonl": jsonl(records)}, "chats", validation_fraction=0.2
+    )
+    sides = [{chat["kind"] for chat in outputs[side]} for side in ("train", "validation")]
+    assert not sides[0] & sides[1] and len(sides[0]) + len(sides[1]) == len(TEXTS)
+    assert 20 < len(sides[1]) < 60
+
+
+@pytest.mark.parametrize("texts", [[], TEXTS[:1], ["  "] * 9])
+def test_an_empty_side_is_an_error_that_says_what_there_was(
+    tmp_path: Path, texts: list[str]
+) -> None:
+    with pytest.raises(DataError, match=rf"of {len(texts)} documents .*validation_fraction"):
+        run_clean(tmp_path, {"a.jsonl": corpus(texts)})
+
+
+@given(st.binary(max_size=300), st.sampled_from(["a.txt", "a.jsonl", "a.json"]),
+       st.sampled_from(["text", "chats"]))  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_any_bytes_are_counted_or_refused_by_a_typed_error(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, name: str, content: str
+) -> None:
+    if (content, name) == ("chats", "a.txt"):
+        return
+    many: list[Json] = [{"text": text, "instruction": text, "output": "Yes."} for text in TEXTS]
+    try:
+        run_clean(tmp_path_factory.mktemp("any"), {name: data, "z.jsonl": jsonl(many)}, content)
+    except DataError as error:
+        assert "a.json" in str(error) or "UTF-16" in str(error)
+
+
+def test_a_line_without_end_is_counted_in_bounded_memory(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    (raw / "files").mkdir(parents=True)
+    source = {"kind": "files", "content": "text", "text_key": "text"}
+    (raw / "source.json").write_text(json.dumps(source))
+    (raw / "files/a.jsonl").write_bytes(corpus(TEXTS))
+    for name in ("b.jsonl", "c.json"):
+        with (raw / "files" / name).open("wb") as file:
+            file.write(b'[{"text": "' if name == "c.json" else b'{"text": "')
+            file.truncate(1 << (30 if name == "b.jsonl" else 28))  # a hole, which takes no disk
+            file.seek(0, os.SEEK_END)
+            file.write(b'"}]' if name == "c.json" else b'"}\n')
+    job = Job(
+        stage="clean", inputs={"raw": str(raw)}, settings={}, out=tmp_path / "out",
+        work=tmp_path / "work",
+    )  # fmt: skip
+    write_job(tmp_path / "job.json", job)
+    code = (
+        "import resource; from llm.clean import clean; from llm.job import run_job; run_job(clean);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "job.json")], capture_output=True, text=True,
+        cwd=Path(__file__).parents[2], check=True,
+    )  # fmt: skip
+    assert load_artifact(job.out).summary["skipped"] == {"longer than 16 MiB": 2}
+    assert int(run.stdout) * 1024 < 200e6
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs the data to try the project on")
+def test_shakespeare_is_cut_without_loss_and_the_instructions_are_all_read(tmp_path: Path) -> None:
+    text = (SHARED_DATA / "tinyshakespeare.txt").read_bytes()
+    summary, outputs, _ = run_clean(
+        tmp_path / "text", {"a.txt": text}, text_document_bytes=4096, validation_fraction=0.1
+    )
+    assert summary["skipped"] == {}
+    documents = texts_of(outputs["train"] + outputs["validation"])
+    assert "".join(sorted(documents, key=text.decode().index)) == text.decode()
+    chats = (SHARED_DATA / "instruction-data.json").read_bytes()
+    summary, outputs, _ = run_clean(tmp_path / "chats", {"a.json": chats}, "chats")
+    assert summary["read_documents"] == 1100
+    assert set(summary["skipped"]) <= {"duplicate"}  # type: ignore[arg-type]
