@@ -1,0 +1,293 @@
+"""Measure base and chat model on what neither has seen, beside what needs no model at all."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llm.artifact import ArtifactWriter, Json, Manifest, read_manifest
+from llm.config import EvaluateConfig, ModelConfig, read_section
+from llm.data.rows import Rows
+from llm.errors import ArtifactError, ConfigError
+from llm.evaluation.baselines import Baselines, measure_baselines
+from llm.evaluation.bits_per_byte import DocumentScores, score_rows
+from llm.evaluation.instructions import (
+    HeldOut,
+    answer_instructions,
+    exact_match,
+    read_instructions,
+)
+from llm.evaluation.leak import LeakResult, find_leaks, leak_metrics
+from llm.evaluation.report import Metric, Report, Sample, rounded, samples_json
+from llm.evaluation.samples import continue_prompts, encode_prompts
+from llm.job import Job, run_job
+from llm.model.store import load_model
+from llm.model.transformer import Transformer
+from llm.seeds import derive_seed
+from llm.tokenizer.bpe import ByteLevelBPE
+
+MODELS = ("base", "chat")
+NUM_SHOWN_INSTRUCTIONS = 3
+ROWS_PER_READ = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """What both models are measured on."""
+
+    tokenizer: ByteLevelBPE
+    text: Rows
+    chats: Rows
+    held_out: HeldOut
+    prompts: list[list[int]]
+    is_text_masked: bool
+    """Score text as the base model was trained: within documents only, or across them."""
+    is_chat_masked: bool
+    """Score answers as the chat model was trained."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Findings:
+    """What was found about one model."""
+
+    text: DocumentScores
+    chats: DocumentScores
+    leak: LeakResult
+    answers: list[str]
+    continuations: list[str]
+    shape: ModelConfig
+    num_parameters: int
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """One bar over all that is read, scored or answered, each counted as a row."""
+
+    job: Job
+    total: int
+    done: int = 0
+
+    def advance(self, num_rows: int) -> None:
+        """Say that so many rows more are done.
+
+        Raises:
+            Interrupted: the stage was asked to stop.
+        """
+        self.done += num_rows
+        self.job.report_progress(self.done, self.total, "rows")
+
+
+def evaluate(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
+    """Score, question and compare the two models; write report.json, report.md and samples.json.
+
+    Raises:
+        ArtifactError: models, rows and tokenizer do not belong together, or a model is broken.
+        ConfigError: a prompt that does not fit the context, or a device that is not there.
+    """
+    config = read_section(EvaluateConfig, job.settings)
+    if job.runtime.num_threads:
+        torch.set_num_threads(job.runtime.num_threads)
+    device = _device(job.runtime.device)
+    folders = {name: Path(job.inputs[name]) for name in MODELS}
+    manifests = {name: read_manifest(folder) for name, folder in folders.items()}
+    data = _open_data(job, config, manifests)
+    per_model = data.text.num_rows + data.chats.num_rows + len(data.held_out.instructions)
+    progress = Progress(job=job, total=data.text.num_rows + len(MODELS) * per_model)
+    baselines = measure_baselines(_text_bytes(data, progress))
+    if baselines.num_bytes != data.text.info.num_bytes:
+        raise ArtifactError(
+            f"{job.inputs['text_rows']}: the validation rows hold {baselines.num_bytes} bytes of"
+            f" text, pack.json says {data.text.info.num_bytes}; run pack again"
+        )
+    findings: dict[str, Findings] = {}
+    for name, folder in folders.items():  # one after the other: one model in memory
+        model = load_model(folder, device).eval()
+        _refuse_misfits(model, data, folder)
+        findings[name] = _measure(model, data, config, job.seed, progress)
+    report = Report(
+        metrics=_metrics(findings, baselines, data.held_out),
+        samples=tuple(_samples(findings, config.prompts, data.held_out)),
+        settings=_settings(findings, data, manifests),
+        notes=tuple(_notes(data.held_out, config.num_instructions)),
+    )
+    writer.write_bytes("report.json", report.to_json())
+    writer.write_bytes("report.md", report.to_markdown().encode())
+    writer.write_json("samples.json", samples_json(report.samples))
+    return dict(report.values())
+
+
+def _device(wanted: str) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise ConfigError("runtime.device: found cuda, but there is no GPU here; use auto or cpu")
+    return torch.device("cuda" if has_gpu and wanted != "cpu" else "cpu")
+
+
+def _open_data(job: Job, config: EvaluateConfig, manifests: dict[str, Manifest]) -> Data:
+    tokenizer = ByteLevelBPE.load(Path(job.inputs["tokenizer"]))
+    text = Rows(Path(job.inputs["text_rows"]), "validation")
+    chats = Rows(Path(job.inputs["chat_rows"]), "validation")
+    return Data(
+        tokenizer=tokenizer,
+        text=text,
+        chats=chats,
+        held_out=read_instructions(chats, tokenizer, config.num_instructions),
+        prompts=encode_prompts(config.prompts, tokenizer, text.seq_len),
+        is_text_masked=manifests["base"].settings.get("is_document_masked") is True,
+        is_chat_masked=manifests["chat"].settings.get("is_document_masked") is True,
+    )
+
+
+def _refuse_misfits(model: Transformer, data: Data, folder: Path) -> None:
+    sizes = {
+        "tokenizer": data.tokenizer.vocab_size,
+        "text rows": data.text.layout.vocab_size,
+        "chat rows": data.chats.layout.vocab_size,
+    }
+    for what, size in sizes.items():
+        if size != model.vocab_size:
+            raise ArtifactError(
+                f"{folder}: a model of {model.vocab_size} tokens, but the {what} have {size};"
+                " evaluate a model with the tokenizer and rows it was made with"
+            )
+    longest = max(data.text.seq_len, data.chats.seq_len)
+    if longest > model.seq_len:
+        raise ArtifactError(
+            f"{folder}: a model with a context of {model.seq_len} tokens, but rows of {longest};"
+            " evaluate a model with the rows it was made with"
+        )
+
+
+def _text_bytes(data: Data, progress: Progress) -> Iterator[bytes]:
+    """Yield the bytes of the validation text, exactly: those of every target, in order."""
+    for start in range(0, data.text.num_rows, ROWS_PER_READ):
+        indices = np.arange(start, min(start + ROWS_PER_READ, data.text.num_rows))
+        tokens = data.text.read(indices).tokens
+        yield data.tokenizer.decode_bytes(tokens[:, 1:].ravel().tolist())
+        progress.advance(len(indices))
+
+
+def _measure(
+    model: Transformer, data: Data, config: EvaluateConfig, seed: int, progress: Progress
+) -> Findings:
+    text = _score(model, data, data.text, progress)
+    chats = _score(model, data, data.chats, progress)
+    answers: list[str] = []
+    for batch in answer_instructions(
+        model, data.tokenizer, data.held_out.instructions, config.max_new_tokens
+    ):
+        answers += batch
+        progress.advance(len(batch))
+    return Findings(
+        text=text,
+        chats=chats,
+        answers=answers,
+        leak=find_leaks(
+            model,
+            data.text,
+            is_document_masked=data.is_text_masked,
+            seed=derive_seed(seed, "leak"),
+        ),
+        continuations=continue_prompts(
+            model,
+            data.tokenizer,
+            data.prompts,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=derive_seed(seed, "samples"),
+        ),
+        shape=model.config,
+        num_parameters=model.num_parameters(),
+    )
+
+
+def _score(model: Transformer, data: Data, rows: Rows, progress: Progress) -> DocumentScores:
+    is_text = rows is data.text
+    scores = DocumentScores(rows.info.num_documents)
+    for scored in score_rows(
+        model,
+        rows,
+        data.tokenizer.token_bytes,
+        is_document_masked=data.is_text_masked if is_text else data.is_chat_masked,
+        has_control_targets=not is_text,
+    ):
+        scores.add(scored)
+        progress.advance(scored.num_rows)
+    return scores
+
+
+def _metrics(
+    findings: dict[str, Findings], baselines: Baselines, held_out: HeldOut
+) -> dict[str, Metric]:
+    metrics: dict[str, Metric] = {}
+    for name, found in findings.items():
+        metrics[f"{name}/bits_per_byte"] = found.text.bits_per_byte()
+        metrics[f"{name}/answer_loss"] = found.chats.nats_per_token()
+        if held_out.instructions:
+            metrics[f"{name}/exact_match"] = exact_match(found.answers, held_out.instructions)
+    for name, value in (
+        ("unigram", baselines.unigram_bits_per_byte),
+        ("gzip", baselines.gzip_bits_per_byte),
+        ("xz", baselines.xz_bits_per_byte),
+    ):
+        metrics[f"baseline/{name}_bits_per_byte"] = Metric(
+            value=rounded(value), unit="bits per byte", num_examples=baselines.num_bytes
+        )
+    text = findings["base"].text
+    num_documents = metrics["base/bits_per_byte"].num_examples
+    for name, total in (("bytes", text.num_bytes.sum()), ("tokens", text.num_tokens.sum())):
+        metrics[f"data/validation_{name}"] = Metric(
+            value=float(total), unit=name, num_examples=num_documents
+        )
+    return metrics | leak_metrics([found.leak for found in findings.values()])
+
+
+def _samples(
+    findings: dict[str, Findings], prompts: Sequence[str], held_out: HeldOut
+) -> Iterator[Sample]:
+    base, chat = findings["base"], findings["chat"]
+    shown = list(zip(held_out.instructions, base.answers, chat.answers, strict=True))
+    for asked, by_base, by_chat in shown[:NUM_SHOWN_INSTRUCTIONS]:
+        yield Sample(
+            kind="instruction",
+            prompt=asked.prompt,
+            expected=asked.expected,
+            base=by_base,
+            chat=by_chat,
+        )
+    continued = zip(prompts, base.continuations, chat.continuations, strict=True)
+    for prompt, by_base, by_chat in continued:
+        yield Sample(kind="continuation", prompt=prompt, expected=None, base=by_base, chat=by_chat)
+
+
+def _settings(
+    findings: dict[str, Findings], data: Data, manifests: dict[str, Manifest]
+) -> dict[str, str]:
+    shape = findings["base"].shape
+    settings = {
+        "model": f"{shape.num_layers} layers of width {shape.d_model}, {shape.num_heads} heads,"
+        f" {findings['base'].num_parameters:,} parameters",
+        "vocabulary": f"{data.tokenizer.vocab_size:,} tokens",
+        "context": f"{data.text.seq_len:,} tokens",
+    }
+    for name, manifest in manifests.items():
+        steps, tokens = manifest.summary.get("num_steps"), manifest.summary.get("num_tokens")
+        if isinstance(steps, int) and isinstance(tokens, int):
+            settings[f"{name} model, trained for"] = f"{steps:,} steps on {tokens:,} tokens"
+    return settings
+
+
+def _notes(held_out: HeldOut, wanted: int) -> Iterator[str]:
+    found = len(held_out.instructions)
+    if found < wanted:
+        yield f"{found} held-out instructions, all there are; {wanted} were asked for."
+    if held_out.num_other_shapes:
+        yield (f"{held_out.num_other_shapes} chats passed over: not one question and one answer.")
+    if held_out.num_too_long:
+        yield f"{held_out.num_too_long} chats passed over: longer than the context."
+
+
+if __name__ == "__main__":
+    run_job(evaluate)

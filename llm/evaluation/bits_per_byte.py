@@ -1,0 +1,140 @@
+"""Score a whole split: what every token cost the model, summed by document.
+
+Bits per byte compares models across tokenizers: the nats of all text tokens, in bits, over the
+bytes these tokens stand for. Control tokens stand for none and count on neither side.
+
+B rows in a batch, T positions, V vocabulary, N documents.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm.data.rows import Rows
+from llm.errors import ArtifactError
+from llm.evaluation.report import Metric, rounded
+from llm.model.loss import token_losses
+from llm.model.transformer import Transformer
+
+LOGITS_PER_BATCH = 16_000_000  # 64 MB in fp32, a few times that while the softmax is taken
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredRows:
+    """The scored targets of some rows, one entry each: its document, its cost, its bytes."""
+
+    num_rows: int
+    documents: np.ndarray
+    nats: np.ndarray
+    num_bytes: np.ndarray
+
+
+class DocumentScores:
+    """Sums by document, (N,) each: independent examples, so their spread gives the error."""
+
+    def __init__(self, num_documents: int) -> None:
+        self.nats = np.zeros(num_documents, dtype=np.float64)
+        self.num_tokens = np.zeros(num_documents, dtype=np.int64)
+        self.num_bytes = np.zeros(num_documents, dtype=np.int64)
+
+    def add(self, scored: ScoredRows) -> None:
+        """Add the targets of some rows to their documents.
+
+        Raises:
+            ArtifactError: a cost is not finite, so nothing summed with it would mean anything.
+        """
+        if not np.isfinite(scored.nats).all():
+            raise ArtifactError(
+                "the model gave a loss that is not finite, so its training diverged; lower"
+                " pretrain.learning_rate or finetune.learning_rate"
+            )
+        if not len(scored.documents):
+            return
+        first = int(scored.documents.min())  # rows next to each other hold documents next to others
+        documents = scored.documents - first
+        span = slice(first, first + int(documents.max()) + 1)
+        self.nats[span] += np.bincount(documents, weights=scored.nats)
+        self.num_tokens[span] += np.bincount(documents)
+        weights = scored.num_bytes.astype(np.float64)  # exact: rows hold far fewer than 2**53
+        self.num_bytes[span] += np.bincount(documents, weights=weights).astype(np.int64)
+
+    def bits_per_byte(self) -> Metric:
+        """Return the bits of all targets over their bytes."""
+        return ratio(self.nats / math.log(2), self.num_bytes, "bits per byte")
+
+    def nats_per_token(self) -> Metric:
+        """Return the mean cost of a target."""
+        return ratio(self.nats, self.num_tokens, "nats per token")
+
+
+def score_rows(
+    model: Transformer,
+    rows: Rows,
+    token_bytes: np.ndarray,
+    *,
+    is_document_masked: bool,
+    has_control_targets: bool,
+) -> Iterator[ScoredRows]:
+    """Score every target of a split exactly once, batch after batch in the order of the rows.
+
+    `token_bytes` (V,) is the number of bytes each id stands for. Without `has_control_targets` only
+    tokens that stand for text are scored; with it also the ends of answers, which a chat model
+    learns.
+    """
+    batch_rows = max(1, LOGITS_PER_BATCH // (rows.seq_len * len(token_bytes)))
+    for start in range(0, rows.num_rows, batch_rows):
+        indices = np.arange(start, min(start + batch_rows, rows.num_rows))
+        arrays = rows.read(indices)
+        targets = arrays.tokens[:, 1:]  # (B, T + 1) -> (B, T)
+        num_bytes = token_bytes[targets]
+        is_scored = arrays.mask[:, 1:] & (has_control_targets | (num_bytes > 0))
+        nats = target_nats(
+            model,
+            torch.from_numpy(arrays.tokens),
+            torch.from_numpy(arrays.document_ids) if is_document_masked else None,
+        )
+        yield ScoredRows(
+            num_rows=len(indices),
+            documents=arrays.document_ids[:, 1:][is_scored],
+            nats=nats.double().cpu().numpy()[is_scored],
+            num_bytes=num_bytes[is_scored],
+        )
+
+
+@torch.inference_mode()
+def target_nats(model: Transformer, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    """Return -log p of `tokens[:, 1:]`, each from the tokens before it: (B, T + 1) -> (B, T).
+
+    The one place of the evaluation where inputs and targets are shifted against each other.
+    """
+    device = next(model.parameters()).device
+    tokens = tokens.to(device)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (B, T + 1) -> 2 x (B, T)
+    documents = None if document_ids is None else document_ids[:, :-1].to(device)
+    read = model.read(inputs, documents)  # (B, T, C)
+    chunk = max(1, LOGITS_PER_BATCH // (len(tokens) * model.vocab_size))  # positions scored at once
+    pieces = zip(read.split(chunk, dim=1), targets.split(chunk, dim=1), strict=True)
+    return torch.cat([token_losses(model.score(x), wanted) for x, wanted in pieces], dim=1)
+
+
+def ratio(numerators: np.ndarray, denominators: np.ndarray, unit: str) -> Metric:
+    """Return the sum of one over the sum of the other, with its standard error by document.
+
+    Long documents weigh more, and a document's two numbers go together: the error is that of the
+    ratio estimator, linearized. Documents without a target say nothing and are not counted.
+
+    Source: Cochran, Sampling Techniques, 3rd edition, section 2.11.
+    """
+    has_targets = denominators > 0
+    count = int(has_targets.sum())
+    total = float(denominators.sum())
+    value = float(numerators.sum()) / total
+    residuals = (numerators - value * denominators)[has_targets]
+    error: float | None = None
+    if count > 1:
+        error = rounded(math.sqrt(count / (count - 1) * float((residuals**2).sum())) / total)
+    return Metric(value=rounded(value), unit=unit, num_examples=count, standard_error=error)

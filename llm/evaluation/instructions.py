@@ -1,0 +1,142 @@
+"""Held-out instructions: read from the validation chats, answered, compared with the right answer.
+
+A chat in the rows is `<|bos|>`, then for each message its role, its text and `<|end|>`. The prompt
+is all up to and including `<|assistant|>`, the answer what stands between that and `<|end|>`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llm.data.rows import Rows
+from llm.evaluation.report import Metric, rounded
+from llm.inference.generate import generate
+from llm.model.transformer import Transformer
+from llm.tokenizer.bpe import ByteLevelBPE
+
+ROWS_PER_READ = 64
+PROMPTS_PER_BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Instruction:
+    """One question with its right answer."""
+
+    prompt_ids: tuple[int, ...]
+    """Ends with `<|assistant|>`: a model goes on with the answer."""
+    prompt: str
+    expected: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOut:
+    """The instructions taken, and what was passed over until there were enough."""
+
+    instructions: tuple[Instruction, ...]
+    num_other_shapes: int
+    """Chats that are not one question and one answer."""
+    num_too_long: int
+    """Chats longer than the context, so that there is no room for the answer."""
+
+
+def read_instructions(rows: Rows, tokenizer: ByteLevelBPE, limit: int) -> HeldOut:
+    """Take the first `limit` whole chats of one question and one answer, in the order of the rows.
+
+    With fewer there than asked for, all are taken; the count goes with every figure made of them.
+    """
+    found: list[Instruction] = []
+    num_other_shapes = num_too_long = 0
+    for ids in read_documents(rows):
+        if len(found) == limit:
+            break
+        split = ids.index(tokenizer.assistant_id) + 1 if tokenizer.assistant_id in ids else 0
+        prompt, expected = ids[:split], ids[split:]
+        if len(ids) > rows.seq_len + 1:
+            num_too_long += 1
+        elif prompt.count(tokenizer.user_id) != 1 or expected.count(tokenizer.end_id) != 1:
+            num_other_shapes += 1
+        else:
+            found.append(
+                Instruction(
+                    prompt_ids=tuple(prompt),
+                    prompt=_words(prompt, tokenizer),
+                    expected=tokenizer.decode(expected),
+                )
+            )
+    return HeldOut(
+        instructions=tuple(found),
+        num_other_shapes=num_other_shapes,
+        num_too_long=num_too_long,
+    )
+
+
+def read_documents(rows: Rows) -> Iterator[list[int]]:
+    """Yield every document's ids, bos first and without padding, in packed order."""
+    ids: list[int] = []
+    current = -1
+    for start in range(0, rows.num_rows, ROWS_PER_READ):
+        indices = np.arange(start, min(start + ROWS_PER_READ, rows.num_rows))
+        tokens, _, documents = rows.read(indices)
+        for row, owners in zip(tokens.tolist(), documents.tolist(), strict=True):
+            goes_on = owners[0] == current  # then this row repeats the last token of the one before
+            for token, owner in list(zip(row, owners, strict=True))[goes_on:]:
+                if token == rows.layout.pad_id:
+                    break
+                if owner != current:
+                    if ids:
+                        yield ids
+                    ids, current = [], owner
+                ids.append(token)
+    if ids:
+        yield ids
+
+
+def answer_instructions(
+    model: Transformer,
+    tokenizer: ByteLevelBPE,
+    instructions: Sequence[Instruction],
+    max_new_tokens: int,
+) -> Iterator[list[str]]:
+    """Yield the model's greedy answers, in order, a batch at a time."""
+    for start in range(0, len(instructions), PROMPTS_PER_BATCH):
+        batch = instructions[start : start + PROMPTS_PER_BATCH]
+        completions = generate(
+            model,
+            [instruction.prompt_ids for instruction in batch],
+            max_new_tokens=max_new_tokens,
+            stop_ids=[tokenizer.end_id, tokenizer.bos_id],
+        )
+        yield [tokenizer.decode(ids) for ids in completions]
+
+
+def exact_match(answers: Sequence[str], instructions: Sequence[Instruction]) -> Metric:
+    """Return the share of answers equal to the right ones but for white space at the ends.
+
+    The error is half the width of Wilson's interval at one standard error: unlike the binomial one
+    it does not vanish where every answer is right, or none.
+
+    Source: Wilson 1927, doi:10.1080/01621459.1927.10502953.
+    """
+    count = len(instructions)
+    pairs = zip(answers, instructions, strict=True)
+    num_right = sum(found.strip() == wanted.expected.strip() for found, wanted in pairs)
+    share = num_right / count
+    error = math.sqrt(share * (1 - share) / count + 1 / (4 * count**2)) / (1 + 1 / count)
+    return Metric(
+        value=rounded(share),
+        unit="share of answers",
+        num_examples=count,
+        standard_error=rounded(error),
+    )
+
+
+def _words(prompt: Sequence[int], tokenizer: ByteLevelBPE) -> str:
+    """Return what a prompt says to people: its messages' texts, a blank line between two."""
+    messages: list[list[int]] = [[]]
+    for token in prompt:
+        if token == tokenizer.end_id:
+            messages.append([])
+        messages[-1].append(token)
+    return "\n\n".join(filter(None, map(tokenizer.decode, messages)))

@@ -1,0 +1,199 @@
+"""Does a model see what it is asked to predict? Four checks on the real model and real rows.
+
+1. *Future*: other tokens after position t leave every logit up to t as it was.
+2. *Total*: the probabilities that the evaluation gives to all tokens that could stand at one place
+   sum to one. A scorer that shows the model its target (a shift forgotten) rewards each of them.
+3. *Repetition*: the model does not predict the token it has just read. One trained on targets that
+   were not shifted against its inputs learns exactly that, and nothing else.
+4. *Cache*: logits with a key/value cache, token by token, equal those of one whole pass, so answers
+   come from the model that was scored.
+
+T positions, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm.data.rows import Rows
+from llm.evaluation.bits_per_byte import target_nats
+from llm.evaluation.report import Metric, rounded
+from llm.model.cache import KeyValueCache
+from llm.model.loss import token_losses
+from llm.model.transformer import Transformer
+
+NUM_ROWS = 4
+CUTS_PER_ROW = 4
+NUM_CACHED_TOKENS = 32
+PREFIX_TOKENS = 7
+LOGITS_PER_ROW = 64_000_000  # 256 MB in fp32: longer rows are cut to what gives so many
+TOKENS_PER_BATCH = 8_192
+SHOWN_DIGITS = 2  # of rounding errors: their size says something, their digits do not
+MINIMAL_NATS = 1e-6  # added to both sides of a share: a text may cost nothing at all
+
+# Tolerances are shares of the largest logit. What stands before a changed future is computed by the
+# same sums, so it should not differ at all; with a cache the order of the sums differs, in fp32.
+FUTURE_TOLERANCE = 1e-5
+CACHE_TOLERANCE = 1e-4
+TOTAL_TOLERANCE = 1e-3
+REPETITION_SHARE = 0.1  # tied embeddings at first weights: 0.4; targets not shifted: 0.001
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeakResult:
+    """What the four checks measured on one model."""
+
+    num_cuts: int
+    """Places where the future was changed."""
+    future_difference: float
+    """Largest change of an earlier logit, as a share of the largest logit."""
+    cache_difference: float
+    """Largest difference between cached and whole passes, as a share of the largest logit."""
+    total_error: float
+    """How far the probabilities of all possible next tokens are from summing to one."""
+    repetition_share: float
+    """Mean cost of the token just read, were it to come again, over that of the one that comes."""
+
+    @property
+    def is_passed(self) -> bool:
+        """Whether all four checks hold."""
+        return (
+            self.future_difference <= FUTURE_TOLERANCE
+            and self.cache_difference <= CACHE_TOLERANCE
+            and self.total_error <= TOTAL_TOLERANCE
+            and self.repetition_share >= REPETITION_SHARE
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    """One row to test on: T inputs and their targets, and the places to change the future after."""
+
+    tokens: Tensor
+    """(T + 1,)"""
+    documents: Tensor | None
+    """(T + 1,), where the model attends within a document only."""
+    is_target: Tensor
+    """(T,): not padding."""
+    cuts: list[int]
+
+    def logits(self, model: Transformer) -> Tensor:
+        """Return what the model makes of the inputs, (T, V)."""
+        documents = None if self.documents is None else self.documents[None, :-1]
+        return model(self.tokens[None, :-1], documents)[0]
+
+    def with_other_future(self, cut: int, vocab_size: int) -> "Text":
+        """Return the row with every token after `cut` another one, of another document."""
+        is_future = torch.arange(len(self.tokens), device=self.tokens.device) > cut
+        others = (self.tokens + 1 + cut % (vocab_size - 1)) % vocab_size
+        tokens = torch.where(is_future, others, self.tokens)
+        documents = None if self.documents is None else self.documents + is_future
+        return replace(self, tokens=tokens, documents=documents)
+
+
+@torch.inference_mode()
+def find_leaks(
+    model: Transformer, rows: Rows, *, is_document_masked: bool, seed: int
+) -> LeakResult:
+    """Run all four checks on some rows of real text."""
+    device = next(model.parameters()).device
+    generator = np.random.default_rng(seed)
+    num_rows = min(NUM_ROWS, rows.num_rows)
+    arrays = rows.read(np.sort(generator.choice(rows.num_rows, num_rows, replace=False)))
+    length = min(rows.seq_len, LOGITS_PER_ROW // model.vocab_size)
+    texts = [
+        Text(
+            tokens=torch.from_numpy(tokens[: length + 1]).to(device),
+            documents=torch.from_numpy(documents[: length + 1]).to(device)
+            if is_document_masked
+            else None,
+            is_target=torch.from_numpy(mask[1 : length + 1]).to(device),
+            cuts=_cuts(length, generator),
+        )
+        for tokens, mask, documents in zip(*arrays, strict=True)
+    ]
+    return LeakResult(
+        num_cuts=sum(len(text.cuts) for text in texts),
+        future_difference=max(_future_difference(model, text) for text in texts),
+        cache_difference=_cache_difference(model, texts[0]),
+        total_error=_total_error(model, texts[0]),
+        repetition_share=_repetition_share(model, texts),
+    )
+
+
+def leak_metrics(leaks: Sequence[LeakResult]) -> dict[str, Metric]:
+    """Return, of every check, the worst result of several models."""
+    logit = "share of the largest logit"
+    worst = {
+        "passed": (float(all(leak.is_passed for leak in leaks)), "1 passed, 0 failed"),
+        "largest_difference": (max(leak.future_difference for leak in leaks), logit),
+        "cache_difference": (max(leak.cache_difference for leak in leaks), logit),
+        "total_error": (max(leak.total_error for leak in leaks), "probability"),
+        "repetition_share": (
+            min(leak.repetition_share for leak in leaks),
+            "share of the next token's cost",
+        ),
+    }
+    num_cuts = sum(leak.num_cuts for leak in leaks)
+    return {
+        f"leak/{name}": Metric(value=rounded(value, SHOWN_DIGITS), unit=unit, num_examples=num_cuts)
+        for name, (value, unit) in worst.items()
+    }
+
+
+def _cuts(length: int, generator: np.random.Generator) -> list[int]:
+    """Choose where the future begins: after the first position, before the last, and between."""
+    between = generator.integers(0, length - 1, CUTS_PER_ROW - 2)
+    return sorted({0, length - 2, *between.tolist()})
+
+
+def _future_difference(model: Transformer, text: Text) -> float:
+    """Return the largest change of a logit up to a cut when all tokens after it change."""
+    before = text.logits(model)
+    changes = (
+        text.with_other_future(cut, model.vocab_size).logits(model)[: cut + 1] - before[: cut + 1]
+        for cut in text.cuts
+    )
+    return max(map(_largest, changes)) / (_largest(before) or 1.0)
+
+
+def _cache_difference(model: Transformer, text: Text) -> float:
+    """Return the largest difference of a logit read at once and read half at once, half singly."""
+    tokens = text.tokens[None, :NUM_CACHED_TOKENS]  # (T + 1,) -> (1, T)
+    whole = model(tokens)
+    T = tokens.shape[1]
+    cache = KeyValueCache(model.config, 1, T, device=tokens.device)
+    pieces = [tokens[:, : T // 2], *tokens[:, T // 2 :].split(1, dim=1)]
+    cached = torch.cat([model(piece, cache=cache) for piece in pieces], dim=1)
+    return _largest(cached - whole) / (_largest(whole) or 1.0)
+
+
+def _total_error(model: Transformer, text: Text) -> float:
+    """Return |1 - sum over all tokens of the probability to be the next after a short prefix|."""
+    prefix = text.tokens[:PREFIX_TOKENS]
+    batch_rows = TOKENS_PER_BATCH // (PREFIX_TOKENS + 1)
+    total = 0.0
+    for candidates in torch.arange(model.vocab_size, device=prefix.device).split(batch_rows):
+        starts = prefix.expand(len(candidates), -1)
+        nats = target_nats(model, torch.cat([starts, candidates[:, None]], dim=1))[:, -1]
+        total += float(torch.exp(-nats.double()).sum())
+    return abs(1 - total)
+
+
+def _repetition_share(model: Transformer, texts: Sequence[Text]) -> float:
+    """Return the cost of each token just read, were it to come again, over that of the next."""
+    repetition = following = 0.0
+    for text in texts:
+        costs = token_losses(text.logits(model)[None], text.tokens[None, :-1])[0]  # (T, V) -> (T,)
+        repetition += float(costs[text.is_target].sum())
+        documents = None if text.documents is None else text.documents[None]
+        next_costs = target_nats(model, text.tokens[None], documents)[0]
+        following += float(next_costs[text.is_target].sum())
+    return (repetition + MINIMAL_NATS) / (following + MINIMAL_NATS)
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max())
