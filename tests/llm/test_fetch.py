@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from http_server import Answer, HostileServer, answer, redirect, serve_ranges
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.data.fetch import FetchLimits, fetch, file_name
 from llm.errors import DataError
+from tests.llm.http_server import Answer, HostileServer, answer, redirect, serve_ranges
 
 BODY = random.Random(1).randbytes(300_000)
 OTHER = random.Random(2).randbytes(300_000)
