@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx
-from prefect import flow, runtime, task
+from prefect import flow, task
 from prefect.artifacts import (
     create_markdown_artifact,
     create_progress_artifact,
@@ -19,10 +19,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
 from prefect.settings import get_current_settings
 from prefect.states import Completed
 from prefect.tasks import Task
-from tasks.tracking import Tracker
 
 from flows.display import LiveDisplay
 from flows.pipeline import language_model
@@ -32,10 +32,11 @@ from tasks.launch import Progress, TransientError
 from tasks.plan import Selection
 from tasks.stages import DOWNLOAD, Step, in_order
 from tasks.store import Store
+from tasks.tracking import Tracker
 
 SECONDS_BETWEEN_CANCEL_LOOKS = 3.0
 SECONDS_BETWEEN_PROGRESS_ARTIFACTS = 2.0
-DOWNLOAD_RETRY_SECONDS = [2, 10, 30]
+DOWNLOAD_RETRY_SECONDS = [2.0, 10.0, 30.0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class RunResult:
 
 def _flow_run_name() -> str:
     """Say the recipe and what differs from it: `quickstart finetune.num_steps=200`."""
-    parameters = cast(Mapping[str, Any], runtime.flow_run.parameters or {})
+    parameters = cast(Mapping[str, Any], flow_run.parameters or {})
     return " ".join([str(parameters.get("recipe", "")), *(parameters.get("overrides") or [])])
 
 
@@ -82,7 +83,7 @@ def pipeline(
     tracker = Tracker(config, store.root)
     status = "FAILED"
     with _stop_event() as stop, LiveDisplay() as display:
-        links = {"prefect_run_id": str(runtime.flow_run.id), "prefect_url": _prefect_url()}
+        links = {"prefect_run_id": str(flow_run.id), "prefect_url": _prefect_url()}
         builder = Builder(
             config,
             store,
@@ -93,7 +94,7 @@ def pipeline(
             links=links,
         )
         try:
-            tracker.start_pipeline(runtime.flow_run.name, flatten(config), links)
+            tracker.start_pipeline(flow_run.name, flatten(config), links)
             outcomes = _build_all(selection.takes(in_order(language_model())), builder)
             _publish_report(outcomes[-1], tracker)
             status = "FINISHED"
@@ -190,7 +191,7 @@ def _publish_report(last: Outcome, tracker: Tracker) -> None:
 def _stop_event() -> Generator[threading.Event]:
     """Yield an event that is set when the run ends or someone cancels it in Prefect."""
     stop = threading.Event()
-    flow_run_id = runtime.flow_run.id
+    flow_run_id = flow_run.id
 
     def watch() -> None:
         with get_client(sync_client=True) as client:
@@ -211,4 +212,4 @@ def _stop_event() -> Generator[threading.Event]:
 
 def _prefect_url() -> str:
     ui = get_current_settings().ui_url or ""
-    return f"{ui}/runs/flow-run/{runtime.flow_run.id}" if ui else ""
+    return f"{ui}/runs/flow-run/{flow_run.id}" if ui else ""

@@ -1,0 +1,133 @@
+"""Steps are built once, found again, finished when a kill came between, and built by one of two."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from llm.artifact import read_manifest
+from llm.errors import DataError, Interrupted
+from tasks.store import Store
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings that name a tiny corpus and tiny chats."""
+    return tiny.write_sources(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture(scope="module")
+def built(
+    tmp_path_factory: pytest.TempPathFactory, sources: list[str]
+) -> tuple[Path, dict[str, tiny.Outcome]]:
+    """The whole tiny pipeline, built once."""
+    artifacts = tmp_path_factory.mktemp("artifacts")
+    return artifacts, dict(tiny.build(artifacts, sources))
+
+
+def test_every_stage_is_built_and_leaves_a_whole_artifact(
+    built: tuple[Path, dict[str, tiny.Outcome]],
+) -> None:
+    artifacts, outcomes = built
+    assert len(outcomes) == 10
+    for outcome in outcomes.values():
+        assert outcome.status == "built" and outcome.seconds > 0
+        manifest = read_manifest(Path(outcome.path))
+        assert manifest.digest == outcome.digest
+        assert Path(outcome.path) == artifacts / outcome.stage / outcome.digest
+        assert manifest.settings and manifest.code and manifest.provenance
+    assert not list((artifacts / "staging").iterdir())
+
+
+def test_second_run_builds_nothing(
+    built: tuple[Path, dict[str, tiny.Outcome]], sources: list[str]
+) -> None:
+    artifacts, outcomes = built
+    again = tiny.build(artifacts, sources)
+    assert {outcome.status for outcome in again.values()} == {"cached"}
+    assert [o.digest for o in again.values()] == [o.digest for o in outcomes.values()]
+
+
+def test_another_folder_gives_the_same_digests(
+    built: tuple[Path, dict[str, tiny.Outcome]], sources: list[str], tmp_path: Path
+) -> None:
+    _, outcomes = built
+    again = tiny.build(tmp_path, [*sources, "runtime.log_every_steps=5"])
+    assert {n: o.digest for n, o in again.items()} == {n: o.digest for n, o in outcomes.items()}
+
+
+def test_deleted_input_is_rebuilt_with_the_same_bytes_and_reruns_nothing_after_it(
+    sources: list[str], tmp_path: Path
+) -> None:
+    first = tiny.build(tmp_path, sources, "pack corpus")
+    Path(first["train_tokenizer"].path).rename(tmp_path / "gone")
+    again = tiny.build(tmp_path, sources, "pack corpus")
+    assert again["train_tokenizer"].status == "built"
+    assert "deleted" in again["train_tokenizer"].reason
+    assert again["pack corpus"].status == "cached"
+
+
+def test_finished_child_of_a_killed_parent_is_published_without_another_run(
+    sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.build(tmp_path, sources, "download corpus")
+    monkeypatch.setattr("tasks.cached.launch", killed)
+    assert tiny.build(tmp_path, sources, "download corpus")["download corpus"].status == "built"
+
+
+def test_two_runs_at_once_build_once(sources: list[str], tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom tests import tiny\n"
+        "outcomes = tiny.build(Path(sys.argv[1]), sys.argv[2:], 'clean corpus')\n"
+        "print(outcomes['clean corpus'].status)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path), *sources]
+    root = Path(__file__).parents[2]
+    runs = [
+        subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    statuses = sorted(run.communicate(timeout=60)[0].strip() for run in runs)
+    assert statuses == ["built", "cached"]
+
+
+def test_bad_data_is_told_to_the_tracker_and_nothing_is_published(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("")
+    (tmp_path / "chats.jsonl").write_text("")
+    overrides = [
+        f"download.corpus.path={tmp_path / 'corpus.txt'}",
+        f"download.chats.path={tmp_path / 'chats.jsonl'}",
+    ]
+    tracker = tiny.SilentTracker()
+    with pytest.raises(DataError):
+        tiny.build(tmp_path / "artifacts", overrides, "clean corpus", tracker=tracker)
+    finished = [arguments for name, arguments in tracker.told if name == "stage_finished"]
+    assert finished[-1][-1] == "FAILED"
+    assert not list((tmp_path / "artifacts").glob("clean/*"))
+
+
+def test_stopped_run_goes_on_from_its_checkpoint_with_the_same_digest(
+    built: tuple[Path, dict[str, tiny.Outcome]], sources: list[str], tmp_path: Path
+) -> None:
+    _, outcomes = built
+    stop = threading.Event()
+
+    class StopAtStep(tiny.SilentDisplay):
+        def progressed(self, name: str, progress: tiny.Progress) -> None:
+            if name == "pretrain" and progress.done >= 1:
+                stop.set()
+
+    slow = [*sources, "runtime.checkpoint_every_steps=1"]
+    with pytest.raises(Interrupted):
+        tiny.build(tmp_path, slow, "pretrain", display=StopAtStep(), should_stop=stop.is_set)
+    checkpoints = list((tmp_path / "staging").glob("pretrain-*/work/checkpoints/*"))
+    assert checkpoints
+    assert tiny.build(tmp_path, slow, "pretrain")["pretrain"].digest == outcomes["pretrain"].digest

@@ -1,0 +1,138 @@
+"""A pipeline small enough for tests: real stages, real processes, seconds."""
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flows.pipeline import language_model
+from llm.config import load_config
+from tasks.cached import Builder, Outcome
+from tasks.launch import Progress
+from tasks.stages import Step, in_order
+from tasks.store import Store
+
+STEPS = in_order(language_model())
+SETTINGS = (
+    "download.corpus.kind=files",
+    "download.chats.kind=files",
+    "clean.text_document_bytes=600",
+    "clean.validation_fraction=0.2",
+    "train_tokenizer.vocab_size=300",
+    "pack.seq_len=32",
+    "pretrain.num_steps=12",
+    "pretrain.warmup_steps=2",
+    "pretrain.rows_per_step=4",
+    "pretrain.model.num_layers=2",
+    "pretrain.model.d_model=32",
+    "pretrain.model.num_heads=2",
+    "pretrain.model.num_kv_heads=1",
+    "pretrain.model.d_ff=64",
+    "finetune.num_steps=8",
+    "finetune.warmup_steps=1",
+    "finetune.rows_per_step=4",
+    "evaluate.num_instructions=4",
+    "evaluate.max_new_tokens=8",
+    "runtime.checkpoint_every_steps=3",
+    "runtime.validate_every_steps=6",
+    "runtime.validation_rows=8",
+    "runtime.num_threads=1",
+)
+
+
+def write_sources(folder: Path) -> list[str]:
+    """Write a small corpus and small chats into `folder` and return the settings that name them."""
+    rng = random.Random(1)
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "and",
+        "saw",
+        "two",
+        "birds",
+        "fly",
+        "over",
+        "one",
+        "old",
+        "red",
+        "house",
+        "by",
+        "the",
+        "sea",
+    ]
+    paragraphs = [" ".join(rng.choices(words, k=40)) + "." for _ in range(60)]
+    (folder / "corpus.txt").write_text("\n\n".join(paragraphs) + "\n")
+    lines = [
+        f'{{"instruction": "Say {a} {b}", "input": "", "output": "{a} {b}"}}'
+        for a in words
+        for b in words[:6]
+    ]
+    (folder / "chats.jsonl").write_text("\n".join(dict.fromkeys(lines)) + "\n")
+    return [
+        f"download.corpus.path={folder / 'corpus.txt'}",
+        f"download.chats.path={folder / 'chats.jsonl'}",
+    ]
+
+
+class SilentTracker:
+    """A tracker that remembers what it was told, for tests that are not about MLflow."""
+
+    pipeline_run_id = "run"
+
+    def __init__(self) -> None:
+        """Have been told nothing."""
+        self.told: list[tuple[str, tuple[Any, ...]]] = []
+
+    def model_run_id(self, stage: str) -> str:
+        """Return a made-up id."""
+        return f"model-{stage}"
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **named: self.told.append((name, arguments))
+
+
+class SilentDisplay:
+    """A display that remembers what it was shown."""
+
+    def __init__(self) -> None:
+        """Have been shown nothing."""
+        self.shown: list[str] = []
+
+    def started(self, name: str, reason: str) -> None:
+        """Remember the start of a step."""
+        self.shown.append(f"{name}: {reason}")
+
+    def waits(self, name: str) -> None:
+        """Remember the waiting."""
+        self.shown.append(f"{name} waits")
+
+    def progressed(self, name: str, progress: Progress) -> None:
+        """Look away."""
+
+    def finished(self, outcome: Outcome) -> None:
+        """Remember the end of a step."""
+        self.shown.append(f"{outcome.name} {outcome.status}")
+
+
+def build(
+    artifacts: Path, overrides: list[str], last: str = "evaluate", **options: Any
+) -> Mapping[str, Outcome]:
+    """Build the tiny pipeline up to the step `last` without Prefect; return outcomes by name."""
+    recipe = Path(__file__).parent / "tasks" / "defaults.yaml"
+    config = load_config(recipe, [*SETTINGS, *overrides, f"runtime.artifacts_dir={artifacts}"])
+    options = {"tracker": SilentTracker(), "display": SilentDisplay()} | options
+    builder = Builder(config, Store(artifacts), **options)
+    outcomes: dict[str, Outcome] = {}
+    for step in needed_for(last):
+        outcomes[step.name] = builder.build(step)
+    builder.finish()
+    return outcomes
+
+
+def needed_for(last: str) -> list[Step]:
+    """Return the steps up to and including the one named `last`."""
+    return in_order(next(step for step in STEPS if step.name == last))
