@@ -7,13 +7,14 @@ import argparse
 import contextlib
 import importlib
 import json
-import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 from flows.pipeline import language_model
@@ -30,7 +31,13 @@ EXIT_BAD_SETTINGS = 2  # as argparse's own
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 failed, 2 bad settings, 75 interrupted."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if overrides != rest or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # `run quickstart --plan pack.seq_len=64`: argparse takes no positional so late
+        options.overrides += rest
     try:
         return options.command(options)
     except ConfigError as error:
@@ -152,10 +159,12 @@ def _addresses(config: RunConfig, store: Store, links: Mapping[str, str]) -> dic
 
 def _run_flow(options: argparse.Namespace, config: RunConfig, store: Store) -> dict[str, Any]:
     """Run the Prefect flow, on the server that is up or on one that dies with this process."""
+    # the terminal is the display's; Prefect's own lines still reach its server
+    signal.signal(signal.SIGTERM, _stop)
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     with _prefect_server(store.root):
         from flows.run import pipeline
 
-        _quiet_prefect()
         state = cast(Any, pipeline)(
             recipe=options.recipe,
             overrides=options.overrides,
@@ -174,14 +183,20 @@ def _run_flow(options: argparse.Namespace, config: RunConfig, store: Store) -> d
     }
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Be told to stop: by whoever sent the signal, or by Prefect after it has ended its run."""
+    raise Interrupted("asked to stop")
+
+
 @contextlib.contextmanager
 def _prefect_server(artifacts: Path) -> Generator[None]:
     """Point Prefect's client at the server that is up, or at one started for this run alone."""
-    from flows.services import environment, temporary_prefect_server
-
     if os.environ.get("PREFECT_API_URL"):
         yield
-    elif found := environment(artifacts):
+        return
+    from flows.services import environment, temporary_prefect_server
+
+    if found := environment(artifacts):
         os.environ.update(found)
         yield
     else:
@@ -191,14 +206,6 @@ def _prefect_server(artifacts: Path) -> Generator[None]:
 
             server.wait_ready()
             yield
-
-
-def _quiet_prefect() -> None:
-    """Leave the terminal to the display: Prefect's own lines still reach its server."""
-    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
-        for handler in logging.getLogger(name).handlers:
-            if type(handler).__name__ == "PrefectConsoleHandler":
-                handler.setLevel(logging.CRITICAL)
 
 
 def _show_plan(config: RunConfig, plan: Sequence[PlannedStep], is_json: bool) -> int:

@@ -1,6 +1,7 @@
 """The flow: builds the steps of the map as Prefect tasks, side by side where they can be."""
 
 import contextlib
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -36,6 +37,7 @@ from tasks.tracking import Tracker
 
 SECONDS_BETWEEN_CANCEL_LOOKS = 3.0
 SECONDS_BETWEEN_PROGRESS_ARTIFACTS = 2.0
+NAME_CHARACTERS = 120  # of a flow run, as its page shows it on one line
 DOWNLOAD_RETRY_SECONDS = [2.0, 10.0, 30.0]
 
 
@@ -53,7 +55,8 @@ class RunResult:
 def _flow_run_name() -> str:
     """Say the recipe and what differs from it: `quickstart finetune.num_steps=200`."""
     parameters = cast(Mapping[str, Any], flow_run.parameters or {})
-    return " ".join([str(parameters.get("recipe", "")), *(parameters.get("overrides") or [])])
+    words = [Path(str(parameters.get("recipe"))).stem, *(parameters.get("overrides") or [])]
+    return textwrap.shorten(" ".join(words), NAME_CHARACTERS, placeholder=" ...")
 
 
 @flow(name="pipeline", flow_run_name=_flow_run_name, persist_result=False, log_prints=False)
@@ -95,7 +98,8 @@ def pipeline(
         )
         try:
             tracker.start_pipeline(flow_run.name, flatten(config), links)
-            outcomes = _build_all(selection.takes(in_order(language_model())), builder)
+            steps = selection.takes(in_order(language_model()))
+            outcomes = _build_all(steps, builder)
             _publish_report(outcomes[-1], tracker)
             status = "FINISHED"
         except BaseException as error:
@@ -107,7 +111,7 @@ def pipeline(
             builder.finish()
     return RunResult(
         recipe=config.name,
-        outcomes=list(builder.outcomes.values()),
+        outcomes=[builder.outcomes[step] for step in steps],
         mlflow_run_id=tracker.pipeline_run_id,
         addresses={"MLflow": tracker.address(), "Prefect": _prefect_url()},
     )
