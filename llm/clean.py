@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, cast
 
-from llm.artifact import ArtifactWriter, Json, canonical_json
+from llm.artifact import ArtifactWriter, Json
 from llm.config import CleanConfig, read_section
 from llm.data.documents import Document, Unusable, read_documents
 from llm.data.formats import Content
@@ -29,6 +29,7 @@ from llm.job import Job, run_job
 ID_BYTES = 16
 MAX_REJECTED_EXAMPLES = 20
 """Kept of each reason."""
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 SEEN_CACHE_KIBIBYTES = 64 * 1024
 
 
@@ -122,7 +123,7 @@ def _take(
         size_bytes, has_words = len(data), bool(document.text.strip())
         fields: dict[str, Json] = {"text": document.text}
     else:
-        data = canonical_json(document.messages).encode()
+        data = ENCODER.encode(document.messages).encode()  # role, then content
         size_bytes = sum(len(message["content"].encode()) for message in document.messages)
         has_words = True
         fields = {"messages": cast(Json, document.messages), "kind": document.kind}
@@ -147,7 +148,7 @@ def _take(
     is_validation = int.from_bytes(deciding[:8], "big") < settings.validation_fraction * 2**64
     side = "validation" if is_validation else "train"
     line = {"id": sha256[:ID_BYTES].hex(), **fields}
-    sides[side].write(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+    sides[side].write(ENCODER.encode(line).encode() + b"\n")
     tally.num_kept[side] += 1
     tally.kept_bytes[side] += size_bytes
 

@@ -8,7 +8,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal, cast
 
@@ -34,7 +34,7 @@ class Place:
     offset_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Document:
     """A document as read: text, or the messages of a chat."""
 
@@ -149,7 +149,8 @@ def _read_record(
     decoded, num_errors = decode(raw, place, policy)
     try:
         document = _parse(decoded, place, content, text_key)
-        num_errors += document.num_decode_errors
+        document.num_decode_errors += num_errors
+        num_errors = document.num_decode_errors
         if num_errors and policy == "strict":
             raise DataError(
                 f"{place.file}: line {place.line} holds half a surrogate pair (\\ud800 to \\udfff),"
@@ -164,7 +165,7 @@ def _read_record(
             excerpt=decoded.strip()[:EXCERPT_CHARACTERS],
             num_decode_errors=num_errors,
         )
-    return replace(document, num_decode_errors=num_errors)
+    return document
 
 
 def _parse(decoded: str, place: Place, content: Content, text_key: str) -> Document:

@@ -293,7 +293,7 @@ def test_a_line_without_end_is_counted_in_bounded_memory(tmp_path: Path) -> None
         [sys.executable, "-c", code, str(tmp_path / "job.json")], capture_output=True, text=True,
         cwd=Path(__file__).parents[2], check=True,
     )  # fmt: skip
-    assert load_artifact(job.out).summary["skipped"] == {"longer than 16 MiB": 2}
+    assert load_artifact(job.out).summary["skipped"] == {"longer than 12 MiB": 2}
     assert int(run.stdout) * 1024 < 200e6
 
 
