@@ -144,9 +144,10 @@ def _leak_verdict(metrics: Mapping[str, Metric]) -> str:
     if passed.value == 1:
         return "The leak test passed: no model sees a token before it has predicted it."
     return (
-        "> **THE LEAK TEST FAILED.** A model sees tokens that it is asked to predict, or was"
-        " trained to repeat the token it has just read. No other figure on this page means anything"
-        " until that is mended; the `leak/` figures at the end say which check failed."
+        "> **THE LEAK TEST FAILED.** A model sees tokens that it is asked to predict, or it repeats"
+        " the token it has just read (trained on targets that were not shifted, or hardly trained)."
+        " No other figure on this page means anything until that is mended; the `leak/` figures at"
+        " the end say which check failed."
     )
 
 

@@ -1,0 +1,230 @@
+"""The leak test passes sound models and catches every leak planted in one."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llm.artifact import Json
+from llm.config import ModelConfig
+from llm.data.rows import Rows
+from llm.evaluation import leak
+from llm.evaluation.leak import LeakResult, find_leaks, leak_metrics
+from llm.model import transformer
+from llm.model.cache import KeyValueCache
+from llm.model.loss import token_losses
+from llm.model.transformer import Transformer
+from llm.pack import pack
+from llm.tokenizer.bpe import ByteLevelBPE
+
+SEQ_LEN = 32
+SHAPE = ModelConfig(num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, d_ff=48)
+
+MakeDocuments = Callable[..., Path]
+RunStage = Callable[..., tuple[Path, Mapping[str, Json]]]
+
+
+@pytest.fixture
+def rows(
+    make_documents: MakeDocuments,
+    tokenizer_folder: Path,
+    run_stage: RunStage,
+    corpus: list[str],
+) -> Rows:
+    documents = make_documents(corpus[:2], corpus[2:8])
+    folder, _ = run_stage(
+        pack, {"seq_len": SEQ_LEN}, out="rows", documents=documents, tokenizer=tokenizer_folder
+    )
+    return Rows(folder, "validation")
+
+
+def make_model(tokenizer: ByteLevelBPE, tie_embeddings: bool = True, seed: int = 1) -> Transformer:
+    """A model with its first weights."""
+    shape = replace(SHAPE, tie_embeddings=tie_embeddings)
+    model = Transformer(shape, tokenizer.vocab_size, SEQ_LEN)
+    model.initialize(torch.Generator().manual_seed(seed))
+    return model.eval()
+
+
+def train(model: Transformer, rows: Rows, shift: int, num_steps: int = 60) -> Transformer:
+    """Train on targets `shift` tokens after their inputs; 1 is right."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens = torch.from_numpy(rows.read(range(min(16, rows.num_rows))).tokens)
+    for _ in range(num_steps):
+        targets = tokens[:, shift : shift + SEQ_LEN]
+        loss = token_losses(model(tokens[:, :SEQ_LEN]), targets).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def examine(model: Transformer, rows: Rows, is_document_masked: bool = False) -> LeakResult:
+    return find_leaks(model, rows, is_document_masked=is_document_masked, seed=1)
+
+
+@pytest.mark.parametrize("is_document_masked", [False, True])
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_a_sound_model_passes_untrained(
+    rows: Rows, tokenizer: ByteLevelBPE, tie_embeddings: bool, is_document_masked: bool
+) -> None:
+    found = examine(make_model(tokenizer, tie_embeddings), rows, is_document_masked)
+    assert found.is_passed
+    assert found.future_difference == 0.0, "the same sums in the same order"
+    assert found.num_cuts >= 3 * leak.NUM_ROWS
+
+
+def test_a_sound_model_passes_trained(rows: Rows, tokenizer: ByteLevelBPE) -> None:
+    found = examine(train(make_model(tokenizer), rows, shift=1), rows)
+    assert found.is_passed
+    assert abs(found.repetition) < 0.1
+
+
+def test_the_same_seed_gives_the_same_result(rows: Rows, tokenizer: ByteLevelBPE) -> None:
+    model = make_model(tokenizer)
+    assert examine(model, rows) == examine(model, rows)
+
+
+def leaky_attention(reach: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Attention in plain torch whose mask is what `reach` makes of the causal one."""
+
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        T, S = q.shape[-2], k.shape[-2]
+        causal = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+        mask = reach(causal if attn_mask is None else attn_mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
+
+    return attend
+
+
+def one_further(mask: Tensor) -> Tensor:
+    """Let every position also look at the one after it: an off-by-one."""
+    later = torch.zeros_like(mask)
+    later[..., 1:] = mask[..., :-1]
+    return mask | later
+
+
+def everything(mask: Tensor) -> Tensor:
+    """Let every position look at all: no mask at all."""
+    return torch.ones_like(mask)
+
+
+class FunctionsWith:
+    """torch.nn.functional with one function replaced."""
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        self.scaled_dot_product_attention = attend
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(F, name)
+
+
+@pytest.mark.parametrize("reach", [one_further, everything])
+@pytest.mark.parametrize("is_document_masked", [False, True])
+def test_a_mask_that_reaches_too_far_is_caught(
+    rows: Rows,
+    tokenizer: ByteLevelBPE,
+    monkeypatch: pytest.MonkeyPatch,
+    reach: Callable[[Tensor], Tensor],
+    is_document_masked: bool,
+) -> None:
+    monkeypatch.setattr(transformer, "F", FunctionsWith(leaky_attention(reach)))
+    found = examine(make_model(tokenizer), rows, is_document_masked)
+    assert not found.is_passed
+    assert found.future_difference > leak.FUTURE_TOLERANCE
+
+
+def test_the_plain_mask_in_the_same_place_passes(
+    rows: Rows, tokenizer: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformer, "F", FunctionsWith(leaky_attention(lambda mask: mask)))
+    assert examine(make_model(tokenizer), rows).is_passed
+
+
+def test_one_layer_that_looks_both_ways_is_caught(rows: Rows, tokenizer: ByteLevelBPE) -> None:
+    class BothWays(transformer.Attention):
+        def forward(
+            self, x: Tensor, reach: transformer.Reach, cache: KeyValueCache | None
+        ) -> Tensor:
+            T = x.shape[1]
+            mask = torch.ones(1, 1, T, T, dtype=torch.bool)
+            return super().forward(x, replace(reach, mask=mask), None)
+
+    model = make_model(tokenizer)
+    model.blocks[1].attention.__class__ = BothWays
+    found = examine(model, rows)
+    assert not found.is_passed and found.future_difference > leak.FUTURE_TOLERANCE
+
+
+def test_a_leak_of_one_part_in_ten_thousand_is_caught(rows: Rows, tokenizer: ByteLevelBPE) -> None:
+    class Whisper(Transformer):
+        def read(
+            self,
+            tokens: Tensor,
+            document_ids: Tensor | None = None,
+            cache: KeyValueCache | None = None,
+        ) -> Tensor:
+            x = super().read(tokens, document_ids, cache)
+            return x + 1e-3 * x.mean(dim=1, keepdim=True)  # normalization over the row, say
+
+    model = make_model(tokenizer)
+    model.__class__ = Whisper
+    assert examine(model, rows).future_difference > leak.FUTURE_TOLERANCE
+
+
+def test_training_on_targets_that_were_not_shifted_is_caught(
+    rows: Rows, tokenizer: ByteLevelBPE
+) -> None:
+    found = examine(train(make_model(tokenizer), rows, shift=0), rows)
+    assert not found.is_passed
+    assert found.repetition > leak.REPETITION_TOLERANCE
+    assert found.future_difference == 0.0, "no other check sees it"
+
+
+def test_scoring_that_forgets_the_shift_is_caught(
+    rows: Rows, tokenizer: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forgetful(model: Transformer, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        logits = model(tokens[:, 1:], None if documents is None else documents[:, 1:])
+        return token_losses(logits, tokens[:, 1:])
+
+    monkeypatch.setattr(leak, "target_nats", forgetful)
+    found = examine(make_model(tokenizer), rows)
+    assert not found.is_passed
+    assert found.total_error > leak.TOTAL_TOLERANCE
+
+
+def test_a_cache_that_misplaces_tokens_is_caught(
+    rows: Rows, tokenizer: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_late(self: KeyValueCache, num_tokens: int) -> Tensor:
+        positions = self.lengths[:, None] + torch.arange(num_tokens)
+        return (positions - int(self.num_columns > 0)).clamp(min=0)
+
+    monkeypatch.setattr(KeyValueCache, "positions", one_late)
+    found = examine(make_model(tokenizer), rows)
+    assert not found.is_passed and found.cache_difference > leak.CACHE_TOLERANCE
+
+
+def test_metrics_show_the_worse_of_two_models() -> None:
+    sound = LeakResult(
+        num_cuts=8, future_difference=0, cache_difference=1e-7, total_error=0, repetition=0
+    )
+    leaky = replace(sound, future_difference=0.25, repetition=0.75)
+    metrics = leak_metrics([sound, leaky])
+    assert metrics["leak/passed"].value == 0
+    assert metrics["leak/largest_difference"].value == 0.25
+    assert metrics["leak/repetition"].value == 0.75
+    assert metrics["leak/passed"].num_examples == 16
+    assert leak_metrics([sound, sound])["leak/passed"].value == 1
