@@ -29,8 +29,8 @@ def generate(
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, up to a stop id (not included) or `max_new_tokens`.
 
-    A continuation also ends where the model's context does: prompt and new tokens together are at
-    most `model.seq_len`. Temperature 0 takes the likeliest token; above it tokens are drawn from the
+    A continuation also ends where the model's context does: its last token is chosen from
+    `model.seq_len` tokens before it, as in training. Temperature 0 takes the likeliest token; above it tokens are drawn from the
     `top_k` likeliest, or from all with 0. What is drawn depends on the seed and the prompt's place
     in the list alone, not on the other prompts.
 
@@ -121,7 +121,7 @@ def _generate_batch(
                 continue
             results[row].append(token)
             used = len(prompts[row]) + len(results[row])
-            is_going_on.append(used < model.seq_len)
+            is_going_on.append(used <= model.seq_len)
         kept = torch.tensor(is_going_on).nonzero().squeeze(1)
         if not len(kept) or number == max_new_tokens - 1:
             break

@@ -63,3 +63,4 @@ class KeyValueCache:
         """Drop all rows but these, so that finished ones cost nothing."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.lengths = self.lengths[rows]
+        self.num_columns = int(self.lengths.max())

@@ -230,7 +230,8 @@ class Transformer(nn.Module):
 
     def score(self, x: Tensor) -> Tensor:
         """Score every token of the vocabulary: (..., C) -> (..., V). The padding stays behind."""
-        return self.head(x)[..., : self.vocab_size]
+        logits = self.head(x)
+        return logits if logits.shape[-1] == self.vocab_size else logits[..., : self.vocab_size]
 
     def initialize(self, generator: torch.Generator) -> None:
         """Draw first weights: normal with deviation 0.02; what adds to the stream, less with depth.
@@ -268,7 +269,8 @@ class Transformer(nn.Module):
         start = 0 if cache is None else cache.num_columns
         if start + T > self.seq_len:
             raise DataError(
-                f"found {start + T} tokens in a row, expected at most the model's context of {self.seq_len}"
+                f"found {start + T} tokens in a row, expected at most the model's context"
+                f" of {self.seq_len}"
             )
         if cache is None:
             positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
@@ -293,6 +295,6 @@ def _check(config: ModelConfig) -> None:
         )
     if config.num_heads % config.num_kv_heads:
         raise ConfigError(
-            f"model.num_kv_heads: found {config.num_kv_heads}, expected a divisor of model.num_heads ="
-            f" {config.num_heads}"
+            f"model.num_kv_heads: found {config.num_kv_heads}, expected a divisor of"
+            f" model.num_heads = {config.num_heads}"
         )

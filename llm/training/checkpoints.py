@@ -48,12 +48,13 @@ def save_checkpoint(
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
+        free = shutil.disk_usage(folder).free
         shutil.rmtree(folder / WRITING, ignore_errors=True)
         needed = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values()))
         raise StageError(
-            f"{folder}: no space left for a checkpoint of {needed:,} bytes, found"
-            f" {shutil.disk_usage(folder).free:,} free; make room and run again, training goes on from"
-            " the checkpoint before"
+            f"{folder}: no space left for a checkpoint of {needed:,} bytes, found {free:,} free"
+            " when writing failed; make room and run again, training goes on from the checkpoint"
+            " before"
         ) from error
     (folder / WRITING).rename(final)
     fsync_folder(folder)

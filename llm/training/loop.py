@@ -1,11 +1,11 @@
 """The one training loop: a generator of steps. What to do with a step is up to who asks for it.
 
-Shapes: B rows in a micro-batch, T positions, V vocabulary.
+Shapes: B rows in a micro-batch, T positions.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from llm.config import OptimizationConfig
 from llm.data.rows import Rows
 from llm.errors import StageError
-from llm.model.loss import token_losses
 from llm.training.batches import Batch, make_batch, sample_rows
 from llm.training.optimizers import Optimizer
+from llm.training.processes import sum_over_processes
 from llm.training.schedules import learning_rate_factor
 
 
@@ -78,53 +78,34 @@ def training_steps(
     micro_batch_rows: int,
     is_stopping: Callable[[], bool],
 ) -> Iterator[Step]:
-    """Train from `state` to `config.num_steps`, yielding after each step with `state` brought up to
-    date.
+    """Train from `state` to `config.num_steps`; yield after each step, `state` brought up to date.
 
-    It ends early, between two steps and on all processes alike, when any of them is asked to stop;
-    then `state.step` is below `config.num_steps`.
+    `model` is a ModelWithLoss as Accelerate prepared it. Training ends early, between two steps and
+    on all processes alike, when any of them is asked to stop; `state.step` is then below
+    `config.num_steps`.
 
     Raises:
         StageError: loss or gradient is not finite. Weights and optimizer are as before that step.
     """
-    world = accelerator.num_processes
     model.train()
     while state.step < config.num_steps:
         started_at = time.perf_counter()
         batches = step_batches(rows, config, state.step, seed, accelerator, micro_batch_rows)
-        # One message before any work: the number of targets that every loss is divided by, and
-        # whether to stop.
+        # One message before any work: how many targets there are to divide by, and whether to stop.
         local_targets = sum(batch.num_targets() for batch in batches)
-        num_targets, num_stopping = _sum_over_processes(
-            accelerator, float(local_targets), float(is_stopping())
-        )
+        num_targets, num_stopping = sum_over_processes(accelerator, local_targets, is_stopping())
         if num_stopping:
             return
         loss, gradient_norm = 0.0, 0.0
         factor = learning_rate_factor(state.step, config)
         if num_targets:
-            # The mean over all targets of all processes and micro-batches, whatever their share of
-            # padding: the sum of every token's loss over the number of tokens. DDP divides the
-            # summed gradients by the number of processes, so each loss is multiplied by it.
-            local_loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-            for number, batch in enumerate(batches, start=1):
-                is_last = number == len(batches)
-                with nullcontext() if is_last else accelerator.no_sync(model):
-                    on_device = batch.to(accelerator.device)
-                    documents = on_device.document_ids if config.is_document_masked else None
-                    logits = model(on_device.inputs, documents)  # (B, T) -> (B, T, V)
-                    share = token_losses(logits, on_device.targets).sum() / num_targets
-                    accelerator.backward(share * world)
-                local_loss += share.detach()
-            (loss,) = _sum_over_processes(accelerator, local_loss)
+            loss = _accumulate_gradient(accelerator, model, batches, num_targets, config)
             norm = accelerator.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
             gradient_norm = float(cast(Tensor, norm))
             # Both are sums over all processes, so all of them decide alike.
             if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
                 optimizer.zero_grad()
-                raise StageError(
-                    _divergence_message(stage, state.step + 1, loss, gradient_norm, config)
-                )
+                raise StageError(_divergence(stage, state.step + 1, loss, gradient_norm, config))
             optimizer.set_learning_rates(factor)
             optimizer.step()
             optimizer.zero_grad()
@@ -143,6 +124,33 @@ def training_steps(
             learning_rate=config.learning_rate * factor,
             seconds=time.perf_counter() - started_at,
         )
+
+
+def _accumulate_gradient(
+    accelerator: Accelerator,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    num_targets: float,
+    config: OptimizationConfig,
+) -> float:
+    """Add up the gradient of the mean loss over all micro-batches and processes; return that loss.
+
+    The mean is over all targets, whatever each micro-batch's share of padding: the sum of every
+    token's loss over the number of tokens. DDP averages gradients over the processes, so that each
+    loss is multiplied by their number to give the sum.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for number, batch in enumerate(batches, start=1):
+        is_last = number == len(batches)  # processes exchange gradients once, in the last backward
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            local = batch.to(accelerator.device)
+            documents = local.document_ids if config.is_document_masked else None
+            losses = model(local.inputs, local.targets, documents)  # (B, T)
+            share = losses.sum() / num_targets
+            accelerator.backward(share * accelerator.num_processes)
+        total += share.detach()
+    (loss,) = sum_over_processes(accelerator, total)
+    return loss
 
 
 def step_batches(
@@ -165,25 +173,14 @@ def step_batches(
     ]
 
 
-def _sum_over_processes(accelerator: Accelerator, *numbers: float | Tensor) -> list[float]:
-    """Return each number summed over all processes, by one all-reduce."""
-    summed = torch.stack(
-        [
-            torch.as_tensor(number, dtype=torch.float64, device=accelerator.device)
-            for number in numbers
-        ]
-    )
-    return cast(Tensor, accelerator.reduce(summed, reduction="sum")).tolist()
-
-
-def _divergence_message(
+def _divergence(
     stage: str, step: int, loss: float, gradient_norm: float, config: OptimizationConfig
 ) -> str:
     rate = "muon_learning_rate" if config.optimizer == "muon" else "learning_rate"
+    advice = f"a lower {stage}.{rate} (now {getattr(config, rate):g})"
+    advice += f" or more {stage}.warmup_steps (now {config.warmup_steps})"
+    advice += f" or {stage}.precision=fp32" if config.precision != "fp32" else ""
     return (
         f"{stage}: step {step} of {config.num_steps} gave a loss of {loss} and a gradient norm of"
-        f" {gradient_norm}, expected finite numbers; the weights are as before that step. Try a lower"
-        f" {stage}.{rate} (now {getattr(config, rate):g}), more {stage}.warmup_steps (now"
-        f" {config.warmup_steps})"
-        + (f", or {stage}.precision=fp32" if config.precision != "fp32" else "")
+        f" {gradient_norm}, expected finite numbers; the weights are as before it. Try {advice}"
     )

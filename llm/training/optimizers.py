@@ -91,7 +91,8 @@ class Optimizer:
             expected = sum(len(group["params"]) for group in part.param_groups)
             if any(found.values()) and len(found[kind]) != expected:
                 raise ArtifactError(
-                    f"{source}: found the {kind} state of {len(found[kind])} weights, expected {expected}"
+                    f"{source}: found the {kind} state of {len(found[kind])} weights,"
+                    f" expected {expected}"
                 )
 
 

@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.distributed
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor
 
 from llm.config import OptimizationConfig, RuntimeConfig
 from llm.errors import ConfigError, StageError
@@ -54,9 +55,9 @@ def run_training_job(function: StageFunction) -> None:
     """
     if "RANK" not in os.environ and len(sys.argv) == 2:
         job = read_job(Path(sys.argv[1]))
-        num_processes = place(job.runtime).num_processes if _is_placeable(job.runtime) else 1
-        if num_processes > 1:
-            sys.exit(_launch(job, num_processes))
+        with contextlib.suppress(ConfigError):  # the stage itself reports it
+            if (num_processes := place(job.runtime).num_processes) > 1:
+                sys.exit(_launch(job, num_processes))
     elif LAUNCHER_PID in os.environ:
         die_with_parent()
         if os.getppid() != int(os.environ[LAUNCHER_PID]):
@@ -75,8 +76,8 @@ def place(runtime: RuntimeConfig) -> Placement:
         raise ConfigError("runtime.device: found cuda, but torch sees no GPU; use cpu or auto")
     if num_gpus and runtime.num_processes > num_gpus and "RANK" not in os.environ:
         raise ConfigError(
-            f"runtime.num_processes: found {runtime.num_processes}, expected at most {num_gpus}, the number"
-            " of visible GPUs"
+            f"runtime.num_processes: found {runtime.num_processes}, expected at most {num_gpus},"
+            " the number of visible GPUs"
         )
     return Placement(
         device="cuda" if num_gpus else "cpu",
@@ -121,18 +122,20 @@ def make_accelerator(runtime: RuntimeConfig, config: OptimizationConfig) -> Acce
     if accelerator.num_processes != placement.num_processes:
         raise StageError(
             f"Accelerate found {accelerator.num_processes} process(es), expected"
-            f" {placement.num_processes}; start them with RANK, WORLD_SIZE and LOCAL_RANK set, or leave"
-            " runtime.num_processes at 0"
+            f" {placement.num_processes}; start them with RANK, WORLD_SIZE and LOCAL_RANK set, or"
+            " leave runtime.num_processes at 0"
         )
     return accelerator
 
 
-def _is_placeable(runtime: RuntimeConfig) -> bool:
-    """Tell whether `place` works; where not, the stage itself reports why."""
-    with contextlib.suppress(ConfigError):
-        place(runtime)
-        return True
-    return False
+def sum_over_processes(accelerator: Accelerator, *numbers: float | Tensor) -> list[float]:
+    """Return each number summed over all processes, by one all-reduce in float64."""
+    numbers = tuple(
+        torch.as_tensor(number, dtype=torch.float64, device=accelerator.device)
+        for number in numbers
+    )
+    summed = cast(Tensor, accelerator.reduce(torch.stack(numbers), reduction="sum"))
+    return summed.tolist()
 
 
 def _threads_per_process(num_processes: int) -> int:
@@ -209,6 +212,7 @@ def _wait(job: Job, ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         for process in ranks:
             process.kill()
             process.wait()
-        signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+        if -code in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     return code

@@ -2,6 +2,7 @@
 steps.
 """
 
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from llm.config import OptimizationConfig
 from llm.data.rows import Rows
 from llm.errors import ConfigError, DataError, Interrupted
 from llm.job import METRICS, Job
+from llm.model.loss import ModelWithLoss
 from llm.model.store import save_model
 from llm.model.transformer import Transformer
 from llm.seeds import derive_seed
@@ -36,80 +38,35 @@ def train(
     config: OptimizationConfig,
     tokenizer_folder: Path,
 ) -> dict[str, Json]:
-    """Train `model` on the job's rows from the newest checkpoint on, and write it as an artifact.
+    """Train `model` on the job's rows, from its newest checkpoint on, and write it as an artifact.
 
     Raises:
         ConfigError, DataError: rows, model and settings do not fit together.
         StageError: the loss is not finite.
-        Interrupted: asked to stop; a checkpoint of the last step is saved.
+        Interrupted: asked to stop; the last step is saved.
     """
-    accelerator = make_accelerator(job.runtime, config)
-    tokenizer = ByteLevelBPE.load(tokenizer_folder)
-    train_rows, validation_rows = _open_rows(Path(job.inputs["rows"]), model, tokenizer)
-    _check_rows_per_step(job.stage, config, accelerator)
-    micro_batch_rows = job.runtime.micro_batch_rows or _micro_batch_rows(model, accelerator, config)
-    is_writer = accelerator.is_main_process
-
-    wrapped = accelerator.prepare_model(model)  # moves `model`; several processes: wraps it in DDP
-    optimizer = make_optimizer(model, config)
-    checkpoints = job.work / "checkpoints"
-    state = _resume(accelerator, checkpoints, model, optimizer)
-    metrics = MetricsFile(job.work / METRICS, state.step) if is_writer else None
-
-    def measure() -> Validation:
-        """Validate, and write the point."""
-        found = validate(
-            accelerator,
-            model,
-            validation_rows,
-            tokenizer.token_bytes,
-            num_rows=job.runtime.validation_rows,
-            micro_batch_rows=micro_batch_rows,
-            is_document_masked=config.is_document_masked,
-        )
-        if metrics:
-            values = {"val/loss": found.loss, "val/bits_per_byte": found.bits_per_byte}
-            metrics.append(state.step, state.tokens, values)
-        return found
-
-    def is_due(every_steps: int) -> bool:
-        """Tell whether what happens every so many steps, and after the last, happens now."""
-        return state.step % every_steps == 0 or state.step == config.num_steps
-
-    # Measured before training too. At the step of a checkpoint it is measured again on resuming,
+    run = _Run(job, model, config, tokenizer_folder)
+    runtime, state = job.runtime, run.state
+    # Before training too. At the step of a checkpoint the model is measured again on resuming,
     # since the kill may have come between the two.
-    validation = measure() if is_due(job.runtime.validate_every_steps) else None
-    for step in training_steps(
-        accelerator,
-        wrapped,
-        optimizer,
-        train_rows,
-        config,
-        state,
-        stage=job.stage,
-        seed=derive_seed(job.seed, job.stage, "rows"),
-        micro_batch_rows=micro_batch_rows,
-        is_stopping=lambda: job.is_stopping,
-    ):
-        if metrics and is_due(job.runtime.log_every_steps):
-            metrics.append(state.step, state.tokens, _point(step))
-        if metrics and is_due(job.runtime.checkpoint_every_steps):
-            metrics.make_durable()
-            save_checkpoint(checkpoints, model, optimizer, state, keep=job.runtime.keep_checkpoints)
-        if is_due(job.runtime.validate_every_steps):
-            validation = measure()
-        if is_writer:
+    validation = run.validate() if run.is_due(runtime.validate_every_steps) else None
+    for step in run.steps():
+        if run.is_due(runtime.log_every_steps):
+            run.log(_point(step))
+        if run.is_due(runtime.checkpoint_every_steps):
+            run.save()  # before validation, so that what comes after a step cannot lose it
+        if run.is_due(runtime.validate_every_steps):
+            validation = run.validate()
+        if run.is_writer:
             with suppress(Interrupted):  # stopping is agreed on by all processes, in the loop
                 job.report_progress(state.step, config.num_steps, "steps")
-
     if state.step < config.num_steps:
-        if metrics and state.step:
-            metrics.make_durable()
-            save_checkpoint(checkpoints, model, optimizer, state, keep=job.runtime.keep_checkpoints)
+        run.save()
+        run.accelerator.wait_for_everyone()  # a process that ends before the others seems to fail
         raise Interrupted(f"{job.stage} was asked to stop and saved step {state.step}")
     assert validation is not None, "the last step is followed by a validation"
-    if is_writer:
-        save_model(writer, model, tokenizer.to_json())
+    if run.is_writer:
+        save_model(writer, model, run.tokenizer.to_json())
         writer.write_bytes(METRICS, (job.work / METRICS).read_bytes(), is_log=True)
     return {
         "num_parameters": model.num_parameters(),
@@ -120,6 +77,77 @@ def train(
         "val_loss": validation.loss,
         "val_bits_per_byte": validation.bits_per_byte,
     }
+
+
+class _Run:
+    """A training under way: its parts, put together, and what is done with them between steps."""
+
+    def __init__(
+        self, job: Job, model: Transformer, config: OptimizationConfig, tokenizer_folder: Path
+    ) -> None:
+        self._job, self._config, self._model = job, config, model
+        self.accelerator = make_accelerator(job.runtime, config)
+        self.is_writer = self.accelerator.is_main_process
+        self.tokenizer = ByteLevelBPE.load(tokenizer_folder)
+        self._rows, self._validation_rows = _open_rows(
+            Path(job.inputs["rows"]), model, self.tokenizer
+        )
+        _check_rows_per_step(job.stage, config, self.accelerator)
+        self._micro_batch_rows = job.runtime.micro_batch_rows or _micro_batch_rows(
+            model, self.accelerator, config
+        )
+        self._model_with_loss = ModelWithLoss(model)
+        # on its device, in its precision, and wrapped in DDP where there are several processes
+        self._prepared = self.accelerator.prepare_model(self._model_with_loss)
+        self._optimizer = make_optimizer(model, config)
+        self._checkpoints = job.work / "checkpoints"
+        self.state = _resume(self.accelerator, self._checkpoints, model, self._optimizer)
+        self._metrics = MetricsFile(job.work / METRICS, self.state.step) if self.is_writer else None
+
+    def steps(self) -> Iterator[Step]:
+        """Train, step by step."""
+        return training_steps(
+            self.accelerator,
+            self._prepared,
+            self._optimizer,
+            self._rows,
+            self._config,
+            self.state,
+            stage=self._job.stage,
+            seed=derive_seed(self._job.seed, self._job.stage, "rows"),
+            micro_batch_rows=self._micro_batch_rows,
+            is_stopping=lambda: self._job.is_stopping,
+        )
+
+    def is_due(self, every_steps: int) -> bool:
+        """Tell whether what happens every so many steps, and after the last, happens now."""
+        return self.state.step % every_steps == 0 or self.state.step == self._config.num_steps
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Write one point of the curves."""
+        if self._metrics:
+            self._metrics.append(self.state.step, self.state.tokens, values)
+
+    def save(self) -> None:
+        """Publish a checkpoint, if there is anything to save."""
+        if self._metrics and self.state.step:
+            self._metrics.make_durable()
+            keep = self._job.runtime.keep_checkpoints
+            save_checkpoint(self._checkpoints, self._model, self._optimizer, self.state, keep=keep)
+
+    def validate(self) -> Validation:
+        """Measure the model as it is and write the point."""
+        found = validate(
+            self.accelerator,
+            self._model_with_loss,
+            self._validation_rows,
+            self.tokenizer.token_bytes,
+            num_rows=self._job.runtime.validation_rows,
+            micro_batch_rows=self._micro_batch_rows,
+            is_document_masked=self._config.is_document_masked,
+        )
+        self.log({"val/loss": found.loss, "val/bits_per_byte": found.bits_per_byte})
+        return found
 
 
 def _point(step: Step) -> dict[str, float]:
@@ -164,8 +192,8 @@ def _open_rows(folder: Path, model: Transformer, tokenizer: ByteLevelBPE) -> tup
     for name, rows in zip(("train", "validation"), splits, strict=True):
         if not rows.num_rows or not rows.info.num_target_tokens:
             problems.append(
-                f"{name}: found {rows.num_rows} rows with {rows.info.num_target_tokens} tokens to learn,"
-                " expected some; give more data or change clean.validation_fraction"
+                f"{name}: found {rows.num_rows} rows with {rows.info.num_target_tokens} tokens to"
+                " learn, expected some; give more data or change clean.validation_fraction"
             )
     if problems:
         raise DataError(
@@ -178,8 +206,8 @@ def _open_rows(folder: Path, model: Transformer, tokenizer: ByteLevelBPE) -> tup
 def _check_rows_per_step(stage: str, config: OptimizationConfig, accelerator: Accelerator) -> None:
     if config.rows_per_step % accelerator.num_processes:
         raise ConfigError(
-            f"{stage}.rows_per_step: found {config.rows_per_step}, expected a multiple of the number of"
-            f" processes, {accelerator.num_processes}"
+            f"{stage}.rows_per_step: found {config.rows_per_step}, expected a multiple of the"
+            f" number of processes, {accelerator.num_processes}"
         )
 
 

@@ -5,18 +5,17 @@ Shapes: B rows, T positions, V vocabulary.
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 
 from llm.data.rows import Rows
 from llm.errors import DataError
-from llm.model.loss import IGNORED, token_losses
+from llm.model.loss import IGNORED, ModelWithLoss
 from llm.training.batches import make_batch
+from llm.training.processes import sum_over_processes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +31,7 @@ class Validation:
 @torch.no_grad()
 def validate(
     accelerator: Accelerator,
-    model: nn.Module,
+    model: ModelWithLoss,
     rows: Rows,
     token_bytes: npt.NDArray[np.int64],
     *,
@@ -55,16 +54,15 @@ def validate(
     model.eval()
     for start in range(0, len(mine), micro_batch_rows):
         batch = make_batch(rows.read(mine[start : start + micro_batch_rows])).to(device)
-        logits = model(batch.inputs, batch.document_ids if is_document_masked else None)
-        losses = token_losses(logits, batch.targets)  # (B, T, V) -> (B, T)
+        documents = batch.document_ids if is_document_masked else None
+        losses = model(batch.inputs, batch.targets, documents)  # (B, T)
         num_bytes = bytes_of[batch.targets.clamp(min=0)] * (batch.targets != IGNORED)  # (B, T)
         sums[0] += losses.sum(dtype=torch.float64)
         sums[1] += (batch.targets != IGNORED).sum()
         sums[2] += losses[num_bytes > 0].sum(dtype=torch.float64)
         sums[3] += num_bytes.sum()
     model.train()
-    summed = cast(Tensor, accelerator.reduce(sums, reduction="sum"))
-    nats, num_targets, text_nats, text_bytes = summed.tolist()
+    nats, num_targets, text_nats, text_bytes = sum_over_processes(accelerator, *sums)
     if not text_bytes:
         raise DataError(
             f"the first {num_rows} validation rows hold no text to predict, expected some; raise"
