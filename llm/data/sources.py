@@ -48,8 +48,8 @@ def fingerprint(source: SourceConfig, role: str, cache_file: Path | None) -> str
     if source.kind == "hub":
         parts = (source.hub_name, source.hub_config, source.hub_split, source.hub_revision)
         return digest(["hub", role, *parts])
-    files = library_files() if source.kind == "stdlib" else local_files(source, role).files
     try:
+        files = library_files() if source.kind == "stdlib" else local_files(source, role).files
         return files_fingerprint(source, role, _hash_files(files, cache_file))
     except OSError as error:
         raise DataError(f"download.{role}.path: {error}; make it readable") from error
@@ -83,7 +83,7 @@ def local_files(source: SourceConfig, role: str) -> LocalFiles:
     elif glob.has_magic(pattern):
         root = _fixed_part(pattern)
         matches = glob.glob(pattern, recursive=True)  # noqa: PTH207 (takes absolute patterns too)
-        candidates = (Path(match) for match in matches if Path(match).is_file())
+        candidates = (Path(match) for match in matches if _is_part(Path(match)))
     else:
         raise DataError(
             f"download.{role}.path: found nothing at {source.path}; expected a file, a folder or a"
@@ -100,10 +100,19 @@ def local_files(source: SourceConfig, role: str) -> LocalFiles:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = (Path(folder, name) for name in names if not name.startswith("."))
-        yield from (path for path in paths if path.is_file())
+        yield from (path for path in paths if _is_part(path))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _is_part(path: Path) -> bool:
+    """Tell a file, or a link to nothing, which is to be an error rather than left out unseen."""
+    return path.is_file() or not path.exists()
 
 
 def _fixed_part(pattern: str) -> Path:

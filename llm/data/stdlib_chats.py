@@ -135,13 +135,15 @@ def _answers(node: ast.FunctionDef | ast.AsyncFunctionDef, text: str) -> dict[tu
     if len(names) > 1 and names[0] not in ("self", "cls"):  # else one answer would be nearly all
         answers["first_parameter", ""] = names[0]
     values = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
-    return answers | {
+    defaults = {
         ("default", argument.arg): ast.unparse(value)
         for argument, value in zip(
             [*positional, *arguments.kwonlyargs], [*values, *arguments.kw_defaults], strict=True
         )
         if value is not None
     }
+    told = {key: value for key, value in defaults.items() if value != "None"}
+    return answers | (told or defaults)  # None would be more than half of all answers
 
 
 def _answers_from_memory(

@@ -69,6 +69,19 @@ def test_what_cannot_be_read_is_an_error_naming_the_setting(
         fingerprint(files(folder / path), role, None)
 
 
+def test_a_link_to_nothing_is_an_error_and_not_left_out(folder: Path) -> None:
+    (folder / "gone.txt").symlink_to("nowhere")
+    for path in (folder, folder / "*.txt"):
+        with pytest.raises(DataError, match=r"download\.corpus\.path: .*gone\.txt"):
+            fingerprint(files(path), "corpus", None)
+
+
+def test_what_is_no_file_is_never_opened(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.txt")
+    names = [name for name, _ in local_files(files(folder), "corpus").files]
+    assert names == ["a.txt", "b/c.md", "b/d.jsonl"]
+
+
 def test_the_place_does_not_count_but_names_bytes_and_role_do(folder: Path, tmp_path: Path) -> None:
     before = fingerprint(files(folder), "corpus", None)
     moved = shutil.copytree(folder, tmp_path / "elsewhere")
