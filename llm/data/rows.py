@@ -121,7 +121,7 @@ class RowWriter:
     ) -> None:
         """Append rows: tokens (B, T+1), mask (B, T+1) for chats, first_documents (B,)."""
         is_padding = tokens == self.layout.pad_id
-        targets = ~is_padding if mask is None else mask.copy()
+        targets = ~is_padding if mask is None else mask & ~is_padding
         targets[:, 0] = False  # the input before it is in another row
         self._files["tokens"].write(tokens.astype(_little_endian(self.layout)).tobytes())
         self._files["first_document"].write(first_documents.astype("<u8").tobytes())

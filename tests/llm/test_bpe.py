@@ -135,6 +135,17 @@ def is_line_start(before: str, after: str) -> bool:
     return before.endswith("\n") and not after[0].isspace()
 
 
+def test_blank_lines_at_a_cut_keep_their_tokens(
+    corpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "a\n \n  b\n\n\nc\n" * 50
+    tokenizer = ByteLevelBPE.train([*corpus, text], 1000)
+    (whole,) = tokenizer.encode_batch([text])
+    monkeypatch.setattr(bpe, "PIECE_CHARACTERS", 16)
+    assert len(list(split_text(text))) > 20
+    assert tokenizer.encode_batch([text]) == [whole]
+
+
 def test_a_text_without_lines_is_cut_to_bounded_pieces(tokenizer: ByteLevelBPE) -> None:
     text = "é" * (3 * bpe.PIECE_CHARACTERS + 5)
     assert max(map(len, split_text(text))) == bpe.PIECE_CHARACTERS

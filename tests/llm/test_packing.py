@@ -154,6 +154,19 @@ def test_one_long_document_of_whole_rows_gets_no_empty_row(tmp_path: Path) -> No
         assert (rows.num_rows, rows.info.num_padding_tokens) == (4, 0)
 
 
+def test_chats_that_fill_a_row_to_the_last_position_share_it(tmp_path: Path) -> None:
+    documents = make_documents([9, 5, 4], is_chats=True)
+    rows = pack_documents(tmp_path / "out", documents, seq_len=8)
+    assert (rows.num_rows, rows.info.num_padding_tokens) == (2, 0)
+
+
+def test_chats_follow_a_long_one_in_its_last_row(tmp_path: Path) -> None:
+    documents = make_documents([8 + 1 + 3, 5], is_chats=True)
+    rows = pack_documents(tmp_path / "out", documents, seq_len=8)
+    assert rows.num_rows == 2
+    assert rows.read([1]).document_ids.tolist() == [[0] * 4 + [1] * 5]
+
+
 def test_short_text_gives_one_padded_row(tmp_path: Path) -> None:
     rows = pack_documents(tmp_path / "out", make_documents([3], is_chats=False), seq_len=8)
     assert rows.read([0]).mask.tolist() == [[False, True, True] + [False] * 6]

@@ -96,7 +96,7 @@ def test_files_are_little_endian_and_as_documented(tmp_path: Path) -> None:
     assert (folder / "train.tokens.bin").read_bytes() == bytes(
         byte for row in TEXT for token in row for byte in (token % 256, token // 256)
     )
-    assert (folder / "train.mask.bin").read_bytes() == bytes([0, 1, 1, 1, 1] * 2)
+    assert (folder / "train.mask.bin").read_bytes() == bytes([0, 1, 1, 1, 1, 0, 1, 1, 1, 0])
     assert (folder / "train.first_document.bin").read_bytes() == bytes([0] * 8 + [1] + [0] * 7)
     assert (folder / "train.document_ids.bin").read_bytes() == b"".join(IDS)
 
