@@ -30,9 +30,9 @@ def generate(
     """Return the new tokens of each prompt, up to a stop id (not included) or `max_new_tokens`.
 
     A continuation also ends where the model's context does: its last token is chosen from
-    `model.seq_len` tokens before it, as in training. Temperature 0 takes the likeliest token; above it tokens are drawn from the
-    `top_k` likeliest, or from all with 0. What is drawn depends on the seed and the prompt's place
-    in the list alone, not on the other prompts.
+    `model.seq_len` tokens before it, as in training. Temperature 0 takes the likeliest token; above
+    it tokens are drawn from the `top_k` likeliest, or from all with 0. What is drawn depends on the
+    seed and the prompt's place in the list, not on the other prompts.
 
     Raises:
         DataError: a prompt is empty, longer than the context, or holds an id the model has not.
@@ -83,8 +83,7 @@ class _Sampler:
         if 0 < self._top_k < scaled.shape[-1]:
             least = scaled.topk(self._top_k, dim=-1).values[:, -1:]  # (B, V) -> (B, 1)
             scaled = scaled.masked_fill(scaled < least, -torch.inf)
-        # The token at which the cumulated probability passes the uniform number. In float64, so that
-        # the last sum is not below it.
+        # the token at which the cumulated probability passes the uniform number
         cumulated = scaled.double().softmax(dim=-1).cumsum(dim=-1)
         threshold = self._uniform[rows.cpu(), number].to(cumulated)[:, None]
         chosen = torch.searchsorted(cumulated, threshold * cumulated[:, -1:], right=True)
@@ -136,8 +135,8 @@ def _generate_batch(
 def _check_prompt(index: int, prompt: Sequence[int], model: Transformer) -> None:
     if not 0 < len(prompt) <= model.seq_len:
         raise DataError(
-            f"prompt {index}: found {len(prompt)} tokens, expected 1 to {model.seq_len}, the model's"
-            " context"
+            f"prompt {index}: found {len(prompt)} tokens, expected 1 to {model.seq_len}, the"
+            " model's context"
         )
     if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
         raise DataError(

@@ -1,0 +1,163 @@
+"""What tests of training share: packed rows, small settings, and stages as processes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from llm.artifact import ArtifactWriter, Json
+from llm.config import FinetuneConfig, ModelConfig, PretrainConfig, RuntimeConfig
+from llm.data.chat import render_chats
+from llm.data.rows import RowLayout, RowWriter, write_pack_json
+from llm.job import Job, write_job
+from llm.model.transformer import Transformer
+from llm.tokenizer.bpe import ByteLevelBPE
+
+SEQ_LEN = 32
+TINY = ModelConfig(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48)
+REPOSITORY = Path(__file__).parents[2]
+
+
+def tiny_model(seed: int = 0, vocab_size: int = 600, **shape: Any) -> Transformer:
+    """A model of TINY's shape, changed by `shape`, with random weights."""
+    config = ModelConfig(**{**asdict(TINY), **shape})
+    model = Transformer(config, vocab_size, SEQ_LEN)
+    model.initialize(torch.Generator().manual_seed(seed))
+    return model
+
+
+def tiny_pretrain(**settings: Any) -> PretrainConfig:
+    """A pretraining of eight steps, changed by `settings`."""
+    few = {"num_steps": 8, "rows_per_step": 8, "warmup_steps": 2, "model": TINY}
+    return PretrainConfig(**{**few, **settings})
+
+
+def tiny_finetune(**settings: Any) -> FinetuneConfig:
+    """A fine-tuning of four steps, changed by `settings`."""
+    return FinetuneConfig(**{"num_steps": 4, "rows_per_step": 4, "warmup_steps": 1, **settings})
+
+
+def write_text_rows(
+    folder: Path, tokenizer: ByteLevelBPE, texts: Sequence[str], seq_len: int = SEQ_LEN
+) -> Path:
+    """Pack texts into rows; every fifth row is for validation."""
+    stream = [token for ids in tokenizer.encode_batch(texts) for token in (tokenizer.bos_id, *ids)]
+    num_rows = (len(stream) - 1) // seq_len
+    starts = np.arange(num_rows) * seq_len
+    tokens = np.array(stream, dtype=np.uint32)[starts[:, None] + np.arange(seq_len + 1)]
+    return _write_rows(folder, tokenizer, tokens, None)
+
+
+def write_chat_rows(
+    folder: Path, tokenizer: ByteLevelBPE, num_chats: int, seq_len: int = SEQ_LEN
+) -> Path:
+    """Pack short questions and answers, one a row; every fifth row is for validation."""
+    chats = [
+        [
+            {"role": "user", "content": f"what is {number}?"},
+            {"role": "assistant", "content": f"it is {number * number}"},
+        ]
+        for number in range(num_chats)
+    ]
+    tokens = np.full((num_chats, seq_len + 1), tokenizer.pad_id, dtype=np.uint32)
+    mask = np.zeros((num_chats, seq_len + 1), dtype=np.bool_)
+    for row, chat in enumerate(render_chats(chats, tokenizer)):
+        tokens[row, : len(chat.ids)] = chat.ids[: seq_len + 1]
+        mask[row, : len(chat.mask)] = chat.mask[: seq_len + 1]
+    return _write_rows(folder, tokenizer, tokens, mask)
+
+
+def write_job_file(
+    folder: Path,
+    stage: str,
+    config: PretrainConfig | FinetuneConfig,
+    inputs: Mapping[str, Path],
+    **runtime: Any,
+) -> Path:
+    """Write the job file of a stage whose artifact and work folder lie in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings: Mapping[str, Json] = json.loads(json.dumps(asdict(config)))
+    small = {"num_threads": 1, "checkpoint_every_steps": 3, "validate_every_steps": 4}
+    job = Job(
+        stage=stage,
+        settings=settings,
+        seed=1,
+        inputs={name: str(path) for name, path in inputs.items()},
+        runtime=RuntimeConfig(**{**small, "validation_rows": 8, **runtime}),
+        out=folder / "out",
+        work=folder / "work",
+    )
+    write_job(folder / "job.json", job)
+    return folder / "job.json"
+
+
+def start(job_file: Path, stage: str) -> subprocess.Popen[str]:
+    """Start `python -m llm.<stage>` in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", f"llm.{stage}", str(job_file)],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def points(folder: Path) -> list[dict[str, Any]]:
+    """The points of a job's `metrics.jsonl`, without what depends on the clock."""
+    found: list[dict[str, Any]] = []
+    for line in (folder / "work" / "metrics.jsonl").read_text().splitlines():
+        point = json.loads(line)
+        del point["seconds"]
+        point["metrics"].pop("throughput/tokens_per_second", None)
+        found.append(point)
+    return found
+
+
+def fresh_accelerator() -> Accelerator:
+    """An Accelerator on the CPU; it forgets the settings of one made before in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    torch.set_num_threads(1)
+    return Accelerator(cpu=True)
+
+
+def _write_rows(
+    folder: Path,
+    tokenizer: ByteLevelBPE,
+    tokens: np.ndarray[Any, np.dtype[np.uint32]],
+    mask: np.ndarray[Any, np.dtype[np.bool_]] | None,
+) -> Path:
+    layout = RowLayout(
+        seq_len=tokens.shape[1] - 1,
+        vocab_size=tokenizer.vocab_size,
+        content="text" if mask is None else "chats",
+        bos_id=tokenizer.bos_id,
+        pad_id=tokenizer.pad_id,
+    )
+    writer = ArtifactWriter(folder)
+    is_validation = np.arange(len(tokens)) % 5 == 0
+    infos = {}
+    for split, is_in in (("train", ~is_validation), ("validation", is_validation)):
+        some = tokens[is_in]
+        # each row begins in the document after the last of the row before
+        num_in_row = 1 + (some[:, 1:] == layout.bos_id).sum(axis=1)
+        first = np.cumsum(num_in_row) - num_in_row
+        num_documents = int(num_in_row.sum())
+        with RowWriter(writer, split, layout, tokenizer.token_bytes) as rows:
+            rows.write_rows(some, None if mask is None else mask[is_in], first)
+            rows.write_document_ids([bytes(16)] * num_documents)
+            infos[split] = rows.info()
+    write_pack_json(writer, layout, infos)
+    writer.finish(stage="pack", summary={})
+    return folder
