@@ -1,7 +1,7 @@
 """Bits per byte: against loops over single tokens, formulas and resampling."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,15 @@ CHATS = [
 MakeDocuments = Callable[..., Path]
 RunStage = Callable[..., tuple[Path, Mapping[str, Json]]]
 MakeRows = Callable[[Sequence[object]], Rows]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products are slower on two threads, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

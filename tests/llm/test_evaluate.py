@@ -1,0 +1,368 @@
+"""The evaluate stage: real rows and models in, figures that direct computation confirms out."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llm import job as job_module
+from llm.artifact import ArtifactWriter, Json, load_artifact
+from llm.config import ModelConfig, RuntimeConfig
+from llm.data.chat import Message, render_chat, render_prompt
+from llm.data.rows import Rows
+from llm.errors import ArtifactError, ConfigError, Interrupted
+from llm.evaluate import evaluate
+from llm.evaluation.instructions import Instruction, exact_match, read_documents, read_instructions
+from llm.evaluation.report import Report
+from llm.job import PROGRESS, Job, write_job
+from llm.model.loss import IGNORED, token_losses
+from llm.model.store import save_model
+from llm.model.transformer import Transformer
+from llm.pack import pack
+from llm.tokenizer.bpe import ByteLevelBPE
+
+SEQ_LEN = 48
+SHAPE = ModelConfig(num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, d_ff=48)
+SETTINGS: Mapping[str, Json] = {
+    "prompts": ["def ", "The "],
+    "max_new_tokens": 8,
+    "num_instructions": 5,
+}
+WORDS = ("red", "blue", "pink", "gray", "gold", "teal")
+
+Chat = Sequence[Message]
+MakeDocuments = Callable[..., Path]
+RunStage = Callable[..., tuple[Path, Mapping[str, Json]]]
+MakeRows = Callable[[str, Sequence[object]], Path]
+
+
+def chat_of(*contents: str) -> Chat:
+    """A conversation, user first."""
+    return [
+        Message(role=role, content=content)
+        for role, content in zip(("user", "assistant") * len(contents), contents, strict=False)
+    ]
+
+
+CHATS = [chat_of(f"say {word}", f" {word}") for word in WORDS]
+
+
+@pytest.fixture
+def make_rows(
+    make_documents: MakeDocuments, tokenizer_folder: Path, run_stage: RunStage
+) -> MakeRows:
+    """Return a function that packs documents, the same for training and validation."""
+
+    def make(name: str, documents: Sequence[object]) -> Path:
+        folder, _ = run_stage(
+            pack,
+            {"seq_len": SEQ_LEN},
+            out=name,
+            documents=make_documents(documents, documents),
+            tokenizer=tokenizer_folder,
+        )
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products are slower on two threads, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def chat_model(tokenizer: ByteLevelBPE) -> Transformer:
+    """A model that knows all answers of CHATS by heart."""
+    rendered = [render_chat(chat, tokenizer) for chat in CHATS]
+    width = max(len(chat.ids) for chat in rendered)
+    tokens = torch.full((len(CHATS), width), tokenizer.pad_id)
+    targets = torch.full((len(CHATS), width), IGNORED)
+    for row, (ids, mask) in enumerate(rendered):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        targets[row, : len(ids)] = torch.where(torch.tensor(mask), torch.tensor(ids), IGNORED)
+    model = new_model(tokenizer, seed=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        loss = token_losses(model(tokens[:, :-1]), targets[:, 1:]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+@pytest.fixture
+def inputs(
+    make_rows: MakeRows,
+    corpus: list[str],
+    tokenizer: ByteLevelBPE,
+    tokenizer_folder: Path,
+    chat_model: Transformer,
+) -> dict[str, Path]:
+    """The five inputs of the stage: a base model that knows nothing, a chat model that answers."""
+    text, chats = make_rows("text", corpus[2:6]), make_rows("chats", CHATS)
+    base = new_model(tokenizer, seed=1)
+    return {
+        "base": write_model(text.parent / "base", base, tokenizer),
+        "chat": write_model(text.parent / "chat", chat_model, tokenizer),
+        "text_rows": text,
+        "chat_rows": chats,
+        "tokenizer": tokenizer_folder,
+    }
+
+
+def new_model(tokenizer: ByteLevelBPE, seed: int) -> Transformer:
+    model = Transformer(SHAPE, tokenizer.vocab_size, SEQ_LEN)
+    model.initialize(torch.Generator().manual_seed(seed))
+    return model
+
+
+def write_model(
+    folder: Path, model: Transformer, tokenizer: ByteLevelBPE, is_document_masked: bool = True
+) -> Path:
+    writer = ArtifactWriter(folder)
+    save_model(writer, model, tokenizer.to_json())
+    writer.finish(
+        stage="pretrain",
+        summary={"num_steps": 1500, "num_tokens": 76800},
+        settings={"is_document_masked": is_document_masked},
+    )
+    return folder
+
+
+def read_report(folder: Path) -> Report:
+    return Report.from_json((folder / "report.json").read_bytes())
+
+
+def test_the_report_holds_every_figure_and_the_chat_model_answers(
+    inputs: dict[str, Path], run_stage: RunStage
+) -> None:
+    folder, summary = run_stage(evaluate, SETTINGS, **inputs)
+    report = read_report(folder)
+    assert summary == report.values()
+    assert set(summary) == {
+        *(f"{model}/{name}" for model in ("base", "chat") for name in MODEL_FIGURES),
+        *(f"baseline/{name}_bits_per_byte" for name in ("unigram", "gzip", "xz")),
+        *(f"leak/{name}" for name in LEAK_FIGURES),
+        "data/validation_bytes",
+        "data/validation_tokens",
+    }
+    assert summary["chat/exact_match"] == 1.0 and summary["base/exact_match"] == 0.0
+    assert summary["leak/passed"] == 1.0 and summary["leak/largest_difference"] == 0.0
+    answers = report.metrics["chat/answer_loss"]
+    assert answers.value < 0.1 and answers.num_examples == len(CHATS)
+    text = (folder / "report.md").read_text()
+    assert "| context | 48 tokens |" in text
+    assert "| base model, trained for | 1,500 steps on 76,800 tokens |" in text
+    shown = json.loads((folder / "samples.json").read_bytes())
+    assert [sample["kind"] for sample in shown] == ["instruction"] * 3 + ["continuation"] * 2
+    assert all(sample["chat"] == sample["expected"] for sample in shown[:3])
+    assert {sample["prompt"] for sample in shown[:3]} <= {f"say {word}" for word in WORDS}
+    assert [sample["prompt"] for sample in shown[3:]] == SETTINGS["prompts"]
+
+
+MODEL_FIGURES = ("bits_per_byte", "answer_loss", "exact_match")
+LEAK_FIGURES = ("passed", "largest_difference", "cache_difference", "total_error", "repetition")
+
+
+def test_models_and_baselines_are_measured_on_the_same_bytes(
+    inputs: dict[str, Path], run_stage: RunStage, corpus: list[str]
+) -> None:
+    report = read_report(run_stage(evaluate, SETTINGS, **inputs)[0])
+    num_bytes = sum(len(text.encode()) for text in corpus[2:6])
+    assert report.metrics["data/validation_bytes"].value == num_bytes
+    assert report.metrics["baseline/gzip_bits_per_byte"].num_examples == num_bytes
+    assert report.metrics["base/bits_per_byte"].num_examples == 4
+
+
+@pytest.mark.parametrize("is_document_masked", [False, True])
+def test_text_is_scored_as_the_base_model_was_trained(
+    inputs: dict[str, Path],
+    run_stage: RunStage,
+    tokenizer: ByteLevelBPE,
+    is_document_masked: bool,
+) -> None:
+    model = new_model(tokenizer, seed=1).eval()
+    write_model(inputs["base"], model, tokenizer, is_document_masked)
+    rows = Rows(inputs["text_rows"], "validation")
+    tokens, _, documents = map(torch.from_numpy, rows.read(np.arange(rows.num_rows)))
+    with torch.no_grad():
+        logits = model(tokens[:, :-1], documents[:, :-1] if is_document_masked else None)
+    sizes = torch.from_numpy(tokenizer.token_bytes)[tokens[:, 1:]]
+    nats = token_losses(logits, tokens[:, 1:])[sizes > 0].double().sum()
+    _, summary = run_stage(evaluate, SETTINGS, **inputs)
+    expected = float(nats / math.log(2) / sizes.sum())
+    assert summary["base/bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_two_runs_give_the_same_bytes_and_another_seed_other_samples(
+    inputs: dict[str, Path], run_stage: RunStage
+) -> None:
+    first, second, other = (
+        run_stage(evaluate, SETTINGS, seed=seed, out=name, **inputs)[0]
+        for seed, name in ((1, "first"), (1, "second"), (2, "other"))
+    )
+    assert load_artifact(first).digest == load_artifact(second).digest
+    ours, theirs = read_report(first), read_report(other)
+    assert ours.samples[:3] == theirs.samples[:3], "answers are greedy"
+    assert ours.samples[3:] != theirs.samples[3:]
+
+
+def test_it_runs_as_a_process_of_its_own(inputs: dict[str, Path], tmp_path: Path) -> None:
+    job = Job(
+        stage="evaluate",
+        settings=SETTINGS,
+        inputs={name: str(folder) for name, folder in inputs.items()},
+        out=tmp_path / "made",
+        work=tmp_path / "made.work",
+        runtime=RuntimeConfig(num_threads=1),
+    )
+    write_job(tmp_path / "job.json", job)
+    command = [sys.executable, "-m", "llm.evaluate", str(tmp_path / "job.json")]
+    root = Path(job_module.__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert load_artifact(job.out).stage == "evaluate"
+    progress = json.loads((job.work / PROGRESS).read_bytes())
+    assert progress["done"] == progress["total"] > 0
+
+
+def test_a_leak_is_reported_and_stops_nothing(
+    inputs: dict[str, Path], run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Transformer.read
+
+    def leaky(self: Transformer, *arguments: object, **named: object) -> torch.Tensor:
+        x = read(self, *arguments, **named)  # type: ignore[arg-type]
+        return x + 0.1 * x.mean(dim=1, keepdim=True)
+
+    monkeypatch.setattr(Transformer, "read", leaky)
+    folder, summary = run_stage(evaluate, SETTINGS, **inputs)
+    assert summary["leak/passed"] == 0.0
+    assert "LEAK TEST FAILED" in (folder / "report.md").read_text()
+
+
+def test_without_single_questions_there_is_no_exact_match(
+    inputs: dict[str, Path], make_rows: MakeRows, run_stage: RunStage
+) -> None:
+    inputs["chat_rows"] = make_rows("several", [chat_of("hi", " hello", "bye", " see you")])
+    folder, summary = run_stage(evaluate, SETTINGS, **inputs)
+    assert not any("exact_match" in name for name in summary)
+    assert "1 chats passed over: not one question and one answer" in " ".join(
+        read_report(folder).notes
+    )
+
+
+def test_a_prompt_longer_than_the_context_is_named(
+    inputs: dict[str, Path], run_stage: RunStage
+) -> None:
+    settings = {**SETTINGS, "prompts": ["fine", "w x y z " * 50]}
+    with pytest.raises(ConfigError, match=r"evaluate\.prompts\[1\]: \d+ tokens .* = 48"):
+        run_stage(evaluate, settings, **inputs)
+
+
+def test_a_model_of_another_vocabulary_is_refused(
+    inputs: dict[str, Path], run_stage: RunStage, tokenizer: ByteLevelBPE
+) -> None:
+    other = Transformer(SHAPE, tokenizer.vocab_size - 1, SEQ_LEN)
+    write_model(inputs["chat"], other, tokenizer)
+    with pytest.raises(ArtifactError, match=r"chat: a model of 599 tokens.* have 600"):
+        run_stage(evaluate, SETTINGS, **inputs)
+
+
+def test_a_model_with_a_shorter_context_is_refused(
+    inputs: dict[str, Path], run_stage: RunStage, tokenizer: ByteLevelBPE
+) -> None:
+    write_model(inputs["base"], Transformer(SHAPE, tokenizer.vocab_size, 16), tokenizer)
+    with pytest.raises(ArtifactError, match="context of 16 tokens, but rows of 48"):
+        run_stage(evaluate, SETTINGS, **inputs)
+
+
+def test_it_stops_when_asked(
+    inputs: dict[str, Path], run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_module, "_is_stopping", True)
+    with pytest.raises(Interrupted):
+        run_stage(evaluate, SETTINGS, **inputs)
+
+
+def test_every_document_is_read_back_from_the_rows(
+    make_rows: MakeRows, corpus: list[str], tokenizer: ByteLevelBPE
+) -> None:
+    texts = [*corpus[2:6], "x"]
+    found = list(read_documents(Rows(make_rows("text", texts), "validation")))
+    assert all(ids[0] == tokenizer.bos_id and tokenizer.pad_id not in ids for ids in found)
+    assert sorted(map(tokenizer.decode, found)) == sorted(texts)
+
+
+def test_instructions_are_the_first_single_questions_and_the_rest_is_counted(
+    make_rows: MakeRows, tokenizer: ByteLevelBPE
+) -> None:
+    system = Message(role="system", content="be brief")
+    chats: list[Chat] = [
+        *(chat_of(f"question {n}?", f"answer {n}") for n in range(8)),
+        [system, *chat_of("with a system?", "yes")],
+        chat_of("one", "1", "two", "2"),
+        chat_of("alone"),
+        chat_of("a long one " * 40, "word " * 40),
+    ]
+    rows = Rows(make_rows("mixed", chats), "validation")
+    found = read_instructions(rows, tokenizer, limit=100)
+    assert (found.num_other_shapes, found.num_too_long) == (2, 1)
+    expected = {
+        tuple(render_prompt(chat[:-1], tokenizer)): chat[-1]["content"] for chat in chats[:9]
+    }
+    assert {one.prompt_ids: one.expected for one in found.instructions} == expected
+    prompts = {one.prompt for one in found.instructions}
+    assert {"question 0?", "be brief\n\nwith a system?"} <= prompts
+    first = read_instructions(rows, tokenizer, limit=3)
+    assert first.instructions == found.instructions[:3]
+
+
+def test_a_chat_split_over_rows_by_its_neighbors_is_read_whole(
+    make_rows: MakeRows, tokenizer: ByteLevelBPE
+) -> None:
+    # a chat of more than a row leaves room in its last one, which whole chats fill
+    chats = [chat_of("long " * 30, "long " * n) for n in range(10, 60)] + CHATS
+    rows = Rows(make_rows("mixed", chats), "validation")
+    whole = {tuple(ids) for ids in read_documents(rows)}
+    rendered = {
+        (*render_prompt(chat[:-1], tokenizer), *answer, tokenizer.end_id)
+        for chat, answer in zip(
+            chats, tokenizer.encode_batch([chat[-1]["content"] for chat in chats]), strict=True
+        )
+    }
+    assert whole == rendered
+    assert len(read_instructions(rows, tokenizer, 100).instructions) == len(CHATS)
+
+
+def test_an_answer_matches_but_for_white_space_at_its_ends() -> None:
+    wanted = Instruction(prompt_ids=(1,), prompt="?", expected=" a, b\n")
+    answers = ["a, b", " a, b ", "a,b", "A, b", "a, b.", ""]
+    found = exact_match(answers, [wanted] * 6)
+    assert found.value == pytest.approx(2 / 6, rel=1e-5)
+    assert found.num_examples == 6
+
+
+@pytest.mark.parametrize(("num_right", "count"), [(0, 20), (7, 20), (20, 20), (1, 1)])
+def test_the_error_of_a_share_is_half_of_wilsons_interval(num_right: int, count: int) -> None:
+    wanted = Instruction(prompt_ids=(1,), prompt="?", expected="yes")
+    answers = ["yes"] * num_right + ["no"] * (count - num_right)
+    # the interval's ends solve |p - share| = sqrt(p (1 - p) / count): the score test at z = 1
+    share = num_right / count
+    a, b, c = 1 + 1 / count, -2 * share - 1 / count, share**2
+    low, high = sorted(np.roots([a, b, c]).real)
+    found = exact_match(answers, [replace(wanted)] * count)
+    assert found.standard_error == pytest.approx((high - low) / 2, rel=1e-5, abs=1e-8)
+    assert found.standard_error is not None and found.standard_error > 0
