@@ -2,9 +2,9 @@
 
 import hashlib
 import heapq
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import TrainTokenizerConfig, read_section
@@ -12,17 +12,13 @@ from llm.data.document_file import DocumentFile
 from llm.errors import DataError
 from llm.job import Job, run_job
 from llm.seeds import derive_seed
-from llm.tokenizer.bpe import TOKENIZER_JSON, ByteLevelBPE
+from llm.tokenizer.bpe import TOKENIZER_JSON, ByteLevelBPE, split_text
 
 VALIDATION_SAMPLE_BYTES = 1_000_000
-
-
-class Sample(NamedTuple):
-    """Texts drawn from a split, and how much they are."""
-
-    texts: list[bytes]
-    num_documents: int
-    num_bytes: int
+# The library needs about 75 bytes of memory for each byte of a distinct word, so random
+# letters, or a language without spaces, would take 4 GB from a sample of 50 MB.
+MAX_WORD_BYTES = 12_000_000
+_WORDS = re.compile(r"\w+|\W+")
 
 
 def train_tokenizer(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
@@ -39,27 +35,28 @@ def train_tokenizer(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     seed = derive_seed(job.seed, "tokenizer sample")
     documents = DocumentFile(folder, "train")
     sample = draw_sample(documents, seed, config.sample_bytes, job.report_progress)
-    if sample.num_bytes == 0:
+    sample = limit_words(sample, MAX_WORD_BYTES)
+    if not any(sample):
         raise DataError(f"{documents.path}: no text to learn a tokenizer from; give more data")
     job.report_progress(0, 0, "merges")  # one library call, during which nothing can be asked
-    tokenizer = ByteLevelBPE.train((text.decode() for text in sample.texts), config.vocab_size)
+    tokenizer = ByteLevelBPE.train((text.decode() for text in sample), config.vocab_size)
     job.raise_if_stopping()
     writer.write_bytes(TOKENIZER_JSON, tokenizer.to_json())
     validation = DocumentFile(folder, "validation")
     held_out = draw_sample(validation, seed, VALIDATION_SAMPLE_BYTES, job.report_progress)
-    num_tokens = sum(map(len, tokenizer.encode_arrays([text.decode() for text in held_out.texts])))
+    num_tokens = sum(map(len, tokenizer.encode_arrays([text.decode() for text in held_out])))
     return {
         "vocab_size": tokenizer.vocab_size,
         "asked_vocab_size": config.vocab_size,
-        "bytes_per_token": held_out.num_bytes / num_tokens if num_tokens else None,
-        "sampled_bytes": sample.num_bytes,
-        "sampled_documents": sample.num_documents,
+        "bytes_per_token": sum(map(len, held_out)) / num_tokens if num_tokens else None,
+        "sampled_bytes": sum(map(len, sample)),
+        "sampled_documents": len(sample),
     }
 
 
 def draw_sample(
     documents: DocumentFile, seed: int, max_bytes: int, report: Callable[[int, int, str], None]
-) -> Sample:
+) -> list[bytes]:
     """Return the documents with the smallest hashes of (seed, id), `max_bytes` in all.
 
     The last one is cut to fit. Which are drawn does not depend on their order, and memory only on
@@ -79,7 +76,27 @@ def draw_sample(
     if num_bytes > max_bytes:
         kept = len(texts[-1]) - (num_bytes - max_bytes)
         texts[-1] = texts[-1][:kept].decode(errors="ignore").encode()
-    return Sample(texts, len(texts), sum(map(len, texts)))
+    return texts
+
+
+def limit_words(texts: Sequence[bytes], max_bytes: int) -> list[bytes]:
+    """Return the beginning of `texts` whose distinct words are at most `max_bytes` long in all.
+
+    They are what the training holds in memory. Common text is far below: 50 MB of Python 2.5 MB.
+    """
+    known: set[str] = set()
+    kept: list[bytes] = []
+    for text in texts:
+        pieces: list[str] = []
+        for piece in split_text(text.decode()):
+            new = set(_WORDS.findall(piece)) - known
+            max_bytes -= sum(len(word.encode()) for word in new)
+            if max_bytes < 0:
+                return [*kept, "".join(pieces).encode()] if pieces else kept
+            known |= new
+            pieces.append(piece)
+        kept.append(text)
+    return kept
 
 
 def _hash(seed: int, identifier: bytes) -> int:

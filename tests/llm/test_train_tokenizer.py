@@ -13,8 +13,9 @@ from llm.artifact import Json, read_manifest
 from llm.data.document_file import DocumentFile, Message
 from llm.errors import ConfigError, DataError
 from llm.job import Interrupted, Job, write_job
+from llm.tokenizer import bpe
 from llm.tokenizer.bpe import ByteLevelBPE
-from llm.train_tokenizer import draw_sample, train_tokenizer
+from llm.train_tokenizer import draw_sample, limit_words, train_tokenizer
 
 MakeDocuments = Callable[..., Path]
 RunStage = Callable[..., tuple[Path, Mapping[str, Json]]]
@@ -58,9 +59,8 @@ def test_the_sample_holds_the_documents_of_smallest_hash_whatever_their_order(
     def sample(texts: list[str], seed: int = 1, max_bytes: int = 20_000) -> list[str]:
         documents = DocumentFile(make_documents(texts, []), "train")
         drawn = draw_sample(documents, seed, max_bytes, report_nothing)
-        assert drawn.num_documents == len(drawn.texts)
-        assert drawn.num_bytes == sum(map(len, drawn.texts)) <= max_bytes
-        return [text.decode() for text in drawn.texts]
+        assert sum(map(len, drawn)) <= max_bytes
+        return [text.decode() for text in drawn]
 
     documents = DocumentFile(make_documents(corpus, []), "train")
     by_hash = sorted(
@@ -74,6 +74,20 @@ def test_the_sample_holds_the_documents_of_smallest_hash_whatever_their_order(
     assert sample(corpus) == sample(corpus[::-1]) != sample(corpus, seed=2)
     assert sorted(sample(corpus, max_bytes=10**9)) == sorted(corpus)
     assert sample(["é" * 100], max_bytes=101) == ["é" * 50], "cut between characters"
+
+
+def test_the_sample_ends_where_its_distinct_words_pass_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = [b"one two", b"two one two", b"three", b"one"]
+    assert limit_words(texts, 100) == texts
+    assert limit_words(texts, 12) == texts  # "one", " ", "two", "three"
+    assert limit_words(texts, 11) == texts[:2]
+    assert limit_words(texts, 6) == []
+    monkeypatch.setattr(bpe, "PIECE_CHARACTERS", 6)
+    long = b"alpha\nbeta\nalpha\ngamma\n"
+    assert limit_words([long], 100) == [long]
+    assert limit_words([long], 12) == [b"alpha\nbeta\nalpha\n"], "alpha, beta and the line's end"
 
 
 def test_the_words_of_chats_are_learned_from(
