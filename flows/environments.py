@@ -1,0 +1,70 @@
+"""The environments of the servers: all their settings, and none of the user's own accounts."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from flows.processes import HOST
+
+
+def client_environment(artifacts_dir: Path, port: int) -> dict[str, str]:
+    """Return what a Prefect client needs to use the server at `port`."""
+    return {
+        "PREFECT_API_URL": f"http://{HOST}:{port}/api",
+        "PREFECT_HOME": str(artifacts_dir / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        **{name: _with_loopback(os.environ.get(name, "")) for name in ("NO_PROXY", "no_proxy")},
+    }
+
+
+def without_prefect(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return this process's environment with `variables` in place of all its Prefect settings: a
+    user's own database or cloud account must not become the one of these servers.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    source = str(Path(__file__).parents[1])
+    paths = [source, *filter(None, [kept.get("PYTHONPATH")])]
+    return {**kept, **variables, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
+
+def prefect_environment(artifacts_dir: Path, port: int) -> dict[str, str]:
+    """Return the whole environment of a Prefect server: closed, quiet, its data in one folder."""
+    own_pages = f"http://{HOST}:{port},http://localhost:{port}"
+    settings = {
+        "PREFECT_SERVER_API_HOST": HOST,
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": own_pages,
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(artifacts_dir / "prefect" / "pages"),
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    }
+    return without_prefect({**client_environment(artifacts_dir, port), **settings})
+
+
+def mlflow_environment(artifacts_dir: Path, port: int) -> dict[str, str]:
+    """Return what MLflow's own command hands to its server process, and the switches that make it
+    small and closed. Source: mlflow/server/constants.py.
+    """
+    return without_prefect(
+        {
+            "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{artifacts_dir / 'mlflow.db'}",
+            "_MLFLOW_SERVER_REGISTRY_STORE": f"sqlite:///{artifacts_dir / 'mlflow.db'}",
+            "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": (artifacts_dir / "mlruns").as_uri(),
+            "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+            "MLFLOW_SERVER_ALLOWED_HOSTS": f"{HOST}:*,localhost:*",
+            "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port},http://localhost:{port}",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes, two gigabytes
+            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "DO_NOT_TRACK": "1",
+            "PYTHONWARNINGS": "ignore::DeprecationWarning",
+        }
+    )
+
+
+def _with_loopback(names: str) -> str:
+    """Return a list of hosts that no proxy is asked for, with this machine in it."""
+    return ",".join(dict.fromkeys([*filter(None, names.split(",")), HOST, "localhost"]))

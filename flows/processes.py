@@ -1,0 +1,143 @@
+"""Processes that outlive the command which starts them, and how to know them again.
+
+Every one, and whatever it starts in turn, has an id in its environment. That is how all of them and
+nothing else can be ended, whoever has their process numbers by then.
+"""
+
+import contextlib
+import http.client
+import os
+import secrets
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from llm.errors import FromscratchError
+
+HOST = "127.0.0.1"
+ID_VARIABLE = "FROMSCRATCH_SERVICE"
+SECONDS_TO_STOP = 15.0  # time for a training to save
+LOG_TAIL_LINES = 15
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class ServiceError(FromscratchError):
+    """A server did not start. The message holds the end of its log."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Service:
+    """One detached process: where it answers (0: nowhere), and by what it is known."""
+
+    name: str
+    pid: int
+    port: int
+    id: str
+    log: str
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the very process that was started still runs."""
+        return _has_id(self.pid, self.id)
+
+
+def start(
+    name: str,
+    command: Sequence[str],
+    variables: Mapping[str, str],
+    log: Path,
+    *,
+    port: int = 0,
+    descriptors: Sequence[int] = (),
+) -> Service:
+    """Start a process that outlives this one, with an id in its environment."""
+    service_id = secrets.token_hex(16)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**variables, ID_VARIABLE: service_id},
+            pass_fds=descriptors,
+            start_new_session=True,
+        )
+    process.returncode = 0  # it is to outlive this handle, which would warn of that otherwise
+    return Service(name=name, pid=process.pid, port=port, id=service_id, log=str(log))
+
+
+def stop(ids: Sequence[str]) -> None:
+    """End every process that carries one of these ids: ask, wait, then kill."""
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    asked: set[psutil.Process] = set()
+    while processes := _processes_with(ids):
+        is_late = time.monotonic() > deadline
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if is_late:
+                    process.kill()
+                elif process not in asked:
+                    process.terminate()
+        asked |= processes
+        psutil.wait_procs(processes, timeout=0.2)
+
+
+@contextlib.contextmanager
+def free_port(port: int) -> Generator[socket.socket]:
+    """Yield a socket bound to `port`, or to a free one where that is in use. Handed down as it is,
+    nobody can take the port before the server listens.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError:
+            listener.bind((HOST, 0))
+        yield listener
+
+
+def fetch(
+    url: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+) -> bytes | None:
+    """Return what a server of this machine answers (to a POST where there is a body), asked past
+    any proxy; None where it does not.
+    """
+    request = urllib.request.Request(url, body, dict(headers or {}))
+    if body is not None:
+        request.add_header("Content-Type", "application/json")
+    try:
+        with _DIRECT.open(request, timeout=5) as response:
+            return response.read()
+    except (OSError, http.client.HTTPException):  # urllib's own errors are OSErrors
+        return None
+
+
+def failure(what: str, log: Path) -> ServiceError:
+    """Return the error of a process that did not start, with the end of its log."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    tail = "\n".join(f"  {line}" for line in lines[-LOG_TAIL_LINES:]) or "  (nothing)"
+    return ServiceError(f"{what} did not start; the end of {log}:\n{tail}")
+
+
+def _processes_with(ids: Sequence[str]) -> set[psutil.Process]:
+    return {
+        process for process in psutil.process_iter() if any(_has_id(process.pid, i) for i in ids)
+    }
+
+
+def _has_id(pid: int, service_id: str) -> bool:
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)  # of ours, ended; nobody else will take note of it
+            return False
+        return process.environ().get(ID_VARIABLE) == service_id
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
