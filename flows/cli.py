@@ -4,14 +4,14 @@ A run whose plan finds nothing to build imports neither prefect nor mlflow and n
 """
 
 import argparse
-import contextlib
+import atexit
 import importlib
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -162,19 +162,19 @@ def _run_flow(options: argparse.Namespace, config: RunConfig, store: Store) -> d
     # the terminal is the display's; Prefect's own lines still reach its server
     signal.signal(signal.SIGTERM, _stop)
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    with _prefect_server(store.root):
-        from flows.run import pipeline
+    _use_prefect_server(store.root)
+    from flows.run import pipeline
 
-        state = cast(Any, pipeline)(
-            recipe=options.recipe,
-            overrides=options.overrides,
-            only=options.only,
-            start_from=options.start_from,
-            force=options.force,
-            reuse=options.reuse,
-            return_state=True,
-        )
-        result = state.result()
+    state = cast(Any, pipeline)(
+        recipe=options.recipe,
+        overrides=options.overrides,
+        only=options.only,
+        start_from=options.start_from,
+        force=options.force,
+        reuse=options.reuse,
+        return_state=True,
+    )
+    result = state.result()
     return {
         "recipe": result.recipe,
         "outcomes": result.outcomes,
@@ -188,24 +188,21 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise Interrupted("asked to stop")
 
 
-@contextlib.contextmanager
-def _prefect_server(artifacts: Path) -> Generator[None]:
+def _use_prefect_server(artifacts: Path) -> None:
     """Point Prefect's client at the server that is up, or at one started for this run alone."""
     if os.environ.get("PREFECT_API_URL"):
-        yield
         return
-    from flows.services import environment, temporary_prefect_server
+    from flows.services import TemporaryPrefectServer, environment
 
     if found := environment(artifacts):
         os.environ.update(found)
-        yield
-    else:
-        with temporary_prefect_server(artifacts) as server:
-            os.environ.update(server.environment)
-            importlib.import_module("prefect")  # 2 s, while the server starts
-
-            server.wait_ready()
-            yield
+        return
+    server = TemporaryPrefectServer(artifacts)
+    # registered before prefect is imported, so it comes after prefect's own last messages
+    atexit.register(server.stop)
+    os.environ.update(server.environment)
+    importlib.import_module("prefect")  # 2 s, while the server starts
+    server.wait_ready()
 
 
 def _show_plan(config: RunConfig, plan: Sequence[PlannedStep], is_json: bool) -> int:

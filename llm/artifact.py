@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -262,7 +263,8 @@ def fsync_folder(folder: Path) -> None:
 
 def write_bytes_atomically(path: Path, data: bytes, *, is_durable: bool = True) -> None:
     """Write `path` so that a reader sees the old bytes or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writer = f"{os.getpid()}.{threading.get_ident()}"  # no two writers share a temporary file
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
     with temporary.open("wb") as file:
         file.write(data)
         if is_durable:

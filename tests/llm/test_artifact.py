@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -119,4 +120,16 @@ def test_atomic_write_replaces_whole(tmp_path: Path) -> None:
     write_bytes_atomically(path, b"old")
     write_bytes_atomically(path, b"new")
     assert path.read_bytes() == b"new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+def test_atomic_writes_from_many_threads_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+
+    def write(number: int) -> None:
+        for _ in range(20):
+            write_bytes_atomically(path, b"%d" % number, is_durable=False)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(write, range(8)))
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
