@@ -18,10 +18,10 @@ def encode_prompts(
     """
     encoded = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(prompts)]
     problems = [
-        f"evaluate.prompts[{index}]: {len(ids)} tokens with its <|bos|>, expected less than the"
+        f"evaluate.prompts[{index}]: {len(ids)} tokens with its <|bos|>, expected at most the"
         f" context of pack.seq_len = {seq_len}"
         for index, ids in enumerate(encoded)
-        if len(ids) >= seq_len
+        if len(ids) > seq_len
     ]
     if problems:
         raise ConfigError("\n".join(problems))

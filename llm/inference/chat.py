@@ -118,7 +118,7 @@ def stream(
     columns = min(len(prompt) + max_new_tokens, model.seq_len)
     cache = KeyValueCache(model.config, 1, columns, device=device)
     unread = list(prompt)
-    for _ in range(columns - len(prompt)):
+    for _ in range(min(max_new_tokens, model.seq_len + 1 - len(prompt))):
         with torch.inference_mode():
             tokens = torch.tensor([unread], device=device)  # (1, T)
             logits = model.score(model.read(tokens, cache=cache)[0, -1]).cpu()  # (V,)
