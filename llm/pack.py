@@ -54,7 +54,8 @@ def pack(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     write_pack_json(writer, layout, infos)
     summary: dict[str, Json] = {"content": layout.content, "vocab_size": layout.vocab_size}
     for split, info in infos.items():
-        summary |= {f"{split}_{name.removeprefix('num_')}": n for name, n in asdict(info).items()}
+        counts = {name: n for name, n in asdict(info).items() if isinstance(n, int)}
+        summary |= {f"{split}_{name.removeprefix('num_')}": n for name, n in counts.items()}
     return summary
 
 
@@ -101,6 +102,7 @@ def _encode(batch: Sequence[Document], tokenizer: ByteLevelBPE) -> list[EncodedD
                 id=document.id,
                 tokens=np.array(chat.ids, dtype=np.uint32),
                 mask=np.array(chat.mask, dtype=np.bool_),
+                kind=document.kind,
             )
             for document, chat in zip(batch, rendered, strict=True)
         ]

@@ -33,6 +33,8 @@ class Document:
     """16 bytes."""
     text: str = ""
     messages: tuple[Message, ...] = ()
+    kind: str = ""
+    """Of a chat, what it asks for, where its source says so; figures are given by it too."""
     size_bytes: int
     """Length of its line in the file."""
 
@@ -129,7 +131,12 @@ def _parse(line: bytes, content: Content) -> Document:
     )
     if not messages:
         raise ValueError("a chat without messages")
-    return Document(id=identifier, messages=messages, size_bytes=len(line))
+    return Document(
+        id=identifier,
+        messages=messages,
+        kind=_string(record.get("kind", "")),
+        size_bytes=len(line),
+    )
 
 
 def _string(value: Any) -> str:

@@ -33,6 +33,7 @@ class EncodedDocument:
     id: bytes
     tokens: Tokens
     mask: Mask | None = None
+    kind: str = ""
 
 
 class Packer(Protocol):
@@ -63,7 +64,7 @@ class TextPacker:
 
     def add(self, documents: Sequence[EncodedDocument]) -> None:
         """Take the next documents, and write rows that are full."""
-        self._rows.write_document_ids([document.id for document in documents])
+        self._rows.write_documents([(document.id, document.kind) for document in documents])
         stream = np.concatenate([self._left, *(document.tokens for document in documents)])
         end = (len(stream) - 1) // self._rows.layout.seq_len * self._rows.layout.seq_len
         if end > 0:
@@ -120,7 +121,7 @@ class ChatPacker:
 
     def _write(self, number: int) -> None:
         chats = self._open.pop(number)
-        self._rows.write_document_ids([chat.id for chat in chats])
+        self._rows.write_documents([(chat.id, chat.kind) for chat in chats])
         stream = np.concatenate([chat.tokens for chat in chats])
         mask = np.concatenate([chat.mask for chat in chats if chat.mask is not None])
         _write_stream(self._rows, stream, mask, self._num_documents)

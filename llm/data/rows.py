@@ -7,6 +7,7 @@ of N rows, little endian:
     <split>.mask.bin            uint8 (N, T+1), chats only: 1 where the token is a target to learn
     <split>.first_document.bin  uint64 (N,): the document a row begins in, its place in packed order
     <split>.document_ids.bin    16 bytes a document, in packed order
+    <split>.kinds.bin           uint16 a document, chats only: a place in `SplitInfo.kinds`
 
 and `pack.json`. Every document begins with bos, so document boundaries need no further file.
 
@@ -32,6 +33,8 @@ from llm.seeds import derive_seed
 PACK_JSON = "pack.json"
 FORMAT, VERSION = "fromscratch.rows", 1
 DOCUMENT_ID_BYTES = 16
+MAX_KINDS = 1000  # a source that gives every chat a kind of its own says nothing by it
+OTHER_KINDS = "other"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +72,8 @@ class SplitInfo:
     """UTF-8 bytes that the targets stand for: all of a text, the assistant's words of a chat."""
     num_split_chats: int
     """Chats longer than a row, which go on in the next."""
+    kinds: tuple[str, ...] = ()
+    """What the chats ask for, where their source says so; `kinds.bin` counts in this list."""
 
 
 class RowArrays(NamedTuple):
@@ -94,13 +99,14 @@ class RowWriter:
         self._token_bytes = token_bytes
         self._stack = ExitStack()
         names = ["tokens", "first_document", "document_ids"]
-        names += ["mask"] if layout.content == "chats" else []
+        names += ["mask", "kinds"] if layout.content == "chats" else []
         self._files: dict[str, IO[bytes]] = {
             name: self._stack.enter_context(writer.open(f"{split}.{name}.bin")) for name in names
         }
         self._num_rows = self._num_documents = self._num_tokens = 0
         self._num_padding = self._num_targets = self._num_bytes = 0
         self._last_document = -1
+        self._kinds: dict[str, int] = {}
 
     def __enter__(self) -> "RowWriter":
         return self
@@ -137,11 +143,19 @@ class RowWriter:
         self._num_targets += int(targets.sum())
         self._num_bytes += int(self._token_bytes[tokens[targets]].sum())
 
-    def write_document_ids(self, ids: Sequence[bytes]) -> None:
-        """Append the ids, 16 bytes each, of the next documents in packed order."""
-        assert all(len(identifier) == DOCUMENT_ID_BYTES for identifier in ids)
-        self._files["document_ids"].write(b"".join(ids))
-        self._num_documents += len(ids)
+    def write_documents(self, documents: Sequence[tuple[bytes, str]]) -> None:
+        """Append the ids, 16 bytes each, and kinds of the next documents in packed order."""
+        assert all(len(identifier) == DOCUMENT_ID_BYTES for identifier, _ in documents)
+        self._files["document_ids"].write(b"".join(identifier for identifier, _ in documents))
+        if "kinds" in self._files:
+            numbers = [self._kind_number(kind) for _, kind in documents]
+            self._files["kinds"].write(np.array(numbers, dtype="<u2").tobytes())
+        self._num_documents += len(documents)
+
+    def _kind_number(self, kind: str) -> int:
+        if kind not in self._kinds and len(self._kinds) >= MAX_KINDS:
+            kind = OTHER_KINDS
+        return self._kinds.setdefault(kind, len(self._kinds))
 
     def info(self) -> SplitInfo:
         """Return the figures of what was written so far."""
@@ -154,6 +168,7 @@ class RowWriter:
             num_target_tokens=self._num_targets,
             num_bytes=self._num_bytes,
             num_split_chats=self.num_split_chats,
+            kinds=tuple(self._kinds),
         )
 
 
@@ -191,6 +206,7 @@ class Rows:
         self._document_ids = map_file("document_ids", "u1", (D, DOCUMENT_ID_BYTES))
         has_mask = self.layout.content == "chats"
         self._mask = map_file("mask", "u1", (N, width)) if has_mask else None
+        self._kinds = map_file("kinds", "<u2", (D,)) if has_mask else None
 
     def read(self, indices: npt.ArrayLike) -> RowArrays:
         """Return the rows at `indices` (B,)."""
@@ -205,6 +221,10 @@ class Rows:
         document_ids[:, 0] = self._first_document[indices]
         np.cumsum(document_ids, axis=1, out=document_ids)
         return RowArrays(tokens, mask, document_ids)
+
+    def kind(self, ordinal: int) -> str:
+        """Return what the chat `ordinal` asks for, or nothing where its source did not say."""
+        return "" if self._kinds is None else self.info.kinds[int(self._kinds[ordinal])]
 
     def source_id(self, ordinal: int) -> str:
         """Return the id, 32 hexadecimal characters, that `clean` gave the document `ordinal`."""
@@ -232,7 +252,10 @@ def _read_pack_json(folder: Path) -> tuple[RowLayout, dict[str, SplitInfo]]:
         found = (data.pop("format"), data.pop("version"))
         if found != (FORMAT, VERSION):
             raise ValueError(f"format and version {found}, expected {(FORMAT, VERSION)}")
-        infos = {split: SplitInfo(**info) for split, info in data.pop("splits").items()}
+        infos: dict[str, SplitInfo] = {}
+        for split, info in data.pop("splits").items():
+            info["kinds"] = tuple(info["kinds"])
+            infos[split] = SplitInfo(**info)
         dtype = data.pop("dtype")
         layout = RowLayout(**data)
         if layout.dtype != dtype:

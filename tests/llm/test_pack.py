@@ -235,3 +235,28 @@ def test_real_instructions_fill_97_of_100_positions(
     rows = Rows(out, "train")
     assert rows.info.num_padding_tokens <= 0.03 * rows.num_rows * 257
     assert summary["train_split_chats"] == 0
+
+
+def test_pack_keeps_what_each_chat_asks_for(
+    tmp_path: Path, run_stage: RunStage, tokenizer_folder: Path
+) -> None:
+    chats = [
+        {
+            "id": f"{number:032x}",
+            "kind": f"kind {number % 3}",
+            "messages": [
+                {"role": "user", "content": f"say {number}"},
+                {"role": "assistant", "content": "x" * (number % 7 + 1)},
+            ],
+        }
+        for number in range(50)
+    ]
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    (folder / "documents.json").write_text('{"content": "chats"}')
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))
+    out, _ = run_stage(pack, {"seq_len": 64}, documents=folder, tokenizer=tokenizer_folder)
+    rows = Rows(out, "train")
+    found = {rows.source_id(ordinal): rows.kind(ordinal) for ordinal in range(50)}
+    assert found == {chat["id"]: chat["kind"] for chat in chats}

@@ -34,8 +34,8 @@ def write(
     token_bytes = np.ones(vocab_size, dtype=np.int64)
     token_bytes[:6] = 0
     with RowWriter(writer, "train", layout, token_bytes) as rows:
-        rows.write_document_ids(IDS[:2])
-        rows.write_document_ids(IDS[2:])
+        rows.write_documents([(identifier, "") for identifier in IDS[:2]])
+        rows.write_documents([(identifier, "") for identifier in IDS[2:]])
         rows.write_rows(
             np.array(tokens, dtype=np.uint32),
             None if mask is None else np.array(mask, dtype=np.bool_),
