@@ -60,7 +60,6 @@ def mlflow_environment(artifacts_dir: Path, port: int) -> dict[str, str]:
             "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "DO_NOT_TRACK": "1",
-            "PYTHONWARNINGS": "ignore::DeprecationWarning",
         }
     )
 

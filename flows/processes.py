@@ -6,7 +6,6 @@ nothing else can be ended, whoever has their process numbers by then.
 
 import contextlib
 import http.client
-import os
 import secrets
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from llm.errors import FromscratchError
 HOST = "127.0.0.1"
 ID_VARIABLE = "FROMSCRATCH_SERVICE"
 SECONDS_TO_STOP = 15.0  # time for a training to save
+SECONDS_BETWEEN_LOOKS = 0.05
 LOG_TAIL_LINES = 15
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -85,7 +85,7 @@ def stop(ids: Sequence[str]) -> None:
                 elif process not in asked:
                     process.terminate()
         asked |= processes
-        psutil.wait_procs(processes, timeout=0.2)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 @contextlib.contextmanager
@@ -134,10 +134,7 @@ def _processes_with(ids: Sequence[str]) -> set[psutil.Process]:
 def _has_id(pid: int, service_id: str) -> bool:
     try:
         process = psutil.Process(pid)
-        if process.status() == psutil.STATUS_ZOMBIE:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)  # of ours, ended; nobody else will take note of it
-            return False
-        return process.environ().get(ID_VARIABLE) == service_id
+        is_over = process.status() == psutil.STATUS_ZOMBIE
+        return not is_over and process.environ().get(ID_VARIABLE) == service_id
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False

@@ -6,7 +6,7 @@ They listen on 127.0.0.1 alone, as `flows.serve` guards them; there is no passwo
 import contextlib
 import fcntl
 import json
-import os
+import logging
 import socket
 import subprocess
 import sys
@@ -24,7 +24,16 @@ from flows.environments import (
     prefect_environment,
     without_prefect,
 )
-from flows.processes import HOST, Service, failure, fetch, free_port, start, stop
+from flows.processes import (
+    HOST,
+    SECONDS_BETWEEN_LOOKS,
+    Service,
+    failure,
+    fetch,
+    free_port,
+    start,
+    stop,
+)
 from llm.artifact import write_json_atomically
 from tasks.tracking import models_page
 
@@ -34,7 +43,6 @@ Say = Callable[[str], None]
 FIRST_PORTS: Mapping[Name, int] = {"prefect": 4200, "mlflow": 5000}
 WORK_POOL, WORKER = "local", "fromscratch"
 SECONDS_TO_START = 120.0  # a fresh database on a busy machine takes Prefect half a minute
-SECONDS_BETWEEN_LOOKS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +155,7 @@ class TemporaryPrefectServer:
     def __init__(self, artifacts_dir: Path) -> None:
         """Start the server; `wait_ready` says when it answers."""
         self._artifacts_dir = artifacts_dir.absolute()
-        self._log = _log(self._artifacts_dir, f"temporary-{os.getpid()}")
+        self._log = _log(self._artifacts_dir, "temporary")
         with free_port(0) as listener, self._log.open("wb") as log:
             self._port: int = listener.getsockname()[1]
             self._process = subprocess.Popen(
@@ -179,7 +187,10 @@ class TemporaryPrefectServer:
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def stop(self) -> None:
-        """End the server; its log is kept only where it says something."""
+        """End the server, after Prefect's client sent it the last lines of the run's log."""
+        for name in ("prefect.flow_runs", "prefect.task_runs"):
+            for handler in logging.getLogger(name).handlers:
+                handler.flush()
         self._process.terminate()
         try:
             self._process.wait(timeout=5)
@@ -188,8 +199,6 @@ class TemporaryPrefectServer:
             self._process.wait()
         if self._process.stdin is not None:
             self._process.stdin.close()
-        if not self._log.read_bytes().strip():
-            self._log.unlink()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,215 @@
+"""The servers come up, are known again, keep strangers out, and go with all they started."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+
+from flows.processes import ID_VARIABLE, ServiceError, start, stop
+from flows.services import (
+    Services,
+    down,
+    environment,
+    status,
+    temporary_prefect_server,
+    up,
+)
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("artifacts")
+
+
+@pytest.fixture(scope="module")
+def services(artifacts: Path) -> Iterator[Services]:
+    """All three, over a fresh folder, beside something that has Prefect's usual port."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            other.bind(("127.0.0.1", 4200))
+            other.listen()
+        except OSError:
+            pass  # then something else has it, which is as good
+        try:
+            yield up(artifacts, say=lambda _: None)
+        finally:
+            down(artifacts)
+
+
+def ask(url: str, path: str, **headers: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
+    try:
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+def wait_until_gone(process: psutil.Process) -> None:
+    deadline = time.monotonic() + 10
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, f"{process} is still there"
+        time.sleep(0.05)
+
+
+def test_up_starts_what_answers_on_ports_that_were_free(services: Services) -> None:
+    assert services.prefect.port != 4200
+    assert ask(services.prefect_url, "/api/health") == (200, b"true")
+    assert ask(services.prefect_url, "/")[0] == 200
+    assert ask(services.mlflow_url, "/health") == (200, b"OK")
+    assert b"<title>MLflow</title>" in ask(services.mlflow_url, "/")[1]
+    status_code, pool = ask(services.prefect_url, "/api/work_pools/local")
+    assert (status_code, json.loads(pool)["status"]) == (200, "READY")
+
+
+def test_every_server_listens_on_loopback_alone(services: Services) -> None:
+    listening = {
+        connection.laddr.ip
+        for service in (services.prefect, services.mlflow, services.worker)
+        for connection in psutil.Process(service.pid).net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}])
+def test_a_foreign_host_or_origin_is_refused(services: Services, headers: dict[str, str]) -> None:
+    for url, path in ((services.prefect_url, "/api/health"), (services.mlflow_url, "/health")):
+        assert ask(url, path, **headers)[0] == 403
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another account")
+def test_another_account_is_refused(services: Services) -> None:
+    for port, path in ((services.prefect.port, "/api/health"), (services.mlflow.port, "/health")):
+        request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n"
+        for account, answer in ((0, b"HTTP/1.1 200"), (12345, b"HTTP/1.1 403")):
+            code = f"""
+import os, socket
+os.setuid({account})
+connection = socket.socket()
+connection.connect(("127.0.0.1", {port}))
+connection.send({request.encode()})
+print(connection.recv(12).decode())
+"""
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+            assert done.stdout.strip() == answer
+
+
+def test_a_second_up_finds_everything_running(services: Services, artifacts: Path) -> None:
+    said: list[str] = []
+    assert up(artifacts, say=said.append) == services
+    assert said == ["everything is running"]
+    assert status(artifacts) == services
+
+
+def test_the_environment_points_a_client_at_the_server(services: Services, artifacts: Path) -> None:
+    found = environment(artifacts)
+    assert found["PREFECT_API_URL"] == f"{services.prefect_url}/api"
+    assert found["PREFECT_HOME"] == str(artifacts / "prefect")
+
+
+def test_a_server_that_died_is_started_again_on_its_port(
+    services: Services, artifacts: Path
+) -> None:
+    os.kill(services.mlflow.pid, signal.SIGKILL)
+    wait_until_gone(psutil.Process(services.mlflow.pid))
+    assert status(artifacts) is None
+    said: list[str] = []
+    again = up(artifacts, say=said.append)
+    assert said[0] == "mlflow had ended; starting it again"
+    assert again.mlflow.port == services.mlflow.port
+    assert again.prefect == services.prefect
+    assert ask(again.mlflow_url, "/health")[0] == 200
+
+
+def test_down_ends_the_services_and_what_they_started_and_nothing_else(
+    services: Services, artifacts: Path
+) -> None:
+    running = status(artifacts)
+    assert running is not None
+    sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
+    of_a_worker = subprocess.Popen(  # a training, say: in a session of its own
+        sleeping, env={**os.environ, ID_VARIABLE: running.worker.id}, start_new_session=True
+    )
+    other = subprocess.Popen(sleeping, env={**os.environ, ID_VARIABLE: "of another folder"})
+    mine = [running.prefect.pid, running.mlflow.pid, running.worker.pid]
+    processes = [psutil.Process(pid) for pid in mine]
+    try:
+        assert down(artifacts) == ["mlflow", "prefect", "worker"]
+        assert of_a_worker.wait(timeout=5) == -signal.SIGTERM
+        for process in processes:
+            wait_until_gone(process)
+        assert other.poll() is None
+    finally:
+        for process in (of_a_worker, other):
+            process.kill()
+            process.wait()
+    assert down(artifacts) == []
+    assert status(artifacts) is None
+    assert environment(artifacts) == {}
+
+
+def test_a_temporary_server_serves_and_goes(services: Services, artifacts: Path) -> None:
+    down(artifacts)  # the same database, so that this one need not be made
+    with temporary_prefect_server(artifacts) as server:
+        server.wait_ready()
+        url = server.environment["PREFECT_API_URL"].removesuffix("/api")
+        assert ask(url, "/api/health") == (200, b"true")
+        assert ask(url, "/api/health", Host="evil.example")[0] == 403
+    with pytest.raises(ConnectionRefusedError):
+        ask(url, "/api/health")
+
+
+def test_a_temporary_server_goes_when_its_run_is_killed(tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from flows.services import TemporaryPrefectServer
+server = TemporaryPrefectServer(Path({str(tmp_path)!r}))
+print(server._process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30)
+    assert done.returncode == -signal.SIGKILL
+    with contextlib.suppress(psutil.NoSuchProcess):
+        wait_until_gone(psutil.Process(int(done.stdout)))
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "prefect").mkdir()
+    (tmp_path / "prefect" / "prefect.db").write_bytes(b"no database " * 1000)
+    with pytest.raises(ServiceError, match="not a database"):
+        up(tmp_path, say=lambda _: None)
+    assert down(tmp_path) == []
+
+
+def test_a_process_number_that_was_given_again_is_not_taken_for_a_service(tmp_path: Path) -> None:
+    sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
+    service = start("prefect", sleeping, os.environ, tmp_path / "log")
+    assert service.is_alive
+    stop([service.id])
+    assert not service.is_alive
+    other = subprocess.Popen(sleeping)
+    record = {**{name: getattr(service, name) for name in ("name", "port", "id", "log")}}
+    assert not type(service)(pid=other.pid, **record).is_alive
+    other.kill()
+    other.wait()
+
+
+def test_importing_services_imports_neither_prefect_nor_mlflow() -> None:
+    code = "import sys, flows.services; print({'prefect', 'mlflow'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout.strip() == b"set()"
