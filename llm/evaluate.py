@@ -17,6 +17,8 @@ from llm.evaluation.instructions import (
     HeldOut,
     answer_instructions,
     exact_match,
+    exact_match_by_kind,
+    one_of_each_kind,
     read_instructions,
 )
 from llm.evaluation.leak import LeakResult, find_leaks, leak_metrics
@@ -29,7 +31,7 @@ from llm.seeds import derive_seed
 from llm.tokenizer.bpe import ByteLevelBPE
 
 MODELS = ("base", "chat")
-NUM_SHOWN_INSTRUCTIONS = 3
+NUM_SHOWN_INSTRUCTIONS = 6
 ROWS_PER_READ = 64
 
 
@@ -227,6 +229,8 @@ def _metrics(
         metrics[f"{name}/answer_loss"] = found.chats.nats_per_token()
         if held_out.instructions:
             metrics[f"{name}/exact_match"] = exact_match(found.answers, held_out.instructions)
+            by_kind = exact_match_by_kind(found.answers, held_out.instructions)
+            metrics |= {f"{name}/exact_match/{kind}": share for kind, share in by_kind.items()}
     for name, value in (
         ("unigram", baselines.unigram_bits_per_byte),
         ("gzip", baselines.gzip_bits_per_byte),
@@ -248,14 +252,14 @@ def _samples(
     findings: dict[str, Findings], prompts: Sequence[str], held_out: HeldOut
 ) -> Iterator[Sample]:
     base, chat = findings["base"], findings["chat"]
-    shown = list(zip(held_out.instructions, base.answers, chat.answers, strict=True))
-    for asked, by_base, by_chat in shown[:NUM_SHOWN_INSTRUCTIONS]:
+    for place in one_of_each_kind(held_out.instructions, NUM_SHOWN_INSTRUCTIONS):
+        asked = held_out.instructions[place]
         yield Sample(
             kind="instruction",
             prompt=asked.prompt,
             expected=asked.expected,
-            base=by_base,
-            chat=by_chat,
+            base=base.answers[place],
+            chat=chat.answers[place],
         )
     continued = zip(prompts, base.continuations, chat.continuations, strict=True)
     for prompt, by_base, by_chat in continued:

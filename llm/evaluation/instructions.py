@@ -28,6 +28,8 @@ class Instruction:
     """Ends with `<|assistant|>`: a model goes on with the answer."""
     prompt: str
     expected: str
+    kind: str = ""
+    """What it asks for, where the source of the chats says so."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +50,7 @@ def read_instructions(rows: Rows, tokenizer: ByteLevelBPE, limit: int) -> HeldOu
     """
     found: list[Instruction] = []
     num_other_shapes = num_too_long = 0
-    for ids in read_documents(rows):
+    for ordinal, ids in enumerate(read_documents(rows)):
         if len(found) == limit:
             break
         split = ids.index(tokenizer.assistant_id) + 1 if tokenizer.assistant_id in ids else 0
@@ -63,6 +65,7 @@ def read_instructions(rows: Rows, tokenizer: ByteLevelBPE, limit: int) -> HeldOu
                     prompt_ids=tuple(prompt),
                     prompt=_words(prompt, tokenizer),
                     expected=tokenizer.decode(expected),
+                    kind=rows.kind(ordinal),
                 )
             )
     return HeldOut(
@@ -130,6 +133,27 @@ def exact_match(answers: Sequence[str], instructions: Sequence[Instruction]) -> 
         num_examples=count,
         standard_error=rounded(error),
     )
+
+
+def exact_match_by_kind(
+    answers: Sequence[str], instructions: Sequence[Instruction]
+) -> dict[str, Metric]:
+    """Return the exact match of each kind of instruction, by kind; of those that have one."""
+    kinds = sorted({instruction.kind for instruction in instructions} - {""})
+    pairs = list(zip(answers, instructions, strict=True))
+    return {
+        kind: exact_match(*zip(*(pair for pair in pairs if pair[1].kind == kind), strict=True))
+        for kind in kinds
+    }
+
+
+def one_of_each_kind(instructions: Sequence[Instruction], count: int) -> list[int]:
+    """Return the places of `count` instructions to show: as many kinds as there are, then more."""
+    firsts: dict[str, int] = {}
+    for place, instruction in enumerate(instructions):
+        firsts.setdefault(instruction.kind, place)
+    others = [place for place in range(len(instructions)) if place not in firsts.values()]
+    return [*firsts.values(), *others][:count]
 
 
 def _words(prompt: Sequence[int], tokenizer: ByteLevelBPE) -> str:

@@ -181,9 +181,23 @@ def _answers_section(metrics: Mapping[str, Metric]) -> str:
         )
         for model in ("base", "chat")
     ]
-    return "## Held-out instructions\n\n" + _table(
+    section = "## Held-out instructions\n\n" + _table(
         ("", "exact match", "answer loss (nats per token)"), rows, right=2
     )
+    prefix = "chat/exact_match/"
+    kinds = [name.removeprefix(prefix) for name in sorted(metrics) if name.startswith(prefix)]
+    if not kinds:
+        return section
+    by_kind = [
+        (
+            escape_markdown(kind),
+            *(_figure(metrics.get(f"{model}/exact_match/{kind}"), 3) for model in ("base", "chat")),
+            f"{metrics[prefix + kind].num_examples:,}",
+        )
+        for kind in kinds
+    ]
+    header = ("exact match by kind", "base model", "chat model", "instructions")
+    return section + "\n\n" + _table(header, by_kind, right=3)
 
 
 def _samples_sections(samples: Sequence[Sample]) -> list[str]:

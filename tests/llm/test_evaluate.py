@@ -19,7 +19,14 @@ from llm.data.chat import Message, render_chat, render_prompt
 from llm.data.rows import Rows
 from llm.errors import ArtifactError, ConfigError, Interrupted
 from llm.evaluate import evaluate
-from llm.evaluation.instructions import Instruction, exact_match, read_documents, read_instructions
+from llm.evaluation.instructions import (
+    Instruction,
+    exact_match,
+    exact_match_by_kind,
+    one_of_each_kind,
+    read_documents,
+    read_instructions,
+)
 from llm.evaluation.report import Report
 from llm.job import PROGRESS, Job, write_job
 from llm.model.loss import IGNORED, token_losses
@@ -166,10 +173,11 @@ def test_the_report_holds_every_figure_and_the_chat_model_answers(
     assert "| context | 48 tokens |" in text
     assert "| base model, trained for | 1,500 steps on 76,800 tokens |" in text
     shown = json.loads((folder / "samples.json").read_bytes())
-    assert [sample["kind"] for sample in shown] == ["instruction"] * 3 + ["continuation"] * 2
-    assert all(sample["chat"] == sample["expected"] for sample in shown[:3])
-    assert {sample["prompt"] for sample in shown[:3]} <= {f"say {word}" for word in WORDS}
-    assert [sample["prompt"] for sample in shown[3:]] == SETTINGS["prompts"]
+    num = len(shown) - len(SETTINGS["prompts"])
+    assert [s["kind"] for s in shown] == ["instruction"] * num + ["continuation"] * 2
+    assert all(sample["chat"] == sample["expected"] for sample in shown[:num])
+    assert {sample["prompt"] for sample in shown[:num]} <= {f"say {word}" for word in WORDS}
+    assert [sample["prompt"] for sample in shown[num:]] == SETTINGS["prompts"]
 
 
 MODEL_FIGURES = ("bits_per_byte", "answer_loss", "exact_match")
@@ -366,3 +374,14 @@ def test_the_error_of_a_share_is_half_of_wilsons_interval(num_right: int, count:
     found = exact_match(answers, [replace(wanted)] * count)
     assert found.standard_error == pytest.approx((high - low) / 2, rel=1e-5, abs=1e-8)
     assert found.standard_error is not None and found.standard_error > 0
+
+
+def test_exact_match_is_given_by_kind_and_samples_show_each_kind() -> None:
+    instructions = [
+        Instruction(prompt_ids=(1,), prompt="?", expected=expected, kind=kind)
+        for expected, kind in (("a", "name"), ("b", "name"), ("c", "default"), ("d", ""))
+    ]
+    by_kind = exact_match_by_kind(["a", "x", "c", "d"], instructions)
+    assert {kind: metric.value for kind, metric in by_kind.items()} == {"name": 0.5, "default": 1.0}
+    assert one_of_each_kind(instructions, 3) == [0, 2, 3]
+    assert one_of_each_kind(instructions, 9) == [0, 2, 3, 1]
