@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal, cast
+from typing import Literal, NoReturn, cast
 
 import torch
 import torch.distributed
@@ -37,6 +37,7 @@ from llm.job import (
 )
 
 RENDEZVOUS, LAUNCHER_PID = "FROMSCRATCH_RENDEZVOUS", "FROMSCRATCH_LAUNCHER_PID"
+LOOPBACK = "lo" if sys.platform.startswith("linux") else "lo0"
 SECONDS_BETWEEN_LOOKS = 0.05
 SECONDS_TO_END = 20.0  # ranks of a failed group get this long before they are killed
 
@@ -57,12 +58,26 @@ def run_training_job(function: StageFunction) -> None:
         job = read_job(Path(sys.argv[1]))
         with contextlib.suppress(ConfigError):  # the stage itself reports it
             if (num_processes := place(job.runtime).num_processes) > 1:
-                sys.exit(_launch(job, num_processes))
+                _end_like(_launch(job, num_processes))
     elif LAUNCHER_PID in os.environ:
         die_with_parent()
         if os.getppid() != int(os.environ[LAUNCHER_PID]):
             sys.exit(EXIT_INTERRUPTED)  # the launcher died while this rank was starting
-    run_job(function)
+    try:
+        run_job(function)
+    finally:
+        if torch.distributed.is_initialized():  # else its threads may abort the ending process
+            torch.distributed.destroy_process_group()
+
+
+def _end_like(code: int) -> NoReturn:
+    """End this process as a rank ended: who started it sees a kill as one, and may try again."""
+    sys.stderr.flush()
+    if code < 0:
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
 
 
 def place(runtime: RuntimeConfig) -> Placement:
@@ -115,9 +130,7 @@ def make_accelerator(runtime: RuntimeConfig, config: OptimizationConfig) -> Acce
     accelerator = Accelerator(
         cpu=is_cpu,
         mixed_precision="bf16" if config.precision == "bf16" else "no",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.num_processes != placement.num_processes:
         raise StageError(
@@ -145,74 +158,80 @@ def _threads_per_process(num_processes: int) -> int:
 
 
 def _launch(job: Job, num_processes: int) -> int:
-    """Start the ranks, pass signals on, and return the exit code when all have ended."""
+    """Start the ranks, pass signals on, and return the exit code of the first that failed, or 0.
+
+    All have ended then. The code of one that a signal killed is minus the signal's number.
+    """
     die_with_parent()
     job.work.mkdir(parents=True, exist_ok=True)
-    for leftover in job.work.glob("rendezvous-*"):
+    for leftover in (*job.work.glob("rendezvous-*"), *job.work.glob(f"*{ERROR}")):
         leftover.unlink()
     rendezvous = job.work.resolve() / f"rendezvous-{uuid.uuid4().hex}"
-    threads = job.runtime.num_threads or _threads_per_process(num_processes)
     ranks: list[subprocess.Popen[bytes]] = []
+    is_stopping = False
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal is_stopping
+        is_stopping = True
         for process in ranks:
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, pass_on)
-    for rank in range(num_processes):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(num_processes),
-            "LOCAL_WORLD_SIZE": str(num_processes),
-            "OMP_NUM_THREADS": str(threads),
-            "GLOO_SOCKET_IFNAME": "lo" if sys.platform.startswith("linux") else "lo0",
-            "NCCL_SOCKET_IFNAME": "lo",
-            RENDEZVOUS: str(rendezvous),
-            LAUNCHER_PID: str(os.getpid()),
-        }
-        command = [sys.executable, "-m", f"llm.{job.stage}", sys.argv[1]]
-        ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
+    command = [sys.executable, "-m", f"llm.{job.stage}", sys.argv[1]]
     try:
-        return _wait(job, ranks)
+        for rank in range(num_processes):
+            environment = _rank_environment(job, rank, num_processes, rendezvous)
+            ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
+        rank, code = _wait(ranks)
     finally:
         for process in ranks:
             process.kill()
             process.wait()
         rendezvous.unlink(missing_ok=True)
+    if code == -signal.SIGTERM and is_stopping:
+        return EXIT_INTERRUPTED  # so early that the rank did not listen to signals yet
+    own_error = job.work / (f"rank-{rank}-{ERROR}" if rank else ERROR)
+    if code < 0 and not own_error.exists():
+        for consequence in job.work.glob(f"*{ERROR}"):
+            consequence.unlink()  # the others complain of the one that is gone
+        name = signal.Signals(-code).name
+        print(f"{job.stage}: rank {rank} of {num_processes} was killed by {name}", file=sys.stderr)
+    return code
 
 
-def _wait(job: Job, ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all ranks; when one fails, end the others, since they wait for it for ever."""
+def _rank_environment(job: Job, rank: int, num_processes: int, rendezvous: Path) -> dict[str, str]:
+    threads = job.runtime.num_threads or _threads_per_process(num_processes)
+    return os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "OMP_NUM_THREADS": str(threads),
+        "GLOO_SOCKET_IFNAME": LOOPBACK,
+        "NCCL_SOCKET_IFNAME": LOOPBACK,
+        RENDEZVOUS: str(rendezvous),
+        LAUNCHER_PID: str(os.getpid()),
+    }
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
+    """Wait for all ranks and return the first that failed, with its exit code; (0, 0) if none did.
+
+    When one fails the others are ended, since they would wait for it for ever.
+    """
     while True:
         codes = [process.poll() for process in ranks]
-        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+        failed = [(rank, code) for rank, code in enumerate(codes) if code]
         if failed:
             break
         if None not in codes:
-            return 0
+            return 0, 0
         time.sleep(SECONDS_BETWEEN_LOOKS)
-    rank, code = failed[0], codes[failed[0]] or 0
-    if code != EXIT_INTERRUPTED:
-        for process in ranks:
-            process.terminate()
+    for process in ranks:
+        process.terminate()
     give_up_at = time.monotonic() + SECONDS_TO_END
     for process in ranks:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=max(0.0, give_up_at - time.monotonic()))
-    if code < 0:
-        # What the others wrote are consequences. This process ends as the rank did, so that whoever
-        # started it sees a kill, which is worth another try, and not an error, which is not.
-        for consequence in job.work.glob(f"*{ERROR}"):
-            consequence.unlink()
-        name = signal.Signals(-code).name
-        print(f"{job.stage}: rank {rank} of {len(ranks)} was killed by {name}", file=sys.stderr)
-        sys.stderr.flush()
-        for process in ranks:
-            process.kill()
-            process.wait()
-        if -code in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    return code
+    return failed[0]

@@ -1,4 +1,4 @@
-"""A model on disk: what is written is read back, by this project and by safetensors; damage is named."""
+"""A model on disk: what is written is read back, here and by safetensors; damage is named."""
 
 import json
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_unreadable_weights_are_named(folder: Path, damage: str) -> None:
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:1000] if damage == "cut" else b"no tensors")
-    with pytest.raises(ArtifactError, match="model.safetensors: no readable safetensors file"):
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: no readable safetensors file"):
         load_model(folder)
 
 
@@ -82,7 +82,7 @@ def test_unreadable_weights_are_named(folder: Path, damage: str) -> None:
 )
 def test_an_unreadable_description_is_named(folder: Path, content: str) -> None:
     (folder / "model.json").write_text(content)
-    with pytest.raises(ArtifactError, match="model.json: no model description of this version"):
+    with pytest.raises(ArtifactError, match=r"model\.json: no model description of this version"):
         load_model(folder)
 
 

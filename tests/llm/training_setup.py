@@ -18,7 +18,7 @@ from llm.artifact import ArtifactWriter, Json
 from llm.config import FinetuneConfig, ModelConfig, PretrainConfig, RuntimeConfig
 from llm.data.chat import render_chats
 from llm.data.rows import RowLayout, RowWriter, write_pack_json
-from llm.job import Job, write_job
+from llm.job import Job, StageFunction, read_job, write_job
 from llm.model.transformer import Transformer
 from llm.tokenizer.bpe import ByteLevelBPE
 
@@ -124,12 +124,24 @@ def points(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def run_inside(stage: StageFunction, job_file: Path) -> Mapping[str, Json]:
+    """Run a stage in this process, so that its errors can be caught; return its summary."""
+    forget_accelerator()
+    job = read_job(job_file)
+    return stage(job, ArtifactWriter(job.out))
+
+
 def fresh_accelerator() -> Accelerator:
-    """An Accelerator on the CPU; it forgets the settings of one made before in this process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    """An Accelerator on the CPU."""
+    forget_accelerator()
     torch.set_num_threads(1)
     return Accelerator(cpu=True)
+
+
+def forget_accelerator() -> None:
+    """Accelerate keeps the settings of its first use in a process; start anew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def _write_rows(
@@ -156,7 +168,7 @@ def _write_rows(
         num_documents = int(num_in_row.sum())
         with RowWriter(writer, split, layout, tokenizer.token_bytes) as rows:
             rows.write_rows(some, None if mask is None else mask[is_in], first)
-            rows.write_document_ids([bytes(16)] * num_documents)
+            rows.write_documents([(bytes(16), "")] * num_documents)
             infos[split] = rows.info()
     write_pack_json(writer, layout, infos)
     writer.finish(stage="pack", summary={})

@@ -1,0 +1,271 @@
+"""The loop: the loss is the mean over all targets, and a bad step changes nothing."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from llm.config import OptimizationConfig
+from llm.data.rows import Rows
+from llm.errors import DataError, StageError
+from llm.model.loss import ModelWithLoss
+from llm.model.transformer import Transformer
+from llm.tokenizer.bpe import ByteLevelBPE
+from llm.training.batches import make_batch, sample_rows
+from llm.training.loop import Step, TrainState, training_steps
+from llm.training.optimizers import make_optimizer
+from llm.training.validation import validate
+from tests.llm.training_setup import (
+    SEQ_LEN,
+    fresh_accelerator,
+    tiny_model,
+    write_chat_rows,
+    write_text_rows,
+)
+
+CONFIG = OptimizationConfig(num_steps=6, rows_per_step=8, warmup_steps=2, learning_rate=1e-2)
+
+
+@pytest.fixture
+def text(tmp_path: Path, tokenizer: ByteLevelBPE, corpus: list[str]) -> Path:
+    """Rows of text."""
+    return write_text_rows(tmp_path / "text", tokenizer, corpus[:40])
+
+
+@pytest.fixture
+def chats(tmp_path: Path, tokenizer: ByteLevelBPE) -> Path:
+    """Rows of chats, most of each row padding."""
+    return write_chat_rows(tmp_path / "chats", tokenizer, 60)
+
+
+def run(
+    model: Transformer,
+    rows: Rows,
+    config: OptimizationConfig = CONFIG,
+    micro_batch_rows: int = 8,
+    state: TrainState | None = None,
+    **more: Any,
+) -> Iterator[Step]:
+    """Train `model` in this process."""
+    accelerator = fresh_accelerator()
+    prepared = accelerator.prepare_model(ModelWithLoss(model))
+    return training_steps(
+        accelerator,
+        prepared,
+        more.pop("optimizer", None) or make_optimizer(model, config),
+        rows,
+        config,
+        state or TrainState(),
+        stage="pretrain",
+        seed=3,
+        micro_batch_rows=micro_batch_rows,
+        is_stopping=more.pop("is_stopping", lambda: False),
+    )
+
+
+@pytest.mark.parametrize("kind", ["text", "chats"])
+def test_a_training_equals_one_written_with_plain_torch(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    rows = Rows(request.getfixturevalue(kind), "train")
+    model, reference = tiny_model(), tiny_model()
+    steps = list(run(model, rows, micro_batch_rows=3))
+    matrices = [p for p in reference.parameters() if p.ndim == 2]
+    vectors = [p for p in reference.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+    )
+    for number, step in enumerate(steps):
+        arrays = rows.read(sample_rows(3, number * 8, 8, rows.num_rows))
+        tokens, mask = torch.from_numpy(arrays.tokens), torch.from_numpy(arrays.mask)
+        logits = reference(tokens[:, :-1])
+        loss = F.cross_entropy(logits[mask[:, 1:]], tokens[:, 1:][mask[:, 1:]])
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        rising = (number + 1) / 3
+        falling = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (number - 2) / 3))
+        optimizer.param_groups[0]["lr"] = rate = 1e-2 * (rising if number < 2 else falling)
+        optimizer.param_groups[1]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        # the same numbers added in another order: a few units in the last place, grown by AdamW
+        assert step.loss == pytest.approx(loss.item(), rel=1e-4)
+        assert step.gradient_norm == pytest.approx(norm.item(), rel=1e-3)
+        assert step.learning_rate == pytest.approx(rate)
+        assert step.num_targets == int(mask[:, 1:].sum())
+    assert steps[-1].loss < steps[0].loss
+
+
+@pytest.mark.parametrize("kind", ["text", "chats"])
+def test_micro_batches_give_the_gradient_of_one_batch(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    rows = Rows(request.getfixturevalue(kind), "train")
+    found = [
+        next(run(tiny_model(), rows, micro_batch_rows=micro_batch_rows))
+        for micro_batch_rows in (8, 4, 3, 1)
+    ]
+    for step in found[1:]:
+        assert step.loss == pytest.approx(found[0].loss, rel=1e-6)
+        assert step.gradient_norm == pytest.approx(found[0].gradient_norm, rel=1e-5)
+
+
+def test_every_row_is_read_once_an_epoch_and_steps_flow_over_its_end() -> None:
+    num_rows, rows_per_step = 10, 4
+    samples = np.concatenate([sample_rows(1, step * 4, 4, num_rows) for step in range(10)])
+    for epoch in samples.reshape(-1, num_rows):
+        assert sorted(epoch) == list(range(num_rows))
+    assert list(samples[:10]) != list(samples[10:20])
+    in_parts = [sample_rows(1, first, rows_per_step // 2, num_rows) for first in range(0, 40, 2)]
+    assert np.array_equal(np.concatenate(in_parts), samples)  # as two processes read them
+
+
+def test_a_step_larger_than_an_epoch_reads_several(text: Path) -> None:
+    assert np.array_equal(np.bincount(sample_rows(1, 0, 30, 10)), [3] * 10)
+
+
+def test_the_state_counts_steps_tokens_epochs_and_rows(text: Path) -> None:
+    rows = Rows(text, "train")
+    state = TrainState()
+    for step in run(tiny_model(), rows, state=state):
+        assert (state.step, state.tokens) == (step.step, step.step * 8 * SEQ_LEN)
+        assert state.epoch * rows.num_rows + state.row == step.step * 8
+        assert state.loss == step.loss
+
+
+def test_a_target_is_the_next_token_and_padding_is_none(chats: Path) -> None:
+    rows = Rows(chats, "train")
+    arrays = rows.read([0, 1])
+    batch = make_batch(arrays)
+    mask = arrays.mask[:, 1:]
+    assert np.array_equal(
+        batch.inputs.numpy()[:, 1:][mask[:, :-1]], arrays.tokens[:, 1:-1][mask[:, :-1]]
+    )
+    assert np.array_equal(batch.targets.numpy()[mask], arrays.tokens[:, 1:][mask])
+    assert (batch.targets.numpy()[~mask] == -100).all()
+    assert batch.num_targets() == mask.sum() > 0
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_with_weights_and_optimizer_unchanged(
+    text: Path, optimizer_name: Any, poison: float
+) -> None:
+    rows = Rows(text, "train")
+    config = replace(CONFIG, optimizer=optimizer_name)
+    model = tiny_model()
+    optimizer = make_optimizer(model, config)
+    steps = run(model, rows, config, optimizer=optimizer)
+    next(steps), next(steps)
+    # a gradient, and so a loss, that is not finite, from a hook as a fault of the hardware would
+    model.norm.register_forward_hook(lambda module, inputs, output: output * poison)
+    weights = [parameter.clone() for parameter in model.parameters()]
+    moments = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
+    with pytest.raises(
+        StageError, match=r"step 3 of 6 gave a loss of nan.*learning_rate"
+    ) as caught:
+        next(steps)
+    assert "pretrain.warmup_steps (now 2)" in str(caught.value)
+    assert all(map(torch.equal, weights, model.parameters()))
+    assert all(torch.equal(moments[name], t) for name, t in optimizer.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_stops_too(text: Path) -> None:
+    model = tiny_model()
+    steps = run(model, Rows(text, "train"))
+    next(steps)
+    weights = [parameter.clone() for parameter in model.parameters()]
+    model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(StageError, match=r"a gradient norm of (inf|nan)"):
+        next(steps)
+    assert all(map(torch.equal, weights, model.parameters()))
+
+
+def test_a_step_without_a_target_changes_nothing_and_is_counted(
+    chats: Path, tokenizer: ByteLevelBPE
+) -> None:
+    rows = Rows(chats, "train")
+    assert rows._mask is not None
+    rows._mask = np.zeros_like(rows._mask)
+    model = tiny_model()
+    weights = [parameter.clone() for parameter in model.parameters()]
+    state = TrainState()
+    steps = list(run(model, rows, state=state))
+    assert [(step.num_targets, step.loss, step.gradient_norm) for step in steps] == [(0, 0, 0)] * 6
+    assert (state.skipped_steps, state.step, state.loss) == (6, 6, None)
+    assert all(map(torch.equal, weights, model.parameters()))
+
+
+def test_a_stop_ends_between_two_steps(text: Path) -> None:
+    state = TrainState()
+    done: list[Step] = []
+    for step in run(
+        tiny_model(), Rows(text, "train"), state=state, is_stopping=lambda: len(done) == 3
+    ):
+        done.append(step)
+    assert state.step == len(done) == 3
+
+
+def test_masking_documents_changes_what_is_learned(text: Path) -> None:
+    rows = Rows(text, "train")
+    plain = next(run(tiny_model(), rows))
+    masked = next(run(tiny_model(), rows, replace(CONFIG, is_document_masked=True)))
+    assert plain.loss != masked.loss
+    assert plain.num_targets == masked.num_targets
+
+
+@pytest.mark.parametrize("kind", ["text", "chats"])
+@pytest.mark.parametrize("micro_batch_rows", [2, 100])
+def test_validation_equals_sums_by_hand(
+    kind: str, micro_batch_rows: int, request: pytest.FixtureRequest, tokenizer: ByteLevelBPE
+) -> None:
+    rows = Rows(request.getfixturevalue(kind), "validation")
+    model = tiny_model()
+    found = validate(
+        fresh_accelerator(),
+        ModelWithLoss(model),
+        rows,
+        tokenizer.token_bytes,
+        num_rows=5,
+        micro_batch_rows=micro_batch_rows,
+        is_document_masked=False,
+    )
+    nats, text_nats, num_targets, num_bytes = 0.0, 0.0, 0, 0
+    for row in range(5):
+        arrays = rows.read([row])
+        with torch.no_grad():
+            chances = model(torch.from_numpy(arrays.tokens[:, :-1]))[0].log_softmax(-1)
+        for position in range(SEQ_LEN):
+            if arrays.mask[0, position + 1]:
+                target = int(arrays.tokens[0, position + 1])
+                cost = -float(chances[position, target])
+                nats, num_targets = nats + cost, num_targets + 1
+                if size := len(tokenizer.decode_bytes([target])):
+                    text_nats, num_bytes = text_nats + cost, num_bytes + size
+    assert found.loss == pytest.approx(nats / num_targets, rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(text_nats / math.log(2) / num_bytes, rel=1e-5)
+    assert model.training
+
+
+def test_validation_without_text_is_refused(chats: Path, tokenizer: ByteLevelBPE) -> None:
+    rows = Rows(chats, "validation")
+    assert rows._mask is not None
+    rows._mask = np.zeros_like(rows._mask)
+    with pytest.raises(DataError, match="the first 5 validation rows hold no text"):
+        validate(
+            fresh_accelerator(),
+            ModelWithLoss(tiny_model()),
+            rows,
+            tokenizer.token_bytes,
+            num_rows=5,
+            micro_batch_rows=2,
+            is_document_masked=False,
+        )

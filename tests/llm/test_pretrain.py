@@ -1,0 +1,339 @@
+"""Pretraining as a process: the same bits after any kill, agreed stops, several ranks."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llm.errors import DataError, StageError
+from llm.job import EXIT_INTERRUPTED
+from llm.model.store import load_model
+from llm.pretrain import pretrain
+from llm.tokenizer.bpe import ByteLevelBPE
+from tests.llm.training_setup import (
+    SEQ_LEN,
+    points,
+    run_inside,
+    start,
+    tiny_pretrain,
+    write_job_file,
+    write_text_rows,
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: ByteLevelBPE, corpus: list[str]
+) -> dict[str, Path]:
+    """Packed rows and the tokenizer they were packed with."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer.to_json())
+    rows = write_text_rows(folder / "rows", tokenizer, corpus[:30])
+    return {"rows": rows, "tokenizer": folder / "tokenizer"}
+
+
+def run(
+    folder: Path, inputs: dict[str, Path], settings: dict[str, Any] | None = None, **runtime: Any
+) -> tuple[int, str]:
+    """Run pretraining to its end; return its exit code and what it wrote to stderr."""
+    job = write_job_file(folder, "pretrain", tiny_pretrain(**(settings or {})), inputs, **runtime)
+    process = start(job, "pretrain")
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, errors
+
+
+def digest(folder: Path) -> str:
+    return json.loads((folder / "out" / "manifest.json").read_text())["digest"]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "out" / "manifest.json").read_text())["summary"]
+
+
+def steps_saved(folder: Path) -> list[int]:
+    found = (folder / "work" / "checkpoints").glob("step-*")
+    return sorted(int(path.name.removeprefix("step-")) for path in found)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Path]
+) -> dict[str, Path]:
+    """A whole training with each optimizer."""
+    folders = {}
+    for optimizer in ("adamw", "muon"):
+        folders[optimizer] = tmp_path_factory.mktemp(optimizer)
+        code, errors = run(folders[optimizer], inputs, {"optimizer": optimizer})
+        assert code == 0, errors
+    return folders
+
+
+def test_it_leaves_a_model_that_learned_something_and_its_curves(
+    undisturbed: dict[str, Path], tokenizer: ByteLevelBPE
+) -> None:
+    folder = undisturbed["adamw"]
+    names = {path.name for path in (folder / "out").iterdir()}
+    assert names == {
+        "manifest.json",
+        "metrics.jsonl",
+        "model.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    assert (folder / "out" / "tokenizer.json").read_bytes() == tokenizer.to_json()
+    model = load_model(folder / "out")
+    assert (model.vocab_size, model.seq_len) == (tokenizer.vocab_size, SEQ_LEN)
+    found = points(folder)
+    validations = [point for point in found if "val/loss" in point["metrics"]]
+    assert [point["step"] for point in validations] == [0, 4, 8]
+    losses = [point["metrics"]["val/loss"] for point in validations]
+    assert losses == sorted(losses, reverse=True)
+    trained = [point for point in found if "train/loss" in point["metrics"]]
+    assert [point["step"] for point in trained] == list(range(1, 9))
+    assert all(point["tokens"] == point["step"] * 8 * SEQ_LEN for point in found)
+    assert trained[0]["metrics"].keys() == {"train/loss", "learning_rate", "gradient_norm"}
+    figures = summary(folder)
+    assert figures["val_bits_per_byte"] == validations[-1]["metrics"]["val/bits_per_byte"]
+    assert figures["train_loss"] == trained[-1]["metrics"]["train/loss"]
+    assert figures["num_parameters"] == model.num_parameters()
+    assert steps_saved(folder) == [6, 8]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sigkill_at_any_moment_gives_the_bits_of_an_undisturbed_run(
+    optimizer: str, tmp_path: Path, inputs: dict[str, Path], undisturbed: dict[str, Path]
+) -> None:
+    generator = random.Random(optimizer)
+    job = write_job_file(tmp_path, "pretrain", tiny_pretrain(optimizer=optimizer), inputs)
+    metrics = tmp_path / "work" / "metrics.jsonl"
+    for kill_at_line in (3, 7):  # then some milliseconds more, anywhere in a step or a save
+        process = start(job, "pretrain")
+        while process.poll() is None and num_lines(metrics) < kill_at_line:
+            time.sleep(0.002)
+        time.sleep(generator.uniform(0.0, 0.06))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0)
+    process = start(job, "pretrain")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert digest(tmp_path) == digest(undisturbed[optimizer])
+    assert points(tmp_path) == points(undisturbed[optimizer])
+    assert summary(tmp_path) == summary(undisturbed[optimizer])
+
+
+def num_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_polite_stop_saves_the_step_it_is_in_and_says_so(
+    number: signal.Signals, tmp_path: Path, inputs: dict[str, Path], undisturbed: dict[str, Path]
+) -> None:
+    settings = tiny_pretrain()
+    job = write_job_file(tmp_path, "pretrain", settings, inputs, checkpoint_every_steps=100)
+    process = start(job, "pretrain")
+    while num_lines(tmp_path / "work" / "metrics.jsonl") < 3:
+        time.sleep(0.001)
+    process.send_signal(number)
+    process.send_signal(number)  # a second one does no harm
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED, errors
+    assert "can go on from here" in errors
+    lines = points(tmp_path)
+    assert steps_saved(tmp_path) == [lines[-1]["step"]]
+    assert run(tmp_path, inputs, checkpoint_every_steps=100)[0] == 0
+    assert digest(tmp_path) == digest(undisturbed["adamw"])
+    assert points(tmp_path) == points(undisturbed["adamw"])
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_and_no_bits(
+    tmp_path: Path, inputs: dict[str, Path], undisturbed: dict[str, Path]
+) -> None:
+    shutil.copytree(undisturbed["adamw"] / "work", tmp_path / "work")
+    path = tmp_path / "work" / "checkpoints" / "step-00000008" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    code, errors = run(tmp_path, inputs)
+    assert code == 0
+    assert "set aside as damaged-step-00000008" in errors
+    assert digest(tmp_path) == digest(undisturbed["adamw"])
+    assert points(tmp_path) == points(undisturbed["adamw"])
+
+
+def test_micro_batches_change_the_loss_by_rounding_alone(
+    tmp_path: Path, inputs: dict[str, Path], undisturbed: dict[str, Path]
+) -> None:
+    job = write_job_file(tmp_path, "pretrain", tiny_pretrain(), inputs, micro_batch_rows=3)
+    expected = summary(undisturbed["adamw"])
+    found = run_inside(pretrain, job)
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+
+
+def test_bf16_trains_to_about_the_same_loss_and_keeps_weights_in_fp32(
+    tmp_path: Path, inputs: dict[str, Path], undisturbed: dict[str, Path]
+) -> None:
+    job = write_job_file(tmp_path, "pretrain", tiny_pretrain(precision="bf16"), inputs)
+    found = run_inside(pretrain, job)
+    expected = summary(undisturbed["adamw"])
+    assert found["val_loss"] != expected["val_loss"]
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-2)
+    tensors = load_file(tmp_path / "out" / "model.safetensors").values()
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+
+
+def test_a_diverging_training_says_what_to_try(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    settings = tiny_pretrain(learning_rate=1e30, warmup_steps=0)
+    job = write_job_file(tmp_path, "pretrain", settings, inputs)
+    with pytest.raises(StageError, match=r"a lower pretrain\.learning_rate \(now 1e\+30\)"):
+        run_inside(pretrain, job)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_said_by_setting(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    assert run(tmp_path, inputs, device="cuda")[0] == 1
+    error = json.loads((tmp_path / "work" / "error.json").read_text())
+    assert (error["type"], error["is_user_error"]) == ("ConfigError", True)
+    assert error["message"].startswith("runtime.device: found cuda, but torch sees no GPU")
+
+
+def test_rows_of_another_tokenizer_are_refused_before_training(
+    tmp_path: Path, inputs: dict[str, Path], corpus: list[str]
+) -> None:
+    other = ByteLevelBPE.train(corpus, 500)
+    rows = write_text_rows(tmp_path / "rows", other, corpus[:10])
+    job = write_job_file(tmp_path, "pretrain", tiny_pretrain(), {**inputs, "rows": rows})
+    expected = r"vocab_size: found 600 in the tokenizer, expected the model's 500"
+    with pytest.raises(DataError, match=expected):
+        run_inside(pretrain, job)
+    assert not (tmp_path / "work" / "metrics.jsonl").exists()
+
+
+@pytest.mark.distributed
+def test_two_processes_train_as_one(
+    tmp_path: Path, inputs: dict[str, Path], undisturbed: dict[str, Path]
+) -> None:
+    code, errors = run(tmp_path, inputs, num_processes=2)
+    assert code == 0, errors
+    expected, found = summary(undisturbed["adamw"]), summary(tmp_path)
+    assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+    for mine, theirs in zip(points(tmp_path), points(undisturbed["adamw"]), strict=True):
+        assert (mine["step"], mine["tokens"]) == (theirs["step"], theirs["tokens"])
+        assert mine["metrics"] == pytest.approx(theirs["metrics"], rel=1e-4)
+    assert not list((tmp_path / "work").glob("rendezvous-*"))
+
+
+@pytest.mark.distributed
+def test_another_number_of_processes_goes_on_from_the_same_checkpoint(
+    tmp_path: Path, inputs: dict[str, Path], undisturbed: dict[str, Path]
+) -> None:
+    shutil.copytree(undisturbed["adamw"] / "work", tmp_path / "work")
+    shutil.rmtree(tmp_path / "work" / "checkpoints" / "step-00000008")
+    code, errors = run(tmp_path, inputs, num_processes=2)
+    assert code == 0, errors
+    expected = summary(undisturbed["adamw"])
+    assert summary(tmp_path)["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
+
+
+@pytest.mark.distributed
+def test_a_stop_of_the_launcher_makes_both_ranks_save_and_end(
+    tmp_path: Path, inputs: dict[str, Path], undisturbed: dict[str, Path]
+) -> None:
+    job = write_job_file(tmp_path, "pretrain", tiny_pretrain(), inputs, num_processes=2)
+    process = start(job, "pretrain")
+    while num_lines(tmp_path / "work" / "metrics.jsonl") < 3:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED, errors
+    assert steps_saved(tmp_path)
+    assert group_is_gone(process)
+    assert run(tmp_path, inputs, num_processes=2)[0] == 0
+    expected = summary(undisturbed["adamw"])
+    assert summary(tmp_path)["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_group_and_the_launcher_dies_as_it_did(
+    rank: int, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    job = write_job_file(
+        tmp_path, "pretrain", tiny_pretrain(num_steps=2000), inputs, num_processes=2
+    )
+    process = start(job, "pretrain")
+    while num_lines(tmp_path / "work" / "metrics.jsonl") < 3:
+        time.sleep(0.001)
+    os.kill(rank_pids(process)[rank], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert f"pretrain: rank {rank} of 2 was killed by SIGKILL" in errors
+    assert not list((tmp_path / "work").glob("*error.json"))
+    assert group_is_gone(process)
+
+
+@pytest.mark.distributed
+def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    job = write_job_file(
+        tmp_path, "pretrain", tiny_pretrain(num_steps=2000), inputs, num_processes=2
+    )
+    process = start(job, "pretrain")
+    while num_lines(tmp_path / "work" / "metrics.jsonl") < 3:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    until = time.monotonic() + 10
+    while not group_is_gone(process) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert group_is_gone(process)
+
+
+@pytest.mark.distributed
+def test_rows_that_do_not_divide_among_processes_are_refused(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    assert run(tmp_path, inputs, {"rows_per_step": 7}, num_processes=2)[0] == 1
+    error = json.loads((tmp_path / "work" / "error.json").read_text())
+    assert "pretrain.rows_per_step: found 7, expected a multiple" in error["message"]
+
+
+def rank_pids(process: subprocess.Popen[str]) -> list[int]:
+    """The launcher's children by rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = {}
+    for child in children:
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        for variable in environment:
+            if variable.startswith(b"RANK="):
+                ranks[int(variable[5:])] = int(child)
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def group_is_gone(process: subprocess.Popen[str]) -> bool:
+    """Whether no process of the group is left."""
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
