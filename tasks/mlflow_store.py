@@ -79,7 +79,7 @@ class MlflowStore:
         warnings.filterwarnings("ignore", module=r"mlflow\b")
         from mlflow import MlflowClient
 
-        for name in ("mlflow", "alembic", "sqlalchemy.engine", "matplotlib"):
+        for name in ("mlflow", "alembic", "sqlalchemy.engine", "urllib3", "matplotlib"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self.uri.startswith("sqlite:"):
             self._artifacts_dir.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ class Tracker:
                 tracking_uri=without_password(self._uri),
                 project=self._project,
                 name=name,
-                settings=settings,
+                settings=_shown(settings),
                 links=links or {},
             )
         )
@@ -110,7 +110,7 @@ class Tracker:
             ModelStarted(
                 stage=stage,
                 key=key,
-                settings=settings,
+                settings=_shown(settings),
                 datasets=datasets,
                 work_folder=str(work_folder.absolute()),
                 links=links or {},
@@ -317,6 +317,14 @@ def models_page(server_url: str, experiment_id: str) -> str:
     return f"{page}?workflowType=machine_learning"
 
 
+def _shown(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return settings without the passwords that addresses among them may hold."""
+    return {
+        key: without_password(value) if isinstance(value, str) else value
+        for key, value in settings.items()
+    }
+
+
 def _one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    return f"{type(error).__name__}: {without_password(lines[0])[:200]}"
