@@ -14,6 +14,7 @@ import argparse
 import fcntl
 import os
 import platform
+import re
 import signal
 import socket
 import struct
@@ -23,7 +24,6 @@ import time
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -67,15 +67,12 @@ class LocalOnly:
 def refusal(scope: "Scope") -> str:
     """Say why a request is refused, or nothing."""
     headers = dict(scope["headers"])
-    host = urlsplit("//" + headers.get(b"host", b"").decode("latin-1"))
-    if host.hostname not in LOOPBACK_NAMES:
+    name, port = _name_and_port(headers.get(b"host", b""))
+    if name not in LOOPBACK_NAMES:
         return "open this server as 127.0.0.1 or localhost"
     if b"origin" in headers:
-        origin = urlsplit(headers[b"origin"].decode("latin-1"))
-        if (
-            origin.hostname not in LOOPBACK_NAMES
-            or origin.netloc.rpartition(":")[2] != (host.netloc.rpartition(":")[2])
-        ):
+        page_name, page_port = _name_and_port(headers[b"origin"].rpartition(b"//")[2])
+        if page_name not in LOOPBACK_NAMES or page_port != port:
             return "a page of another server sent this"
     if scope["client"] is not None and not is_own_connection(scope["client"], scope["server"]):
         return "another account of this machine sent this"
@@ -135,6 +132,12 @@ def main() -> None:
         timeout_graceful_shutdown=SECONDS_TO_STOP,
     )
     uvicorn.Server(config).run(sockets=[socket.socket(fileno=options.fd)])
+
+
+def _name_and_port(address: bytes) -> tuple[str, str]:
+    """Split `name:port`; an IPv6 name stands in brackets."""
+    found = re.fullmatch(r"(\[[0-9a-f:]+\]|[^\[\]:@/]*)(?::(\d*))?", address.decode("latin-1"))
+    return (found[1].strip("[]").lower(), found[2] or "") if found else ("", "")
 
 
 def _prefect_app(*, is_temporary: bool) -> "ASGIApp":
