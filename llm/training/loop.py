@@ -105,7 +105,8 @@ def training_steps(
             # Both are sums over all processes, so all of them decide alike.
             if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
                 optimizer.zero_grad()
-                raise StageError(_divergence(stage, state.step + 1, loss, gradient_norm, config))
+                found = f"a loss of {loss} and a gradient norm of {gradient_norm}"
+                raise divergence(stage, state.step + 1, found, config)
             optimizer.set_learning_rates(factor)
             optimizer.step()
             optimizer.zero_grad()
@@ -173,14 +174,13 @@ def step_batches(
     ]
 
 
-def _divergence(
-    stage: str, step: int, loss: float, gradient_norm: float, config: OptimizationConfig
-) -> str:
+def divergence(stage: str, step: int, found: str, config: OptimizationConfig) -> StageError:
+    """Return the error that says where training left the numbers, and what to try."""
     rate = "muon_learning_rate" if config.optimizer == "muon" else "learning_rate"
     advice = f"a lower {stage}.{rate} (now {getattr(config, rate):g})"
     advice += f" or more {stage}.warmup_steps (now {config.warmup_steps})"
     advice += f" or {stage}.precision=fp32" if config.precision != "fp32" else ""
-    return (
-        f"{stage}: step {step} of {config.num_steps} gave a loss of {loss} and a gradient norm of"
-        f" {gradient_norm}, expected finite numbers; the weights are as before it. Try {advice}"
+    return StageError(
+        f"{stage}: step {step} of {config.num_steps} gave {found}, expected finite numbers; try"
+        f" {advice}"
     )

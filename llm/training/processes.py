@@ -113,23 +113,21 @@ def make_accelerator(runtime: RuntimeConfig, config: OptimizationConfig) -> Acce
     is_cpu = placement.device == "cpu"
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", placement.num_processes))
     torch.set_num_threads(runtime.num_threads or _threads_per_process(local_processes))
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]  # they would decide over precision and gradients beside the settings
     if not is_cpu:
-        # The same bits on every run: kernels that add in a fixed order. cuBLAS needs the variable.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        _prepare_gpu(config)
     if RENDEZVOUS in os.environ and not torch.distributed.is_initialized():
-        rank = int(os.environ["RANK"])
-        if not is_cpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group(
             "gloo" if is_cpu else "nccl",
             init_method=f"file://{os.environ[RENDEZVOUS]}",
-            rank=rank,
+            rank=int(os.environ["RANK"]),
             world_size=placement.num_processes,
         )
+    is_bf16 = config.precision == "bf16" and (not is_cpu or has_cpu_bf16())
     accelerator = Accelerator(
         cpu=is_cpu,
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
+        mixed_precision="bf16" if is_bf16 else "no",
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.num_processes != placement.num_processes:
@@ -141,6 +139,15 @@ def make_accelerator(runtime: RuntimeConfig, config: OptimizationConfig) -> Acce
     return accelerator
 
 
+def has_cpu_bf16() -> bool:
+    """Tell whether this processor multiplies in bfloat16; one that does not computes in fp32.
+
+    It could only emulate bfloat16, many times slower than fp32.
+    """
+    features = torch.cpu.get_capabilities()
+    return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def sum_over_processes(accelerator: Accelerator, *numbers: float | Tensor) -> list[float]:
     """Return each number summed over all processes, by one all-reduce in float64."""
     numbers = tuple(
@@ -149,6 +156,17 @@ def sum_over_processes(accelerator: Accelerator, *numbers: float | Tensor) -> li
     )
     summed = cast(Tensor, accelerator.reduce(torch.stack(numbers), reduction="sum"))
     return summed.tolist()
+
+
+def _prepare_gpu(config: OptimizationConfig) -> None:
+    """Take this process's GPU, and kernels that add in a fixed order: the same bits every time."""
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if config.precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("precision: found bf16, which this GPU does not have; use fp32")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True)
+    # that would also fill every new tensor, to show bugs, at a kernel each
+    vars(torch.utils)["deterministic"].fill_uninitialized_memory = False
 
 
 def _threads_per_process(num_processes: int) -> int:

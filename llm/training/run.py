@@ -2,6 +2,7 @@
 steps.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from llm.model.transformer import Transformer
 from llm.seeds import derive_seed
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
-from llm.training.loop import Step, TrainState, training_steps
+from llm.training.loop import Step, TrainState, divergence, training_steps
 from llm.training.metrics import MetricsFile
 from llm.training.optimizers import Optimizer, make_optimizer
 from llm.training.processes import make_accelerator
@@ -63,7 +64,7 @@ def train(
     if state.step < config.num_steps:
         run.save()
         run.accelerator.wait_for_everyone()  # a process that ends before the others seems to fail
-        raise Interrupted(f"{job.stage} was asked to stop and saved step {state.step}")
+        raise Interrupted(f"{job.stage} was asked to stop after step {state.step}")
     assert validation is not None, "the last step is followed by a validation"
     if run.is_writer:
         save_model(writer, model, run.tokenizer.to_json())
@@ -146,6 +147,9 @@ class _Run:
             micro_batch_rows=self._micro_batch_rows,
             is_document_masked=self._config.is_document_masked,
         )
+        if not math.isfinite(found.loss):
+            what = f"a validation loss of {found.loss}"
+            raise divergence(self._job.stage, self.state.step, what, self._config)
         self.log({"val/loss": found.loss, "val/bits_per_byte": found.bits_per_byte})
         return found
 

@@ -19,6 +19,7 @@ from llm.job import EXIT_INTERRUPTED
 from llm.model.store import load_model
 from llm.pretrain import pretrain
 from llm.tokenizer.bpe import ByteLevelBPE
+from llm.training.validation import Validation
 from tests.llm.training_setup import (
     SEQ_LEN,
     points,
@@ -202,9 +203,20 @@ def test_bf16_trains_to_about_the_same_loss_and_keeps_weights_in_fp32(
 
 def test_a_diverging_training_says_what_to_try(tmp_path: Path, inputs: dict[str, Path]) -> None:
     settings = tiny_pretrain(learning_rate=1e30, warmup_steps=0)
-    job = write_job_file(tmp_path, "pretrain", settings, inputs)
-    with pytest.raises(StageError, match=r"a lower pretrain\.learning_rate \(now 1e\+30\)"):
+    job = write_job_file(tmp_path, "pretrain", settings, inputs, validate_every_steps=100)
+    with pytest.raises(StageError, match=r"step 2 of 8 gave .* a gradient norm of nan") as caught:
         run_inside(pretrain, job)
+    assert "try a lower pretrain.learning_rate (now 1e+30)" in str(caught.value)
+
+
+def test_a_validation_that_is_not_finite_stops_before_it_is_written(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = Validation(loss=float("nan"), bits_per_byte=float("nan"))
+    monkeypatch.setattr("llm.training.run.validate", lambda *given, **more: nothing)
+    with pytest.raises(StageError, match="step 0 of 8 gave a validation loss of nan"):
+        run_inside(pretrain, write_job_file(tmp_path, "pretrain", tiny_pretrain(), inputs))
+    assert points(tmp_path) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
