@@ -5,6 +5,8 @@ is all up to and including `<|assistant|>`, the answer what stands between that 
 """
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +20,8 @@ from llm.tokenizer.bpe import ByteLevelBPE
 
 ROWS_PER_READ = 64
 PROMPTS_PER_BATCH = 32
+MAX_KINDS = 20  # with a figure of their own: the commonest
+NOT_IN_METRIC_NAMES = re.compile(r"[^\w\- ]")  # trackers refuse some of these; data may hold any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +69,7 @@ def read_instructions(rows: Rows, tokenizer: ByteLevelBPE, limit: int) -> HeldOu
                     prompt_ids=tuple(prompt),
                     prompt=_words(prompt, tokenizer),
                     expected=tokenizer.decode(expected),
-                    kind=rows.kind(ordinal),
+                    kind=NOT_IN_METRIC_NAMES.sub("_", rows.kind(ordinal)),
                 )
             )
     return HeldOut(
@@ -138,12 +142,13 @@ def exact_match(answers: Sequence[str], instructions: Sequence[Instruction]) -> 
 def exact_match_by_kind(
     answers: Sequence[str], instructions: Sequence[Instruction]
 ) -> dict[str, Metric]:
-    """Return the exact match of each kind of instruction, by kind; of those that have one."""
-    kinds = sorted({instruction.kind for instruction in instructions} - {""})
+    """Return the exact match of each of the commonest kinds, sorted; of those that have one."""
+    counts = Counter(instruction.kind for instruction in instructions if instruction.kind)
+    kinds = sorted(counts, key=lambda kind: (-counts[kind], kind))[:MAX_KINDS]
     pairs = list(zip(answers, instructions, strict=True))
     return {
         kind: exact_match(*zip(*(pair for pair in pairs if pair[1].kind == kind), strict=True))
-        for kind in kinds
+        for kind in sorted(kinds)
     }
 
 

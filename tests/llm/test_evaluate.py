@@ -385,3 +385,14 @@ def test_exact_match_is_given_by_kind_and_samples_show_each_kind() -> None:
     assert {kind: metric.value for kind, metric in by_kind.items()} == {"name": 0.5, "default": 1.0}
     assert one_of_each_kind(instructions, 3) == [0, 2, 3]
     assert one_of_each_kind(instructions, 9) == [0, 2, 3, 1]
+
+
+def test_of_many_kinds_the_commonest_have_a_figure() -> None:
+    instructions = [
+        Instruction(prompt_ids=(1,), prompt="?", expected="", kind=f"kind {number:02}")
+        for number in range(30)
+        for _ in range(1 + (number >= 25))
+    ]
+    by_kind = exact_match_by_kind([""] * len(instructions), instructions)
+    expected = [*range(15), *range(25, 30)]
+    assert list(by_kind) == [f"kind {number:02}" for number in expected]
