@@ -129,6 +129,7 @@ def main() -> None:
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # a header must not say where a connection comes from
         timeout_graceful_shutdown=SECONDS_TO_STOP,
     )
     uvicorn.Server(config).run(sockets=[socket.socket(fileno=options.fd)])
@@ -148,11 +149,23 @@ def _prefect_app(*, is_temporary: bool) -> "ASGIApp":
 
 
 def _mlflow_app() -> "ASGIApp":
-    """Make MLflow's server, its database opened now and not with the first page."""
+    """Make MLflow's server, its database opened now and not with the first page.
+
+    Its assistant runs shell commands for whoever asks; here it does not exist.
+    """
     from mlflow.server.fastapi_app import app
     from mlflow.server.handlers import initialize_backend_stores
+    from starlette.responses import PlainTextResponse
+    from starlette.routing import Route
+
+    async def refuse(request: object) -> PlainTextResponse:
+        return PlainTextResponse("the assistant is turned off\n", status_code=404)
 
     initialize_backend_stores()
+    methods = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+    for prefix in ("api", "ajax-api"):
+        path = f"/{prefix}/3.0/mlflow/assistant/{{rest:path}}"
+        app.router.routes.insert(0, Route(path, refuse, methods=methods))
     return app
 
 

@@ -29,13 +29,14 @@ MODEL_NAMES: Mapping[str, str] = {"pretrain": "base", "finetune": "chat"}
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE, LOCK_FILE = "tracking.json", ".tracking.lock"
 SAMPLE_TABLE = "samples.json"
-SAMPLE_COLUMNS = ("kind", "prompt", "expected")
+OTHER_COLUMNS = ("expected", "kind")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
     """A model in training, whose curves this process alone follows while it holds the lock."""
 
+    pipeline_title: str
     file: PointFile
     curves: Curves
     lock: IO[bytes] | None
@@ -65,12 +66,13 @@ class ModelRuns:
         else:
             is_new = self._store.find_run("models", {UID_TAG: self._book.uid(name)}) is None
             tags = {STAGE_TAG: event.stage, KEY_TAG: event.key}
-            title = f"{pipeline_title} {MODEL_NAMES[event.stage]}"
+            title = _title(pipeline_title, event.stage)
             run_id = self._book.begin(name, "models", title, tags, at_ms)
             if lock is not None:
                 known: dict[str, Json] = {"uri": self._store.shown_uri, "run_id": run_id}
                 write_json_atomically(work_folder / RUN_FILE, known, is_durable=False)
         self._trainings[event.stage] = Training(
+            pipeline_title=pipeline_title,
             file=PointFile(work_folder / METRICS_FILE),
             curves=Curves(self._store, run_id, is_new=is_new),
             lock=lock,
@@ -98,7 +100,10 @@ class ModelRuns:
         name = f"model/{event.stage}"
         if event.status == "FINISHED":
             training.curves.send_new(PointFile(Path(event.folder) / METRICS_FILE))
-            self._log_final(self._book.run_ids[name], event, at_ms)
+            title = _title(
+                training.pipeline_title, event.stage, event.summary.get("num_parameters")
+            )
+            self._log_final(self._book.run_ids[name], title, event, at_ms)
         self._book.end(name, event.status, at_ms)
         self._release(event.stage)
 
@@ -151,11 +156,10 @@ class ModelRuns:
             models = [LoggedModelInput(base_id)] if base_id else []
         self._store.client.log_inputs(run_id, datasets=datasets, models=models)
 
-    def _log_final(self, run_id: str, event: ModelFinished, at_ms: int) -> None:
+    def _log_final(self, run_id: str, title: str, event: ModelFinished, at_ms: int) -> None:
         client, folder = self._store.client, Path(event.folder)
         figures, texts = split_summary(event.summary)
         run = client.get_run(run_id)
-        title = _with_size(run.info.run_name or "", figures.get("num_parameters", 0.0))
         client.update_run(run_id, name=title)
         links = run.data.tags.get(NOTE, "").partition("Model:")[0].rstrip()
         note = f"{links}\n\nModel: `{folder}`"
@@ -168,7 +172,7 @@ class ModelRuns:
         is_chat = event.stage == "finetune"
         model_id = log_model(self._store, run, folder, is_chat=is_chat, step=last_step)
         final = {f"final/{key}": value for key, value in figures.items()}
-        self._store.log_metrics(run_id, final, at_ms, step=last_step, model_id=model_id)
+        self._store.log_metrics(run_id, final, at_ms, model_id=model_id)
 
     def _continued_run(self, work_folder: Path) -> str | None:
         """Return the run that an earlier process began for the training in `work_folder`."""
@@ -217,10 +221,13 @@ def _dataset_input(dataset: Dataset) -> "DatasetInput":
     return DatasetInput(entity, [InputTag("mlflow.data.context", dataset.context)])
 
 
-def _with_size(title: str, num_parameters: float) -> str:
-    """Return a run's name with the model's size: `quickstart chat 3.2M`."""
-    size = f"{num_parameters / 1e6:.1f}M"
-    return title if not num_parameters or title.endswith(size) else f"{title} {size}"
+def _title(pipeline_title: str, stage: str, num_parameters: Json = None) -> str:
+    """Return a model run's name: `quickstart chat 3.2M finetune.num_steps=200`. What differs comes
+    last, because MLflow's lists cut long names.
+    """
+    recipe, _, overrides = pipeline_title.partition(" ")
+    size = f"{num_parameters / 1e6:.1f}M" if isinstance(num_parameters, int) else ""
+    return " ".join(filter(None, [recipe, MODEL_NAMES[stage], size, overrides]))
 
 
 def _figures_of(model: str, figures: Mapping[str, float]) -> dict[str, float]:
@@ -236,9 +243,15 @@ def _figures_of(model: str, figures: Mapping[str, float]) -> dict[str, float]:
 
 
 def _sample_rows(samples: Sequence[Mapping[str, Json]], model: str) -> list[dict[str, Json]]:
-    """Return the samples of one model: what MLflow puts side by side, prompt by run."""
-    shared = [name for name in SAMPLE_COLUMNS if any(name in sample for sample in samples)]
+    """Return the samples of one model. MLflow's page groups by the first column and compares the
+    second, unless told otherwise: the completions of every run beside the prompt.
+    """
+    others = [name for name in OTHER_COLUMNS if any(name in sample for sample in samples)]
     return [
-        {**{name: sample.get(name) for name in shared}, "completion": sample[model]}
+        {
+            "prompt": sample["prompt"],
+            "completion": sample[model],
+            **{name: sample.get(name) for name in others},
+        }
         for sample in samples
     ]

@@ -44,8 +44,9 @@ ENVIRONMENT = {
 DESCRIPTIONS: Mapping[Experiment, str] = {
     "pipelines": "One run for each run of the pipeline, with a child for each stage that was built."
     " A stage that was cached is a tag that names the run which made it.",
-    "models": "One run for each trained model, base and chat. Select two, press Compare: curves,"
-    " sample answers (Evaluation tab or artifact view) and the settings that differ.",
+    "models": "One run for each trained model, base and chat. The chart view lays their curves over"
+    " each other, the table view puts their sample answers side by side; select some and press"
+    " Compare to see the settings that differ.",
 }
 # Answers that no waiting will change; everything else may be an outage.
 REFUSALS = frozenset(
@@ -167,16 +168,16 @@ class MlflowStore:
         metrics: Mapping[str, float],
         at_ms: int,
         *,
-        step: int = 0,
         model_id: str = "",
     ) -> None:
-        """Log figures of one moment, beside the run for the logged model too. MLflow knows a point
-        it has by key, step, time and value, so doing it again adds nothing.
+        """Log figures that belong to no step (MLflow draws bars of them), beside the run for the
+        logged model too. It knows a point it has by key, step, time and value, so that doing it
+        again adds nothing.
         """
         from mlflow.entities import Metric
 
         entities = [
-            Metric(key, value, at_ms, step, model_id=model_id or None)
+            Metric(key, value, at_ms, 0, model_id=model_id or None)
             for key, value in metrics.items()
         ]
         self.client.log_batch(run_id, metrics=entities)

@@ -312,9 +312,11 @@ class Delivery:
 
 
 def models_page(server_url: str, experiment_id: str) -> str:
-    """Return the page on which models are compared. Without the query it opens for traces."""
+    """Return the page that lays the models' curves over each other. Without the query MLflow shows
+    traces of conversations.
+    """
     page = f"{server_url.rstrip('/')}/#/experiments/{experiment_id}/runs"
-    return f"{page}?workflowType=machine_learning"
+    return f"{page}?workflowType=machine_learning&compareRunsMode=CHART"
 
 
 def _shown(settings: Mapping[str, object]) -> dict[str, object]:

@@ -54,11 +54,11 @@ def test_a_whole_run_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> N
     assert child.data.params == {"pack.seq_len": "256"}
 
     models = place.runs("models")
-    assert sorted(models) == ["tiny lr=1 base 3.2M", "tiny lr=1 chat 3.2M"]
-    base, chat = models["tiny lr=1 base 3.2M"], models["tiny lr=1 chat 3.2M"]
+    assert sorted(models) == ["tiny base 3.2M lr=1", "tiny chat 3.2M lr=1"]
+    base, chat = models["tiny base 3.2M lr=1"], models["tiny chat 3.2M lr=1"]
     assert base.info.run_id == tracker.model_run_id("pretrain")
     assert place.steps(base.info.run_id) == list(range(250))
-    assert place.steps(base.info.run_id, "axis/tokens") == list(range(250))
+    assert place.steps(base.info.run_id, "x-axis/tokens") == list(range(250))
     assert base.data.metrics["final/val_loss"] == 1.5
     assert base.data.metrics["eval/exact"] == 0.25
     assert chat.data.metrics["eval/exact"] == 0.5
@@ -236,6 +236,7 @@ def test_the_address_is_the_page_that_compares_models(place: Place) -> None:
     found = place.client.get_experiment_by_name("fromscratch/models").experiment_id
     assert tracker.address("http://127.0.0.1:5000/") == (
         f"http://127.0.0.1:5000/#/experiments/{found}/runs?workflowType=machine_learning"
+        "&compareRunsMode=CHART"
     )
     assert tracker.address() == "fromscratch up"
 
@@ -265,4 +266,4 @@ tracker.close()
         [sys.executable, "-c", code], capture_output=True, check=True, env=environment, timeout=60
     )
     assert (done.stdout, done.stderr) == (b"", b"")
-    assert sorted(place.runs("models")) == ["tiny lr=1 base 3.2M"]
+    assert sorted(place.runs("models")) == ["tiny base 3.2M lr=1"]
