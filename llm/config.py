@@ -179,7 +179,7 @@ class OptimizationConfig:
     max_gradient_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this norm when theirs is larger."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products in bfloat16, weights and optimizer in fp32."""
+    """bf16: matrix products in bfloat16 where the processor has it; weights stay in fp32."""
     is_document_masked: bool = False
     """Attend within a document only; off, a token also sees the documents before its own in the
     row.
