@@ -33,6 +33,7 @@ NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST = 4, 20, 1  # linux/netlin
 ALL_STATES = NO_COOKIE = 0xFFFFFFFF
 TCP_ESTABLISHED = 1
 SECONDS_TO_STOP = 2
+NO_INVITATION = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')"
 
 
 class LocalOnly:
@@ -151,21 +152,30 @@ def _prefect_app(*, is_temporary: bool) -> "ASGIApp":
 def _mlflow_app() -> "ASGIApp":
     """Make MLflow's server, its database opened now and not with the first page.
 
-    Its assistant runs shell commands for whoever asks; here it does not exist.
+    Its assistant runs shell commands for whoever asks. Here it does not exist, and the page does
+    not open with an invitation to it.
     """
+    import mlflow.server
     from mlflow.server.fastapi_app import app
     from mlflow.server.handlers import initialize_backend_stores
-    from starlette.responses import PlainTextResponse
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, PlainTextResponse
     from starlette.routing import Route
 
-    async def refuse(request: object) -> PlainTextResponse:
+    pages = Path(mlflow.server.__file__).parent / mlflow.server.REL_STATIC_DIR
+    index = (pages / "index.html").read_text(encoding="utf-8")
+    index = index.replace("<head>", f"<head><script>{NO_INVITATION}</script>", 1)
+
+    async def show_index(request: Request) -> HTMLResponse:
+        return HTMLResponse(index)
+
+    async def refuse(request: Request) -> PlainTextResponse:
         return PlainTextResponse("the assistant is turned off\n", status_code=404)
 
     initialize_backend_stores()
     methods = ["GET", "POST", "PUT", "PATCH", "DELETE"]
-    for prefix in ("api", "ajax-api"):
-        path = f"/{prefix}/3.0/mlflow/assistant/{{rest:path}}"
-        app.router.routes.insert(0, Route(path, refuse, methods=methods))
+    assistant = "/{prefix:path}/3.0/mlflow/assistant/{rest:path}"
+    app.router.routes[:0] = [Route("/", show_index), Route(assistant, refuse, methods=methods)]
     return app
 
 

@@ -75,6 +75,13 @@ def test_up_starts_what_answers_on_ports_that_were_free(services: Services) -> N
     assert (status_code, json.loads(pool)["status"]) == (200, "READY")
 
 
+def test_mlflows_assistant_which_runs_commands_is_off(services: Services) -> None:
+    for prefix in ("api", "ajax-api"):
+        path = f"/{prefix}/3.0/mlflow/assistant/config"
+        assert ask(services.mlflow_url, path) == (404, b"the assistant is turned off\n")
+    assert b"autoOpenedOnFirstLoad_v1" in ask(services.mlflow_url, "/")[1]
+
+
 def test_every_server_listens_on_loopback_alone(services: Services) -> None:
     listening = {
         connection.laddr.ip
