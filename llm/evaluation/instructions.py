@@ -19,7 +19,7 @@ from llm.model.transformer import Transformer
 from llm.tokenizer.bpe import ByteLevelBPE
 
 ROWS_PER_READ = 64
-PROMPTS_PER_BATCH = 32
+PROMPTS_PER_BATCH = 64
 MAX_KINDS = 20  # with a figure of their own: the commonest
 NOT_IN_METRIC_NAMES = re.compile(r"[^\w\- ]")  # trackers refuse some of these; data may hold any
 

@@ -28,7 +28,7 @@ from llm.model.transformer import Transformer
 NUM_ROWS = 4
 CUTS_PER_ROW = 4
 NUM_CACHED_TOKENS = 32
-PREFIX_TOKENS = 7
+PREFIX_TOKENS = 3
 LOGITS_PER_ROW = 64_000_000  # 256 MB in fp32: longer rows are cut to what gives so many
 TOKENS_PER_BATCH = 8_192
 SHOWN_DIGITS = 2  # of rounding errors: their size says something, their digits do not
