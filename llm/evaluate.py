@@ -105,9 +105,9 @@ def evaluate(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
         )
     findings: dict[str, Findings] = {}
     for name, folder in folders.items():  # one after the other: one model in memory
-        model = load_model(folder, device).eval()
-        _refuse_misfits(model, data, folder)
+        model = _load(folder, device, data)
         findings[name] = _measure(model, data, config, job.seed, progress)
+        del model
     report = Report(
         metrics=_metrics(findings, baselines, data.held_out),
         samples=tuple(_samples(findings, config.prompts, data.held_out)),
@@ -142,7 +142,9 @@ def _open_data(job: Job, config: EvaluateConfig, manifests: dict[str, Manifest])
     )
 
 
-def _refuse_misfits(model: Transformer, data: Data, folder: Path) -> None:
+def _load(folder: Path, device: torch.device, data: Data) -> Transformer:
+    """Load a model and refuse it where it does not fit the data."""
+    model = load_model(folder, device).eval()
     sizes = {
         "tokenizer": data.tokenizer.vocab_size,
         "text rows": data.text.layout.vocab_size,
@@ -160,6 +162,7 @@ def _refuse_misfits(model: Transformer, data: Data, folder: Path) -> None:
             f"{folder}: a model with a context of {model.seq_len} tokens, but rows of {longest};"
             " evaluate a model with the rows it was made with"
         )
+    return model
 
 
 def _text_bytes(data: Data, progress: Progress) -> Iterator[bytes]:
