@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from tasks.mlflow_store import (
     UID_TAG,
     RunBook,
     described,
+    is_refusal,
+    one_line,
     split_summary,
 )
 
@@ -30,6 +33,7 @@ METRICS_FILE = "metrics.jsonl"
 RUN_FILE, LOCK_FILE = "tracking.json", ".tracking.lock"
 SAMPLE_TABLE = "samples.json"
 OTHER_COLUMNS = ("expected", "kind")
+log = logging.getLogger("fromscratch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,24 +57,27 @@ class ModelRuns:
 
     def start(self, event: ModelStarted, pipeline_title: str, at_ms: int) -> None:
         """Begin the model's run, or go on with the one that an interrupted training began."""
+        if event.stage in self._trainings:
+            self._release(event.stage)  # of a first try that MLflow did not let end
         work_folder = Path(event.work_folder)
         try:
             lock = _lock(work_folder)
         except BlockingIOError:
             return  # another process goes on with this training and tells its end
         name = f"model/{event.stage}"
-        run_id, is_new = self._continued_run(work_folder), False
+        run_id = self._begun_run(self._book.uid(name), work_folder)
+        is_new = run_id is None
         if run_id is not None:
             self._book.reopen(name, run_id)
+            self._store.set_tags(run_id, {UID_TAG: self._book.uid(name)})
             self._store.client.update_run(run_id, status="RUNNING")
         else:
-            is_new = self._store.find_run("models", {UID_TAG: self._book.uid(name)}) is None
             tags = {STAGE_TAG: event.stage, KEY_TAG: event.key}
             title = _title(pipeline_title, event.stage)
             run_id = self._book.begin(name, "models", title, tags, at_ms)
-            if lock is not None:
-                known: dict[str, Json] = {"uri": self._store.shown_uri, "run_id": run_id}
-                write_json_atomically(work_folder / RUN_FILE, known, is_durable=False)
+        if lock is not None:
+            known: dict[str, Json] = {"uri": self._store.shown_uri, "run_id": run_id}
+            write_json_atomically(work_folder / RUN_FILE, known, is_durable=False)
         self._trainings[event.stage] = Training(
             pipeline_title=pipeline_title,
             file=PointFile(work_folder / METRICS_FILE),
@@ -127,7 +134,12 @@ class ModelRuns:
 
     def stop_following(self) -> None:
         """Send the last points of trainings whose end nobody told."""
-        self.follow()
+        try:
+            self.follow()
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            log.warning("MLflow refuses points: %s", one_line(error))
         self.release()
 
     def release(self) -> None:
@@ -174,10 +186,15 @@ class ModelRuns:
         final = {f"final/{key}": value for key, value in figures.items()}
         self._store.log_metrics(run_id, final, at_ms, model_id=model_id)
 
-    def _continued_run(self, work_folder: Path) -> str | None:
-        """Return the run that an earlier process began for the training in `work_folder`."""
+    def _begun_run(self, uid: str, work_folder: Path) -> str | None:
+        """Return the run begun by an earlier telling of this event, or by an earlier, unfinished
+        training in `work_folder`.
+        """
         from mlflow.exceptions import MlflowException
 
+        found = self._store.find_run("models", {UID_TAG: uid})
+        if found is not None:
+            return found.info.run_id
         try:
             known = json.loads((work_folder / RUN_FILE).read_bytes())
             if known["uri"] != self._store.shown_uri:
@@ -189,7 +206,8 @@ class ModelRuns:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
-        return run.info.run_id if run.info.lifecycle_stage == "active" else None
+        is_open = run.info.status != "FINISHED" and run.info.lifecycle_stage == "active"
+        return run.info.run_id if is_open else None
 
 
 def _lock(work_folder: Path) -> IO[bytes] | None:

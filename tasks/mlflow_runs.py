@@ -5,6 +5,7 @@ was built; `<project>/models` has one flat run for each model, because MLflow's 
 show nested ones.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,8 +29,12 @@ from tasks.mlflow_store import (
     MlflowStore,
     RunBook,
     described,
+    is_refusal,
+    one_line,
     split_summary,
 )
+
+log = logging.getLogger("fromscratch")
 
 
 class PipelineRuns:
@@ -128,10 +133,18 @@ class MlflowRuns:
         self._models.follow()
 
     def end_open_runs(self, status: Status, at_ms: int) -> None:
-        """Give every run that has none its end state, the pipeline's last."""
+        """Give every run that has none its end state, the pipeline's last. One that someone deleted
+        keeps no other from its own.
+        """
         self._models.stop_following()
         for name in sorted(self._book.open, key=lambda name: name == "pipeline"):
-            self._book.end(name, status, at_ms)
+            try:
+                self._book.end(name, status, at_ms)
+            except Exception as error:
+                if not is_refusal(error):
+                    raise
+                log.warning("MLflow refuses the end of %s: %s", name, one_line(error))
+                self._book.open.discard(name)
 
     def release(self) -> None:
         """Leave the trainings to whoever follows them next."""

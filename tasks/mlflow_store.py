@@ -268,7 +268,11 @@ def without_password(uri: str) -> str:
 
 def described(links: Mapping[str, str], *lines: str) -> dict[str, str]:
     """Return the tags that hold links, and the description that shows them."""
-    shown = [f"[{name}]({link})" for name, link in links.items() if link.startswith("http")]
+    shown = [
+        f"[{name.removesuffix('_url').capitalize()}]({link})"
+        for name, link in links.items()
+        if link.startswith("http")
+    ]
     tags = {f"fromscratch.{name}": link for name, link in links.items()}
     return {**tags, NOTE: "\n\n".join([*shown, *lines])}
 
@@ -292,6 +296,12 @@ def is_refusal(error: Exception) -> bool:
     if isinstance(error, MlflowException):
         return error.error_code in REFUSALS and not _is_locked(error)
     return isinstance(error, ValueError | TypeError | KeyError | FileNotFoundError)
+
+
+def one_line(error: Exception) -> str:
+    """Return what an error says in one line that may be shown."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {without_password(lines[0])[:200]}"
 
 
 def _is_locked(error: BaseException) -> bool:

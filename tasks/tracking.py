@@ -30,7 +30,13 @@ from tasks.journal import (
     Status,
 )
 from tasks.mlflow_runs import MlflowRuns
-from tasks.mlflow_store import MlflowStore, is_refusal, tracking_uri, without_password
+from tasks.mlflow_store import (
+    MlflowStore,
+    is_refusal,
+    one_line,
+    tracking_uri,
+    without_password,
+)
 
 SECONDS_BETWEEN_LOOKS = 2.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 30.0
@@ -272,10 +278,16 @@ class Delivery:
             else:
                 self._has_news.wait(SECONDS_BETWEEN_LOOKS)
                 self._has_news.clear()
-                if not self._insist(store, runs.follow, "points"):
+                if not self._insist(store, runs.follow, "points", on_refusal=runs.release):
                     return False
 
-    def _insist(self, store: MlflowStore, action: Callable[[], None], what: str) -> bool:
+    def _insist(
+        self,
+        store: MlflowStore,
+        action: Callable[[], None],
+        what: str,
+        on_refusal: Callable[[], None] = lambda: None,
+    ) -> bool:
         """Do `action`, again and again as long as MLflow is away. False when giving up."""
         pause_seconds = FIRST_PAUSE_SECONDS
         while not self._gives_up.is_set():
@@ -286,7 +298,8 @@ class Delivery:
                 action()
             except Exception as error:
                 if is_connected and is_refusal(error):
-                    log.warning("MLflow refuses %s: %s", what, _one_line(error))
+                    log.warning("MLflow refuses %s: %s", what, one_line(error))
+                    on_refusal()
                     return True
                 self._say_away(error)
                 if self._is_closing.is_set():
@@ -306,7 +319,7 @@ class Delivery:
             log.warning(
                 "MLflow at %s does not answer (%s); the run goes on and it is told later",
                 without_password(self._uri),
-                _one_line(error),
+                one_line(error),
             )
         self._is_away = True
 
@@ -325,8 +338,3 @@ def _shown(settings: Mapping[str, object]) -> dict[str, object]:
         key: without_password(value) if isinstance(value, str) else value
         for key, value in settings.items()
     }
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {without_password(lines[0])[:200]}"

@@ -218,6 +218,35 @@ def test_a_refused_event_is_said_and_the_rest_is_told(
     assert place.runs("pipelines")["clean corpus"].info.status == "FINISHED"
 
 
+def test_a_run_deleted_while_training_is_said_once_and_ends_nothing(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = place.start()
+    start_model(tracker, place.work)
+    write_points(place.work, range(1))
+    wait_for(lambda: tracker.model_run_id("pretrain"))
+    wait_for(lambda: place.steps(tracker.model_run_id("pretrain")))
+    place.client.delete_run(tracker.model_run_id("pretrain"))
+    for step in range(1, 20):
+        write_points(place.work, range(step, step + 1))
+        time.sleep(0.03)
+    finish_model(tracker, place.work, place.folder / "base")
+    tracker.close()
+    assert caplog.text.count("MLflow refuses points") == 1
+    assert {run.info.status for run in place.runs("pipelines").values()} == {"FINISHED"}
+
+
+def test_a_forced_second_training_gets_its_own_run(place: Place) -> None:
+    for name in ("first", "second"):
+        tracker = place.start(name)
+        start_model(tracker, place.work)
+        write_points(place.work, range(3))
+        finish_model(tracker, place.work, place.folder / name)
+        tracker.close()
+    found = {name: place.steps(run.info.run_id) for name, run in place.runs("models").items()}
+    assert found == {"first base 3.2M": [0, 1, 2], "second base 3.2M": [0, 1, 2]}
+
+
 def test_two_runs_at_once_make_one_pair_of_experiments(place: Place) -> None:
     trackers = [place.start(f"run {number}") for number in range(3)]
     threads = [threading.Thread(target=tracker.close) for tracker in trackers]
