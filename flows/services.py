@@ -171,8 +171,14 @@ class TemporaryPrefectServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a Prefect client needs to use this server. Set it before importing prefect."""
-        return client_environment(self._artifacts_dir, self._port)
+        """What a Prefect client needs to use this server. Set it before importing prefect.
+
+        Links lead to where `up` will show the run, since this server will be gone.
+        """
+        variables = client_environment(self._artifacts_dir, self._port)
+        known = _read(self._artifacts_dir).get("prefect")
+        port = known.port if known is not None else FIRST_PORTS["prefect"]
+        return {**variables, "PREFECT_UI_URL": f"http://{HOST}:{port}"}
 
     def wait_ready(self, timeout_seconds: float = SECONDS_TO_START) -> None:
         """Return when the server answers.

@@ -244,8 +244,18 @@ def _title(pipeline_title: str, stage: str, num_parameters: Json = None) -> str:
     last, because MLflow's lists cut long names.
     """
     recipe, _, overrides = pipeline_title.partition(" ")
-    size = f"{num_parameters / 1e6:.1f}M" if isinstance(num_parameters, int) else ""
+    size = _short(num_parameters) if isinstance(num_parameters, int) else ""
     return " ".join(filter(None, [recipe, MODEL_NAMES[stage], size, overrides]))
+
+
+def _short(count: int) -> str:
+    """Return a count of parameters as people say it: `28.2K`, `3.2M`, `1.5B`."""
+    unit, size = next(
+        (unit, size)
+        for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3), ("", 1))
+        if count >= size
+    )
+    return f"{count / size:.1f}{unit}"
 
 
 def _figures_of(model: str, figures: Mapping[str, float]) -> dict[str, float]:

@@ -176,6 +176,7 @@ def test_a_temporary_server_serves_and_goes(services: Services, artifacts: Path)
         url = server.environment["PREFECT_API_URL"].removesuffix("/api")
         assert ask(url, "/api/health") == (200, b"true")
         assert ask(url, "/api/health", Host="evil.example")[0] == 403
+        assert server.environment["PREFECT_UI_URL"] == "http://127.0.0.1:4200", "where `up` will be"
     with pytest.raises(ConnectionRefusedError):
         ask(url, "/api/health")
 
