@@ -34,14 +34,14 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def services(artifacts: Path) -> Iterator[Services]:
-    """All three, over a fresh folder, beside something that has Prefect's usual port."""
-    with socket.socket() as other:
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            other.bind(("127.0.0.1", 4200))
-            other.listen()
-        except OSError:
-            pass  # then something else has it, which is as good
+    """All three, over a fresh folder, beside something that has their usual ports."""
+    with contextlib.ExitStack() as others:
+        for port in (4200, 5000):
+            other = others.enter_context(socket.socket())
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):  # then something else has it, which is as good
+                other.bind(("127.0.0.1", port))
+                other.listen()
         try:
             yield up(artifacts, say=lambda _: None)
         finally:
@@ -66,7 +66,7 @@ def wait_until_gone(process: psutil.Process) -> None:
 
 
 def test_up_starts_what_answers_on_ports_that_were_free(services: Services) -> None:
-    assert services.prefect.port != 4200
+    assert (services.prefect.port, services.mlflow.port) != (4200, 5000)
     assert ask(services.prefect_url, "/api/health") == (200, b"true")
     assert ask(services.prefect_url, "/")[0] == 200
     assert ask(services.mlflow_url, "/health") == (200, b"OK")
