@@ -25,6 +25,7 @@ from llm.evaluation.leak import LeakResult, find_leaks, leak_metrics
 from llm.evaluation.report import Metric, Report, Sample, rounded, samples_json
 from llm.evaluation.samples import continue_prompts, encode_prompts
 from llm.job import Job, run_job
+from llm.model.precision import Precision
 from llm.model.store import load_model
 from llm.model.transformer import Transformer
 from llm.seeds import derive_seed
@@ -48,6 +49,8 @@ class Data:
     """Score text as the base model was trained: within documents only, or across them."""
     is_chat_masked: bool
     """Score answers as the chat model was trained."""
+    precisions: dict[str, Precision]
+    """In which each model was trained, and is scored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +109,7 @@ def evaluate(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     findings: dict[str, Findings] = {}
     for name, folder in folders.items():  # one after the other: one model in memory
         model = _load(folder, device, data)
-        findings[name] = _measure(model, data, config, job.seed, progress)
+        findings[name] = _measure(model, data, data.precisions[name], config, job.seed, progress)
         del model
     report = Report(
         metrics=_metrics(findings, baselines, data.held_out),
@@ -139,6 +142,10 @@ def _open_data(job: Job, config: EvaluateConfig, manifests: dict[str, Manifest])
         prompts=encode_prompts(config.prompts, tokenizer, text.seq_len),
         is_text_masked=manifests["base"].settings.get("is_document_masked") is True,
         is_chat_masked=manifests["chat"].settings.get("is_document_masked") is True,
+        precisions={
+            name: "bf16" if manifest.settings.get("precision") == "bf16" else "fp32"
+            for name, manifest in manifests.items()
+        },
     )
 
 
@@ -175,10 +182,15 @@ def _text_bytes(data: Data, progress: Progress) -> Iterator[bytes]:
 
 
 def _measure(
-    model: Transformer, data: Data, config: EvaluateConfig, seed: int, progress: Progress
+    model: Transformer,
+    data: Data,
+    precision: Precision,
+    config: EvaluateConfig,
+    seed: int,
+    progress: Progress,
 ) -> Findings:
-    text = _score(model, data, data.text, progress)
-    chats = _score(model, data, data.chats, progress)
+    text = _score(model, data, data.text, precision, progress)
+    chats = _score(model, data, data.chats, precision, progress)
     answers: list[str] = []
     for batch in answer_instructions(
         model, data.tokenizer, data.held_out.instructions, config.max_new_tokens
@@ -208,7 +220,9 @@ def _measure(
     )
 
 
-def _score(model: Transformer, data: Data, rows: Rows, progress: Progress) -> DocumentScores:
+def _score(
+    model: Transformer, data: Data, rows: Rows, precision: Precision, progress: Progress
+) -> DocumentScores:
     is_text = rows is data.text
     scores = DocumentScores(rows.info.num_documents)
     for scored in score_rows(
@@ -217,6 +231,7 @@ def _score(model: Transformer, data: Data, rows: Rows, progress: Progress) -> Do
         data.tokenizer.token_bytes,
         is_document_masked=data.is_text_masked if is_text else data.is_chat_masked,
         has_control_targets=not is_text,
+        precision=precision,
     ):
         scores.add(scored)
         progress.advance(scored.num_rows)

@@ -18,6 +18,7 @@ from llm.data.rows import Rows
 from llm.errors import ArtifactError
 from llm.evaluation.report import Metric, rounded
 from llm.model.loss import token_losses
+from llm.model.precision import Precision, autocast
 from llm.model.transformer import Transformer
 
 LOGITS_PER_BATCH = 16_000_000  # 64 MB in fp32, a few times that while the softmax is taken
@@ -78,12 +79,13 @@ def score_rows(
     *,
     is_document_masked: bool,
     has_control_targets: bool,
+    precision: Precision = "fp32",
 ) -> Iterator[ScoredRows]:
     """Score every target of a split exactly once, batch after batch in the order of the rows.
 
     `token_bytes` (V,) is the number of bytes each id stands for. Without `has_control_targets` only
     tokens that stand for text are scored; with it also the ends of answers, which a chat model
-    learns.
+    learns. `precision` is that of the matrix products: as the model was trained in.
     """
     batch_rows = max(1, LOGITS_PER_BATCH // (rows.seq_len * len(token_bytes)))
     for start in range(0, rows.num_rows, batch_rows):
@@ -92,11 +94,12 @@ def score_rows(
         targets = arrays.tokens[:, 1:]  # (B, T + 1) -> (B, T)
         num_bytes = token_bytes[targets]
         is_scored = arrays.mask[:, 1:] & (has_control_targets | (num_bytes > 0))
-        nats = target_nats(
-            model,
-            torch.from_numpy(arrays.tokens),
-            torch.from_numpy(arrays.document_ids) if is_document_masked else None,
-        )
+        with autocast(precision, next(model.parameters()).device.type):
+            nats = target_nats(
+                model,
+                torch.from_numpy(arrays.tokens),
+                torch.from_numpy(arrays.document_ids) if is_document_masked else None,
+            )
         yield ScoredRows(
             num_rows=len(indices),
             documents=arrays.document_ids[:, 1:][is_scored],

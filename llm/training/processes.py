@@ -35,6 +35,7 @@ from llm.job import (
     read_job,
     run_job,
 )
+from llm.model.precision import computed_precision
 
 RENDEZVOUS, LAUNCHER_PID = "FROMSCRATCH_RENDEZVOUS", "FROMSCRATCH_LAUNCHER_PID"
 LOOPBACK = "lo" if sys.platform.startswith("linux") else "lo0"
@@ -124,7 +125,7 @@ def make_accelerator(runtime: RuntimeConfig, config: OptimizationConfig) -> Acce
             rank=int(os.environ["RANK"]),
             world_size=placement.num_processes,
         )
-    is_bf16 = config.precision == "bf16" and (not is_cpu or has_cpu_bf16())
+    is_bf16 = computed_precision(config.precision, placement.device) == "bf16"
     accelerator = Accelerator(
         cpu=is_cpu,
         mixed_precision="bf16" if is_bf16 else "no",
@@ -137,15 +138,6 @@ def make_accelerator(runtime: RuntimeConfig, config: OptimizationConfig) -> Acce
             " leave runtime.num_processes at 0"
         )
     return accelerator
-
-
-def has_cpu_bf16() -> bool:
-    """Tell whether this processor multiplies in bfloat16; one that does not computes in fp32.
-
-    It could only emulate bfloat16, many times slower than fp32.
-    """
-    features = torch.cpu.get_capabilities()
-    return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def sum_over_processes(accelerator: Accelerator, *numbers: float | Tensor) -> list[float]:
