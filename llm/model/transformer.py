@@ -220,6 +220,7 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Return what the model makes of each position, before scoring: (B, T) -> (B, T, C)."""
+        assert document_ids is None or cache is None, "a row in the cache is one document"
         reach = self._reach(tokens, document_ids, cache)
         x = self.embedding(tokens)  # (B, T) -> (B, T, C)
         for block in self.blocks:
