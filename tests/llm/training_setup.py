@@ -25,6 +25,7 @@ from llm.tokenizer.bpe import ByteLevelBPE
 SEQ_LEN = 32
 TINY = ModelConfig(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48)
 REPOSITORY = Path(__file__).parents[2]
+torch.set_num_threads(1)  # on matrices this small threads cost more than they give
 
 
 def tiny_model(seed: int = 0, vocab_size: int = 600, **shape: Any) -> Transformer:
@@ -134,7 +135,6 @@ def run_inside(stage: StageFunction, job_file: Path) -> Mapping[str, Json]:
 def fresh_accelerator() -> Accelerator:
     """An Accelerator on the CPU."""
     forget_accelerator()
-    torch.set_num_threads(1)
     return Accelerator(cpu=True)
 
 
