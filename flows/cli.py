@@ -136,6 +136,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _cached_result(config: RunConfig, plan: Sequence[PlannedStep], store: Store) -> dict[str, Any]:
     """Return the result of a run that had nothing to do, from what is on disk."""
+    from flows.services import addresses
     from tasks.cached import cached_outcome
 
     outcomes = [cached_outcome(item, store) for item in plan]
@@ -144,17 +145,8 @@ def _cached_result(config: RunConfig, plan: Sequence[PlannedStep], store: Store)
         "recipe": config.name,
         "outcomes": outcomes,
         "mlflow_run_id": links.get("mlflow_run_id", ""),
-        "addresses": _addresses(config, store, links),
+        "addresses": addresses(config, store.root),
     }
-
-
-def _addresses(config: RunConfig, store: Store, links: Mapping[str, str]) -> dict[str, str]:
-    from flows.services import status
-
-    found = status(store.root)
-    if found is None:
-        return {"MLflow": "fromscratch up", "Prefect": "fromscratch up"}
-    return {"MLflow": found.mlflow_url, "Prefect": found.prefect_url}
 
 
 def _run_flow(options: argparse.Namespace, config: RunConfig, store: Store) -> dict[str, Any]:
@@ -267,7 +259,7 @@ def _up(options: argparse.Namespace) -> int:
     from flows.services import up
 
     found = up(options.artifacts.absolute())
-    print(f"Prefect  {found.prefect_url}\nMLflow   {found.mlflow_url}")
+    print(f"Prefect  {found.prefect_url}\nMLflow   {found.models_page()}")
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx
-from prefect import flow, task
+from prefect import flow
 from prefect.artifacts import (
     create_markdown_artifact,
     create_progress_artifact,
@@ -27,6 +27,7 @@ from prefect.tasks import Task
 
 from flows.display import LiveDisplay
 from flows.pipeline import language_model
+from flows.services import addresses
 from llm.config import flatten, load_config
 from tasks.cached import Builder, Outcome
 from tasks.launch import Progress, TransientError
@@ -113,7 +114,7 @@ def pipeline(
         recipe=config.name,
         outcomes=[builder.outcomes[step] for step in steps],
         mlflow_run_id=tracker.pipeline_run_id,
-        addresses={"MLflow": tracker.address(), "Prefect": _prefect_url()},
+        addresses=addresses(config, store.root) | {"Prefect": _prefect_url()},
     )
 
 
@@ -139,8 +140,8 @@ def _as_task(step: Step, builder: Builder) -> Task[..., Any]:
         return reference
 
     is_download = step.stage is DOWNLOAD
-    return task(
-        build,
+    return Task(
+        fn=build,
         name=step.stage.name,
         task_run_name=step.name,
         description=f"python -m llm.{step.stage.name}",

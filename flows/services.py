@@ -35,6 +35,7 @@ from flows.processes import (
     stop,
 )
 from llm.artifact import write_json_atomically
+from llm.config import RunConfig
 from tasks.tracking import models_page
 
 Name = Literal["prefect", "mlflow", "worker"]
@@ -145,6 +146,14 @@ def environment(artifacts_dir: Path) -> dict[str, str]:
     if prefect is None or not prefect.is_alive:
         return {}
     return client_environment(artifacts_dir.absolute(), prefect.port)
+
+
+def addresses(config: RunConfig, artifacts_dir: Path) -> dict[str, str]:
+    """Return where to look at runs and models, or how to start the pages."""
+    found = status(artifacts_dir)
+    if found is None:
+        return {"MLflow": "fromscratch up", "Prefect": "fromscratch up"}
+    return {"MLflow": found.models_page(config.runtime.project), "Prefect": found.prefect_url}
 
 
 class TemporaryPrefectServer:

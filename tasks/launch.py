@@ -90,8 +90,8 @@ def _run(
     environment = dict(os.environ)
     source = str(Path(llm.__file__).parents[1])
     paths = [source, *filter(None, [environment.get("PYTHONPATH")])]
-    # Threads that wait for work sleep. Where others use the cores too, spinning made products of two
-    # threads 2 to 8 times slower; on a quiet machine the two are equal (docs/log.md).
+    # Threads that wait for work sleep. Where others use the cores too, spinning made products of
+    # two threads 2 to 8 times slower (docs/log.md).
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment |= {
         "PYTHONPATH": os.pathsep.join(paths),
