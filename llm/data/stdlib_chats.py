@@ -42,7 +42,7 @@ PHRASINGS = {
     ),
     "name": (
         "What is the name of the function `{signature}`?",
-        "Which function is defined by `{signature}`?",
+        "Which function is called by `{signature}`?",
         "Name the function in `{signature}`.",
     ),
     "summary": (
@@ -93,18 +93,18 @@ def _chats() -> Iterator[Chat]:
     for module in read_modules():
         seen: set[str] = set()  # a name defined twice, under `if` and `else` say, has no one answer
         for name, node in _functions(module.tree.body, module.name):
-            text = signature(node)
+            # as it is called, so that the name has no space before it, as in the answer
+            text = signature(node).removeprefix("async ").removeprefix("def ")
             if name in seen or len(text) > MAX_SIGNATURE_CHARACTERS:
                 continue
             seen.add(name)
-            group = text.removeprefix("async ").removeprefix("def ")
             answers = {**_answers(node, text), **_answers_from_memory(name, node, text)}
             for (kind, about), answer in answers.items():
                 if answer and len(answer) <= MAX_ANSWER_CHARACTERS:
                     key = f"{kind} {about} {text}"
                     phrasing = PHRASINGS[kind][_pick(key, len(PHRASINGS[kind]))]
                     question = phrasing.format(signature=text, name=about)
-                    yield Chat(kind=kind, group=group, question=question, answer=answer)
+                    yield Chat(kind=kind, group=text, question=question, answer=answer)
 
 
 def _functions(

@@ -21,12 +21,14 @@ from llm.errors import ArtifactError, DataError
 TOKENIZER_JSON = "tokenizer.json"
 CONTROL_TOKENS = ("<|bos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|pad|>")
 
-# GPT-4's splitting (cl100k_base of tiktoken): a word with the space before it, numbers in groups of
-# up to three digits, punctuation, and runs of whitespace, so that an indentation can be one token.
-# Merges never cross a split.
+# GPT-2's splitting with three changes for code: a word with the space before it, underscores being
+# letters; numbers in groups of up to three digits, as GPT-4's; punctuation; and runs of whitespace,
+# so that an indentation can be one token. Merges never cross a split. GPT-4's own lets a word take
+# the sign before it: `(self` and `self` would share nothing, and a model could not copy one from
+# the other.
 SPLITTING = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r" ?[\p{L}_]+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}_]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # The library needs over 100 bytes a token while it encodes, so a long text goes through in pieces:
 # so many characters in a piece, and in one call.

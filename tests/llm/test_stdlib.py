@@ -230,7 +230,7 @@ def test_chats_are_many_short_and_mostly_answerable(chats: list[dict[str, object
 def test_answers_are_those_inspect_gives(chats: list[dict[str, object]]) -> None:
     num_checked = Counter[str]()
     for chat in chats[::7]:
-        asked = re.search(r"`((?:async )?def (\w+)\(.*\))`", _question(chat))
+        asked = re.search(r"`((\w+)\(.*\))`", _question(chat))
         if asked is None or (parameters := _parameters(asked[1])) is None:
             continue
         kind, names, found = str(chat["kind"]), list(parameters), _answer(chat)
@@ -254,7 +254,7 @@ def _parameters(text: str) -> dict[str, object] | None:
     """Return the defaults by name, starred; None where a default needs its module to be known."""
     space: dict[str, Callable[..., object]] = {}
     try:
-        exec(f"{text}: pass", {}, space)
+        exec(f"def {text}: pass", {}, space)
     except (NameError, AttributeError):
         return None
     [function] = space.values()
@@ -273,7 +273,7 @@ def _answer(chat: dict[str, object]) -> str:
 
 def test_all_questions_on_one_signature_have_one_group(chats: list[dict[str, object]]) -> None:
     for chat in chats:
-        if asked := re.search(r"`(?:async )?def (.*\))`", _question(chat)):
+        if asked := re.search(r"`(\w+\(.*\))`", _question(chat)):
             assert chat["group"] == asked[1]
         if chat["kind"] == "signature":
-            assert _answer(chat).removeprefix("async ") == f"def {chat['group']}"
+            assert _answer(chat) == chat["group"]
