@@ -23,4 +23,4 @@ for forbidden in prefect mlflow datasets pydantic; do
         exit 1
     fi
 done
-PYTHONPATH=. "$venv/bin/python" -m pytest tests/llm
+PYTHONPATH=. "$venv/bin/python" -m pytest tests/llm -m "not slow and not distributed"
