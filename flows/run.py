@@ -56,7 +56,9 @@ class RunResult:
 def _flow_run_name() -> str:
     """Say the recipe and what differs from it: `quickstart finetune.num_steps=200`."""
     parameters = cast(Mapping[str, Any], flow_run.parameters or {})
-    words = [Path(str(parameters.get("recipe"))).stem, *(parameters.get("overrides") or [])]
+    overrides = cast(list[str], parameters.get("overrides") or [])
+    differing = [word for word in overrides if not word.startswith("runtime.")]
+    words = [Path(str(parameters.get("recipe"))).stem, *differing]
     return textwrap.shorten(" ".join(words), NAME_CHARACTERS, placeholder=" ...")
 
 
