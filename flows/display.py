@@ -170,6 +170,8 @@ def print_outcomes(
 def _print_metrics(metrics: Mapping[str, float], console: Console) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, value in metrics.items():
+        if name.count("/") > 1 or (name.startswith(("leak/", "data/")) and name != "leak/passed"):
+            continue  # these stand in the report
         table.add_row(name, f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}")
     console.print()
     console.print(table)

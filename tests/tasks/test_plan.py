@@ -7,7 +7,7 @@ import pytest
 
 from flows.pipeline import language_model
 from llm.artifact import ArtifactWriter
-from llm.config import RunConfig, load_config
+from llm.config import RunConfig, load_config, recipe_names
 from llm.errors import ArtifactError, ConfigError, DataError
 from tasks import plan as plan_module
 from tasks.plan import PlannedStep, Selection, key_parts, make_plan
@@ -212,6 +212,13 @@ def test_only_takes_one_stage_and_refuses_when_its_inputs_are_missing(
 def test_from_builds_a_stage_and_all_after_it(store: Store, overrides: list[str]) -> None:
     built = to_build(planned(store, overrides, Selection(start_from="pretrain")))
     assert built == ["pretrain", "finetune", "evaluate"]
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_is_planned_without_a_network(recipe: str, tmp_path: Path) -> None:
+    plan = make_plan(STEPS, load_config(recipe), Store(tmp_path), Selection())
+    assert len(to_build(plan)) == len(STEPS)
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_unknown_stage_lists_the_stages() -> None:
