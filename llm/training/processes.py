@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,9 +67,27 @@ def run_training_job(function: StageFunction) -> None:
             sys.exit(EXIT_INTERRUPTED)  # the launcher died while this rank was starting
     try:
         run_job(function)
-    finally:
-        if torch.distributed.is_initialized():  # else its threads may abort the ending process
-            torch.distributed.destroy_process_group()
+    except SystemExit as end:
+        _end_rank(end.code if isinstance(end.code, int) else 1)
+        raise
+    except BaseException:
+        if torch.distributed.is_initialized():
+            traceback.print_exc()
+        _end_rank(1)
+        raise
+    _end_rank(0)
+
+
+def _end_rank(code: int) -> None:
+    """End a rank at once, when this process is one; all it has to leave is on the disk.
+
+    Gloo's threads abort a process that ends in the ordinary way, now and then, even after the
+    group was destroyed: "terminate called without an active exception".
+    """
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _end_like(code: int) -> NoReturn:
@@ -244,4 +263,5 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
     for process in ranks:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=max(0.0, give_up_at - time.monotonic()))
-    return failed[0]
+    # one that was killed comes before those that failed because it was gone
+    return min(failed, key=lambda rank_and_code: rank_and_code[1] > 0)
