@@ -89,6 +89,7 @@ def up(artifacts_dir: Path, say: Say | None = None) -> Services:
         }
         for name in known.keys() - running.keys():
             say(f"{name} had ended; starting it again")
+            stop([known[name].id])  # what it had started may still hold its port
         started: dict[Name, Service] = {}
         try:
             for name in FIRST_PORTS:

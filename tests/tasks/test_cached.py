@@ -115,9 +115,8 @@ def test_bad_data_is_told_to_the_tracker_and_nothing_is_published(tmp_path: Path
 
 
 def test_stopped_run_goes_on_from_its_checkpoint_with_the_same_digest(
-    built: tuple[Path, dict[str, tiny.Outcome]], sources: list[str], tmp_path: Path
+    sources: list[str], tmp_path: Path
 ) -> None:
-    _, outcomes = built
     stop = threading.Event()
 
     class StopAtStep(tiny.SilentDisplay):
@@ -125,9 +124,10 @@ def test_stopped_run_goes_on_from_its_checkpoint_with_the_same_digest(
             if name == "pretrain" and progress.done >= 1:
                 stop.set()
 
-    slow = [*sources, "runtime.checkpoint_every_steps=1"]
+    long = [*sources, "pretrain.num_steps=400", "runtime.checkpoint_every_steps=1000"]
+    stopped, undisturbed = tmp_path / "stopped", tmp_path / "undisturbed"
     with pytest.raises(Interrupted):
-        tiny.build(tmp_path, slow, "pretrain", display=StopAtStep(), should_stop=stop.is_set)
-    checkpoints = list((tmp_path / "staging").glob("pretrain-*/work/checkpoints/*"))
-    assert checkpoints
-    assert tiny.build(tmp_path, slow, "pretrain")["pretrain"].digest == outcomes["pretrain"].digest
+        tiny.build(stopped, long, "pretrain", display=StopAtStep(), should_stop=stop.is_set)
+    assert list((stopped / "staging").glob("pretrain-*/work/checkpoints/*"))
+    found = tiny.build(stopped, long, "pretrain")["pretrain"]
+    assert found.digest == tiny.build(undisturbed, long, "pretrain")["pretrain"].digest
