@@ -10,6 +10,7 @@ import importlib
 import io
 import math
 import os
+import signal
 import sys
 import unicodedata
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -169,6 +170,8 @@ def chat_terminal(
             f"{folder}: no {', '.join(missing)} there; expected the folder of a chat model, as"
             " `fromscratch run` leaves in artifacts/finetune/"
         )
+    # a script's background job begins with Ctrl-C ignored; here it stops an answer
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
 
     from llm.model.store import load_model
