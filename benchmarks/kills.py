@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 SECONDS_UNTIL_GONE = 10.0
+LONGEST_SHARE = 0.4  # of an undisturbed run, so that most attempts are killed before they end
 
 
 def start(options: argparse.Namespace, artifacts: Path) -> subprocess.Popen[str]:
@@ -53,6 +54,18 @@ def left_over(artifacts: Path) -> list[psutil.Process]:
     return found
 
 
+def report_kill(number: int, seconds: float, artifacts: Path) -> bool:
+    """Print what a kill hit; return whether all processes of the run were gone in time."""
+    staged = sorted(path.name[:24] for path in (artifacts / "staging").glob("*-*"))
+    _, alive = psutil.wait_procs(left_over(artifacts), timeout=SECONDS_UNTIL_GONE)
+    print(
+        f"kill {number}: after {seconds:.1f} s, in {', '.join(staged) or 'nothing'};"
+        f" {len(alive)} processes left after {SECONDS_UNTIL_GONE:.0f} s",
+        flush=True,
+    )
+    return not alive
+
+
 def main() -> int:
     """Run undisturbed, then under kills, and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -68,34 +81,26 @@ def main() -> int:
         undisturbed_seconds = time.monotonic() - started_at
         expected = digests(output)
         print(f"undisturbed: {undisturbed_seconds:.1f} s, {len(expected)} stages", flush=True)
-        artifacts = Path(folder) / "killed"
-        is_bad = False
-        for number in range(1, options.kills + 1):
-            # a run that is restarted has the less to do the later it is; kill within what is left
-            seconds = rng.uniform(0.5, undisturbed_seconds * (1 - (number - 1) / options.kills))
+        is_bad, num_killed, num_finished = False, 0, 0
+        while num_killed < options.kills or not num_finished:
+            artifacts = Path(folder) / f"killed-{num_finished}"
+            is_last = num_killed >= options.kills  # then the run is left to end
+            seconds = rng.uniform(0.5, LONGEST_SHARE * undisturbed_seconds)
             run = start(options, artifacts)
             try:
-                output, _ = run.communicate(timeout=seconds)
-                print(f"kill {number}: the run was over before {seconds:.1f} s", flush=True)
-                continue
+                output, _ = run.communicate(timeout=None if is_last else seconds)
             except subprocess.TimeoutExpired:
                 os.killpg(run.pid, signal.SIGKILL)
                 run.communicate()
-            staged = sorted(path.name[:24] for path in (artifacts / "staging").glob("*-*"))
-            _, alive = psutil.wait_procs(left_over(artifacts), timeout=SECONDS_UNTIL_GONE)
-            is_bad |= bool(alive)
-            print(
-                f"kill {number}: after {seconds:.1f} s, in {', '.join(staged) or 'nothing'};"
-                f" {len(alive)} processes left after {SECONDS_UNTIL_GONE:.0f} s",
-                flush=True,
-            )
-        output, _ = start(options, artifacts).communicate()
-        found = digests(output)
-        for name, digest in expected.items():
-            verdict = "same" if found.get(name) == digest else "DIFFERENT"
-            is_bad |= found.get(name) != digest
-            print(f"{name:<16} {digest} {verdict}")
-    print("FAILED" if is_bad else f"all digests equal after {options.kills} kills")
+                num_killed += 1
+                is_bad |= not report_kill(num_killed, seconds, artifacts)
+                continue
+            num_finished += 1  # the next kills hit a new run from its beginning
+            is_same = digests(output) == expected
+            is_bad |= not is_same
+            verdict = "all digests equal" if is_same else f"DIFFERENT: {digests(output)}"
+            print(f"run {num_finished} over after {num_killed} kills in all: {verdict}", flush=True)
+    print("FAILED" if is_bad else f"all digests equal after {num_killed} kills")
     return 1 if is_bad else 0
 
 
