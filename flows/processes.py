@@ -5,6 +5,7 @@ nothing else can be ended, whoever has their process numbers by then.
 """
 
 import contextlib
+import errno
 import http.client
 import secrets
 import socket
@@ -89,16 +90,21 @@ def stop(ids: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def free_port(port: int) -> Generator[socket.socket]:
+def free_port(port: int, seconds_to_wait: float = 0.0) -> Generator[socket.socket]:
     """Yield a socket bound to `port`, or to a free one where that is in use. Handed down as it is,
     nobody can take the port before the server listens.
+
+    A server that was killed holds its port until the last of its threads is gone, a moment after it
+    has become a zombie: `seconds_to_wait` gives it that moment.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((HOST, port))
-        except OSError:
-            listener.bind((HOST, 0))
+        deadline = time.monotonic() + seconds_to_wait
+        while not _bind(listener, port):
+            if time.monotonic() > deadline:
+                port = 0
+            else:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
         yield listener
 
 
@@ -123,6 +129,16 @@ def failure(what: str, log: Path) -> ServiceError:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     tail = "\n".join(f"  {line}" for line in lines[-LOG_TAIL_LINES:]) or "  (nothing)"
     return ServiceError(f"{what} did not start; the end of {log}:\n{tail}")
+
+
+def _bind(listener: socket.socket, port: int) -> bool:
+    try:
+        listener.bind((HOST, port))
+    except OSError as error:
+        if port == 0 or error.errno != errno.EADDRINUSE:
+            raise
+        return False
+    return True
 
 
 def _processes_with(ids: Sequence[str]) -> set[psutil.Process]:

@@ -43,6 +43,7 @@ Say = Callable[[str], None]
 
 FIRST_PORTS: Mapping[Name, int] = {"prefect": 4200, "mlflow": 5000}
 WORK_POOL, WORKER = "local", "fromscratch"
+SECONDS_TO_FREE_A_PORT = 5.0
 SECONDS_TO_START = 120.0  # a fresh database on a busy machine takes Prefect half a minute
 
 
@@ -94,8 +95,7 @@ def up(artifacts_dir: Path, say: Say | None = None) -> Services:
         try:
             for name in FIRST_PORTS:
                 if name not in running:
-                    port = known[name].port if name in known else FIRST_PORTS[name]
-                    started[name] = _start_server(name, port, artifacts_dir, say)
+                    started[name] = _start_server(name, known.get(name), artifacts_dir, say)
                     _write(artifacts_dir, running | started)
             for name in started:
                 _wait_until_ready(started[name], say)
@@ -227,8 +227,10 @@ def temporary_prefect_server(artifacts_dir: Path) -> Generator[TemporaryPrefectS
         server.stop()
 
 
-def _start_server(name: Name, port: int, artifacts_dir: Path, say: Say) -> Service:
-    with free_port(port) as listener:
+def _start_server(name: Name, before: Service | None, artifacts_dir: Path, say: Say) -> Service:
+    """Start a server, on the port it had `before` where that is still free."""
+    port = before.port if before else FIRST_PORTS[name]
+    with free_port(port, SECONDS_TO_FREE_A_PORT if before else 0.0) as listener:
         taken: int = listener.getsockname()[1]
         if taken != port:
             say(f"port {port} is in use; {name} takes {taken}")
