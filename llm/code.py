@@ -1,9 +1,9 @@
 """The code digest: what a stage's code does, whatever its comments, docstrings and layout.
 
 It covers the stage's module and every project module it imports, transitively, also inside
-functions. Three are left out, and may therefore decide no bytes: `llm.config`, whose values are in
-the cache key themselves, `llm.errors`, whose texts go to people, and `llm.job`, which starts and
-ends the process.
+functions. Four are left out, and may therefore decide no bytes: `llm.config` and `llm.settings`,
+whose values are in the cache key themselves, `llm.errors`, whose texts go to people, and `llm.job`,
+which starts and ends the process.
 """
 
 import ast
@@ -15,7 +15,7 @@ from pathlib import Path
 from llm.artifact import DIGEST_HEX_CHARACTERS
 
 PACKAGE_FOLDER = Path(__file__).parent
-NOT_COVERED = frozenset({"llm.config", "llm.errors", "llm.job"})
+NOT_COVERED = frozenset({"llm.config", "llm.errors", "llm.job", "llm.settings"})
 
 
 @cache

@@ -7,8 +7,6 @@ therefore in that stage's code digest).
 """
 
 import dataclasses
-import difflib
-import math
 import os
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,36 +17,19 @@ from typing import Annotated, Literal, TypeVar
 import yaml
 
 from llm.errors import ConfigError
+from llm.settings import (
+    Count,
+    Fraction,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Range,
+    build,
+    did_you_mean,
+)
 
 Section = TypeVar("Section")
 CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Bounds of a number, both included unless `above` or `below` is given."""
-
-    minimum: float = -math.inf
-    maximum: float = math.inf
-    above: float = -math.inf
-    below: float = math.inf
-
-    def __contains__(self, number: float) -> bool:
-        return self.minimum <= number <= self.maximum and self.above < number < self.below
-
-    def __str__(self) -> str:
-        parts = [f">= {self.minimum:g}"] if self.minimum > -math.inf else []
-        parts += [f"> {self.above:g}"] if self.above > -math.inf else []
-        parts += [f"<= {self.maximum:g}"] if self.maximum < math.inf else []
-        parts += [f"< {self.below:g}"] if self.below < math.inf else []
-        return " and ".join(parts)
-
-
-Count = Annotated[int, Range(minimum=0)]
-Positive = Annotated[int, Range(minimum=1)]
-Fraction = Annotated[float, Range(minimum=0, maximum=1)]
-PositiveFloat = Annotated[float, Range(above=0)]
-NonNegativeFloat = Annotated[float, Range(minimum=0)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,24 +109,63 @@ class PackConfig:
 class ModelConfig:
     """The shape of the transformer; its vocabulary is the tokenizer's, its context the rows'."""
 
-    layout: Literal["llama"] = "llama"
-    """llama: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases."""
     num_layers: Positive = 4
     """Transformer blocks, one after another."""
     d_model: Positive = 256
     """C: width of the residual stream."""
     num_heads: Positive = 4
-    """H: query heads; d_model / num_heads is the head width D, which must be even."""
+    """H: query heads."""
     num_kv_heads: Positive = 4
-    """K: key/value heads; num_heads must be a multiple. Fewer means a smaller cache."""
+    """K: key/value heads; num_heads must be a multiple. Fewer means a smaller cache; 1 is
+    multi-query.
+    """
+    head_dim: Count = 0
+    """D: width of a head, even under rope; 0 is d_model / num_heads."""
     d_ff: Positive = 704
-    """F: width inside the feed-forward block, about 8/3 of d_model."""
+    """F: width inside the feed-forward block, about 8/3 of d_model when gated, 4 when not."""
+    positions: Literal["rope", "learned"] = "rope"
+    """rope: queries and keys are rotated; learned: a vector for each position is added."""
     rope_theta: PositiveFloat = 10_000.0
     """Base of the rotary wavelengths; raise it for longer contexts."""
+    rope_scaling: Literal["none", "llama3"] = "none"
+    """llama3: stretch the long wavelengths, so that a context beyond the trained one is read."""
+    rope_factor: Annotated[float, Range(minimum=1)] = 8.0
+    """llama3: how far the longest wavelengths are stretched."""
+    rope_low_frequency_factor: PositiveFloat = 1.0
+    """llama3: wavelengths over rope_original_seq_len / this are stretched whole."""
+    rope_high_frequency_factor: PositiveFloat = 4.0
+    """llama3: wavelengths under rope_original_seq_len / this are left alone."""
+    rope_original_seq_len: Positive = 8192
+    """llama3: the context before stretching."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """layernorm centers each vector too, and has a bias where `has_biases`."""
     norm_eps: PositiveFloat = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Added to the mean square, or the variance, before its root is taken."""
+    has_qk_norm: bool = False
+    """RMSNorm on each head's query and key: attention scores cannot grow without bound."""
+    mlp: Literal["swiglu", "geglu", "gelu", "relu2"] = "swiglu"
+    """swiglu and geglu have a gate, a third matrix; gelu and relu2 (ReLU squared) have none."""
+    has_biases: bool = False
+    """A bias in every linear layer of the blocks, as in GPT-2."""
     tie_embeddings: bool = True
     """Use one matrix to embed tokens and to score them."""
+    is_embedding_scaled: bool = False
+    """Multiply embeddings by the root of d_model, as in Gemma."""
+    attention_soft_cap: NonNegativeFloat = 0.0
+    """Attention scores x become cap * tanh(x / cap), as in Gemma 2; 0 leaves them."""
+    logit_soft_cap: NonNegativeFloat = 0.0
+    """Logits x become cap * tanh(x / cap); 0 leaves them."""
+    sliding_window: Count = 0
+    """A position sees itself and this many less one before it; 0 sees all before it."""
+    full_attention_every: Count = 0
+    """With a window: every so many layers, the last of each group sees all; 0: every layer slides.
+    """
+    is_causal: bool = True
+    """False: each position sees the whole row, and learning is by filling in masked tokens."""
+    dropout: Annotated[float, Range(minimum=0, below=1)] = 0.0
+    """Share of activations zeroed while training, after embedding, attention and feed-forward."""
+    residual_init: Literal["depth_scaled", "zero"] = "depth_scaled"
+    """First weights of what adds to the stream: smaller the deeper the model, or zero."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,8 +198,11 @@ class OptimizationConfig:
     """AdamW's second-moment decay."""
     max_gradient_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this norm when theirs is larger."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products in bfloat16 where the processor has it; weights stay in fp32."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Of matrix products, where the processor has it; weights stay in fp32. fp16 scales the loss.
+    """
+    masked_fraction: Annotated[float, Range(above=0, below=1)] = 0.15
+    """A model that is not causal: share of the tokens to be filled in."""
     is_document_masked: bool = False
     """Attend within a document only; off, a token also sees the documents before its own in the
     row.
@@ -227,6 +250,10 @@ class RuntimeConfig:
     """Training processes; 0 is one per visible GPU, or one on a machine without any."""
     micro_batch_rows: Count = 0
     """Rows in one forward pass of one process; 0 takes what rows_per_step gives each process."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """torch.compile: auto compiles on a GPU, where minutes of training win back its start-up."""
+    recomputes_activations: bool = False
+    """Keep only what enters each block and compute the rest again: less memory, a third slower."""
     num_threads: Count = 0
     """CPU threads of one process; 0 divides the cores among the processes."""
     checkpoint_every_steps: Positive = 50
@@ -295,7 +322,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree.setdefault("name", path.stem)
     for override in overrides:
         _apply_override(tree, override, problems)
-    config = _build(RunConfig, tree, "", problems)
+    config = build(RunConfig, tree, "", problems)
     if config is not None:
         problems += _cross_checks(typing.cast(RunConfig, config))
     if problems or config is None:
@@ -311,7 +338,7 @@ def read_section(cls: type[Section], settings: Mapping[str, object]) -> Section:
         ConfigError: the mapping does not fit, so it is of another version.
     """
     problems: list[str] = []
-    section = _build(cls, settings, "", problems)
+    section = build(cls, settings, "", problems)
     if section is None:
         raise ConfigError(f"{cls.__name__}: " + "; ".join(problems))
     return typing.cast(Section, section)
@@ -333,7 +360,7 @@ def find_recipe(recipe: str | Path) -> Path:
             return folder / f"{text}.yaml"
     names = recipe_names()
     raise ConfigError(
-        f"{text}: unknown recipe{_did_you_mean(text, names)}; there are {', '.join(names)}"
+        f"{text}: unknown recipe{did_you_mean(text, names)}; there are {', '.join(names)}"
     )
 
 
@@ -374,86 +401,6 @@ def _apply_override(tree: dict[str, object], override: str, problems: list[str])
             return
         node = typing.cast(dict[str, object], child)
     node[last] = value
-
-
-def _build(
-    cls: type, tree: Mapping[str, object], prefix: str, problems: list[str]
-) -> object | None:
-    """Make the dataclass `cls` from a mapping; on any problem say it and return None at the end."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    values: dict[str, object] = {}
-    before = len(problems)
-    for name, value in tree.items():
-        dotted = f"{prefix}{name}"
-        if name not in known:
-            meant = _did_you_mean(str(name), list(known), prefix)
-            problems.append(f"{dotted}: unknown{meant or '; known here: ' + ', '.join(known)}")
-            continue
-        values[name] = _check(hints[name], value, dotted, problems)
-    return cls(**values) if len(problems) == before else None
-
-
-def _check(hint: object, value: object, dotted: str, problems: list[str]) -> object:
-    """Return `value` as the type `hint` wants it, or add a problem."""
-    bounds: Range | None = None
-    if typing.get_origin(hint) is Annotated:
-        hint, bounds = typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        if value is None:
-            value = {}
-        if not isinstance(value, Mapping):
-            problems.append(f"{dotted}: found {value!r}, expected a section with keys")
-            return None
-        return _build(
-            typing.cast(type, hint),
-            typing.cast(Mapping[str, object], value),
-            f"{dotted}.",
-            problems,
-        )
-    if typing.get_origin(hint) is Literal:
-        allowed = typing.get_args(hint)
-        if value not in allowed:
-            meant = _did_you_mean(str(value), [str(choice) for choice in allowed])
-            problems.append(
-                f"{dotted}: found {value!r}, allowed: {', '.join(map(str, allowed))}{meant}"
-            )
-        return value
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-            problems.append(f"{dotted}: found {value!r}, expected a list of strings")
-            return None
-        return tuple(typing.cast(Sequence[str], value))
-    value = _coerce(hint, value)
-    if not isinstance(value, typing.cast(type, hint)) or (
-        hint is not bool and isinstance(value, bool)
-    ):
-        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[
-            typing.cast(type, hint)
-        ]
-        limits = f" {bounds}" if bounds else ""
-        problems.append(f"{dotted}: found {value!r}, expected {kind}{limits}")
-    elif isinstance(value, float) and not math.isfinite(value):
-        problems.append(f"{dotted}: found {value}, expected a finite number")
-    elif bounds is not None and typing.cast(float, value) not in bounds:
-        problems.append(f"{dotted}: found {value}, expected {bounds}")
-    return value
-
-
-def _coerce(hint: object, value: object) -> object:
-    """Read what YAML leaves as text or int: `1e-3` is no float in YAML 1.1, 1 is a fine float."""
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    return value
 
 
 def _cross_checks(config: RunConfig) -> list[str]:
@@ -518,8 +465,3 @@ def _source_problems(source: SourceConfig, dotted: str) -> list[str]:
                 f" expected a commit of 40 hex characters"
             )
     return problems
-
-
-def _did_you_mean(word: str, known: Sequence[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f", did you mean {prefix}{close[0]}?" if close else ""

@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 def computed_precision(asked: Precision, device_type: str) -> Precision:

@@ -1,0 +1,123 @@
+"""From plain mappings to typed settings: every problem found at once, each with its dotted key.
+
+A section is a frozen dataclass whose annotations say what is allowed (`Positive`, `Literal[...]`,
+`Annotated[float, Range(above=0)]`); this module reads any of them and knows none.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Bounds of a number, both included unless `above` or `below` is given."""
+
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __contains__(self, number: float) -> bool:
+        return self.minimum <= number <= self.maximum and self.above < number < self.below
+
+    def __str__(self) -> str:
+        parts = [f">= {self.minimum:g}"] if self.minimum > -math.inf else []
+        parts += [f"> {self.above:g}"] if self.above > -math.inf else []
+        parts += [f"<= {self.maximum:g}"] if self.maximum < math.inf else []
+        parts += [f"< {self.below:g}"] if self.below < math.inf else []
+        return " and ".join(parts)
+
+
+Count = Annotated[int, Range(minimum=0)]
+Positive = Annotated[int, Range(minimum=1)]
+Fraction = Annotated[float, Range(minimum=0, maximum=1)]
+PositiveFloat = Annotated[float, Range(above=0)]
+NonNegativeFloat = Annotated[float, Range(minimum=0)]
+
+
+def build(cls: type, tree: Mapping[str, object], prefix: str, problems: list[str]) -> object | None:
+    """Make the dataclass `cls` from a mapping; on any problem say it and return None at the end."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    values: dict[str, object] = {}
+    before = len(problems)
+    for name, value in tree.items():
+        dotted = f"{prefix}{name}"
+        if name not in known:
+            meant = did_you_mean(str(name), list(known), prefix)
+            problems.append(f"{dotted}: unknown{meant or '; known here: ' + ', '.join(known)}")
+            continue
+        values[name] = _check(hints[name], value, dotted, problems)
+    return cls(**values) if len(problems) == before else None
+
+
+def _check(hint: object, value: object, dotted: str, problems: list[str]) -> object:
+    """Return `value` as the type `hint` wants it, or add a problem."""
+    bounds: Range | None = None
+    if typing.get_origin(hint) is Annotated:
+        hint, bounds = typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if value is None:
+            value = {}
+        if not isinstance(value, Mapping):
+            problems.append(f"{dotted}: found {value!r}, expected a section with keys")
+            return None
+        return build(
+            typing.cast(type, hint),
+            typing.cast(Mapping[str, object], value),
+            f"{dotted}.",
+            problems,
+        )
+    if typing.get_origin(hint) is Literal:
+        allowed = typing.get_args(hint)
+        if value not in allowed:
+            meant = did_you_mean(str(value), [str(choice) for choice in allowed])
+            problems.append(
+                f"{dotted}: found {value!r}, allowed: {', '.join(map(str, allowed))}{meant}"
+            )
+        return value
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            problems.append(f"{dotted}: found {value!r}, expected a list of strings")
+            return None
+        return tuple(typing.cast(Sequence[str], value))
+    value = _coerce(hint, value)
+    if not isinstance(value, typing.cast(type, hint)) or (
+        hint is not bool and isinstance(value, bool)
+    ):
+        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[
+            typing.cast(type, hint)
+        ]
+        limits = f" {bounds}" if bounds else ""
+        problems.append(f"{dotted}: found {value!r}, expected {kind}{limits}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        problems.append(f"{dotted}: found {value}, expected a finite number")
+    elif bounds is not None and typing.cast(float, value) not in bounds:
+        problems.append(f"{dotted}: found {value}, expected {bounds}")
+    return value
+
+
+def _coerce(hint: object, value: object) -> object:
+    """Read what YAML leaves as text or int: `1e-3` is no float in YAML 1.1, 1 is a fine float."""
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return value
+
+
+def did_you_mean(word: str, known: Sequence[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f", did you mean {prefix}{close[0]}?" if close else ""
