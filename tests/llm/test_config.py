@@ -99,7 +99,7 @@ def test_sections_survive_the_job_file() -> None:
 
 def test_flatten_gives_dotted_keys_that_are_overrides() -> None:
     leaves = flatten(load_config("quickstart"))
-    assert leaves["pretrain.model.layout"] == "llama"
+    assert leaves["pretrain.model.norm"] == "rmsnorm"
     assert all(not dataclasses.is_dataclass(value) for value in leaves.values())
 
 
