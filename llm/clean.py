@@ -21,8 +21,9 @@ from typing import IO, cast
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import CleanConfig, read_section
-from llm.data.documents import Document, Unusable, read_documents
+from llm.data.documents import Document, read_documents
 from llm.data.formats import Content
+from llm.data.records import Skip
 from llm.errors import DataError
 from llm.job import Job, run_job
 
@@ -48,7 +49,7 @@ class Tally:
     """The first examples of each reason."""
     num_decode_errors: int = 0
 
-    def skip(self, unusable: Unusable) -> None:
+    def skip(self, unusable: Skip) -> None:
         """Count a document that is left out, and keep it while it is one of the first."""
         self.skipped[unusable.reason] += 1
         if self.skipped[unusable.reason] <= MAX_REJECTED_EXAMPLES:
@@ -93,7 +94,7 @@ def clean(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
             )
             for document in documents:
                 _take(document, content, settings, sides, seen, tally)
-                done = done_bytes + document.place.offset_bytes
+                done = done_bytes + document.place.read_bytes
                 job.report_progress(done, total_bytes, "bytes")
             done_bytes += path.stat().st_size
     job.report_progress(total_bytes, total_bytes, "bytes")
@@ -105,7 +106,7 @@ def clean(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
 
 
 def _take(
-    document: Document | Unusable,
+    document: Document | Skip,
     content: Content,
     settings: CleanConfig,
     sides: dict[str, IO[bytes]],
@@ -115,7 +116,7 @@ def _take(
     """Write one document to its side, or count why not."""
     tally.num_read += 1
     tally.num_decode_errors += document.num_decode_errors
-    if isinstance(document, Unusable):
+    if isinstance(document, Skip):
         tally.skip(document)
         return
     if content == "text":
@@ -140,7 +141,7 @@ def _take(
     )
     if reason:
         excerpt = data[:200].decode(errors="replace")
-        tally.skip(Unusable(place=document.place, reason=reason, excerpt=excerpt))
+        tally.skip(Skip(place=document.place, reason=reason, excerpt=excerpt))
         return
     deciding = (
         sha256 if document.group is None else hashlib.sha256(document.group.encode()).digest()
