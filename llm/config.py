@@ -71,8 +71,131 @@ class DownloadConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GopherConfig:
+    """The rules of Gopher, for English prose (Rae et al. 2021, arXiv:2112.11446, table A1).
+
+    Words are what stands between blanks. A limit that cannot be passed, 0 or 1, turns its rule off.
+    """
+
+    min_words: Count = 50
+    """Documents of fewer words are dropped."""
+    max_words: Positive = 100_000
+    """Documents of more words are dropped."""
+    min_mean_word_characters: NonNegativeFloat = 3.0
+    """Documents whose words are shorter on average are dropped."""
+    max_mean_word_characters: PositiveFloat = 10.0
+    """Documents whose words are longer on average are dropped."""
+    max_hashes_per_word: NonNegativeFloat = 0.1
+    """Number signs for each word."""
+    max_ellipses_per_word: NonNegativeFloat = 0.1
+    """Ellipses for each word."""
+    max_bullet_lines_fraction: Fraction = 0.9
+    """Share of lines that begin with a bullet point or a hyphen."""
+    max_ellipsis_lines_fraction: Fraction = 0.3
+    """Share of lines that end in an ellipsis."""
+    min_alphabetic_words_fraction: Fraction = 0.8
+    """Share of words that have a letter."""
+    min_stop_words: Count = 2
+    """Of the, be, to, of, and, that, have, with: how many must occur."""
+    max_duplicate_lines_fraction: Fraction = 0.3
+    """Share of lines that came before in the document."""
+    max_duplicate_paragraphs_fraction: Fraction = 0.3
+    """Share of paragraphs that came before."""
+    max_duplicate_line_characters_fraction: Fraction = 0.2
+    """Share of characters in lines that came before."""
+    max_duplicate_paragraph_characters_fraction: Fraction = 0.2
+    """Share of characters in paragraphs that came before."""
+    max_top_2gram_fraction: Fraction = 0.2
+    """Share of characters in the most frequent sequence of 2 words."""
+    max_top_3gram_fraction: Fraction = 0.18
+    """The same of 3 words."""
+    max_top_4gram_fraction: Fraction = 0.16
+    """The same of 4 words."""
+    max_duplicate_5gram_fraction: Fraction = 0.15
+    """Share of characters in sequences of 5 words that occur more than once."""
+    max_duplicate_6gram_fraction: Fraction = 0.14
+    """The same of 6 words."""
+    max_duplicate_7gram_fraction: Fraction = 0.13
+    """The same of 7 words."""
+    max_duplicate_8gram_fraction: Fraction = 0.12
+    """The same of 8 words."""
+    max_duplicate_9gram_fraction: Fraction = 0.11
+    """The same of 9 words."""
+    max_duplicate_10gram_fraction: Fraction = 0.10
+    """The same of 10 words."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class C4Config:
+    """The rules of C4, for English web pages (Raffel et al. 2020, arXiv:1910.10683, section 2.2).
+
+    Lines that fail are removed; what is left of the page must pass too.
+    """
+
+    has_terminal_punctuation: bool = True
+    """Remove lines that do not end in . ? ! or a quotation mark, or that end in an ellipsis."""
+    min_words_per_line: Count = 5
+    """Remove lines of fewer words."""
+    max_word_characters: Positive = 1000
+    """Remove lines with a longer word."""
+    has_no_javascript: bool = True
+    """Remove lines that mention it: they ask to have it turned on."""
+    has_no_policy: bool = True
+    """Remove lines on cookies, privacy and terms of use."""
+    has_no_citations: bool = True
+    """Remove marks like [1], [edit] and [citation needed]."""
+    min_sentences: Count = 3
+    """Drop pages of which fewer sentences are left."""
+    has_no_lorem_ipsum: bool = True
+    """Drop pages that hold it: they are not written yet."""
+    has_no_curly_bracket: bool = True
+    """Drop pages that hold one: they are code."""
+    blocked_words: tuple[str, ...] = ()
+    """Drop pages that hold one of these words; case is ignored. C4's own list is not included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NearDuplicatesConfig:
+    """Documents that are nearly those that are kept, found by MinHash (Lee et al. 2021,
+    arXiv:2107.06499) and compared by the Jaccard index of their n-grams of words.
+    """
+
+    unit: Literal["none", "document", "paragraph"] = "none"
+    """What is compared: nothing; whole texts and chats; the paragraphs of texts, which are cut out
+    where a like one is kept elsewhere.
+    """
+    min_jaccard: Annotated[float, Range(minimum=0.5, maximum=1)] = 0.8
+    """Share of n-grams that two have in common from which they count as nearly the same."""
+    ngram_words: Positive = 5
+    """Words in an n-gram; more makes every change count for more."""
+    min_words: Positive = 20
+    """What has fewer words is never compared."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecontaminationConfig:
+    """Training documents that hold what models are measured on (Brown et al. 2020,
+    arXiv:2005.14165, appendix C).
+    """
+
+    action: Literal["none", "count", "drop"] = "none"
+    """Leave training documents unread; count those that share an n-gram with validation documents,
+    held-out chats or `texts`; or drop them.
+    """
+    ngram_words: Positive = 13
+    """Words in an n-gram that must not be shared."""
+    max_documents: Count = 10
+    """An n-gram in more training documents than this is a common phrase and no sign; 0: all are."""
+    texts: tuple[str, ...] = ()
+    """More texts to keep out of training: prompts, questions of a test."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CleanConfig:
-    """From raw files to documents with ids, each once, split into train and validation."""
+    """From raw files to documents with ids, each once, split into train and validation.
+
+    The steps are taken in the order of these settings.
+    """
 
     decode_errors: Literal["replace", "skip", "strict"] = "replace"
     """Bytes that are no UTF-8: replaced by U+FFFD and counted, the document skipped and counted, or
@@ -80,18 +203,49 @@ class CleanConfig:
     """
     text_document_bytes: Positive = 32_768
     """Plain text files are cut at blank lines into documents of about this many bytes."""
+    line_ends: Literal["as_is", "lf"] = "as_is"
+    """lf: what ends a line, also a carriage return, becomes a line feed."""
+    unicode_form: Literal["as_is", "nfc"] = "as_is"
+    """nfc: characters are composed, so that each is written in one way. Not for code."""
+    masks_emails: bool = False
+    """Write [email] for every e-mail address."""
+    masks_ip_addresses: bool = False
+    """Write [ip] for every public IP address, version 4 or 6."""
+    filters: Literal["none", "gopher", "c4", "gopher+c4"] = "none"
+    """Rules that a text must pass, each counted by itself. Chats pass them by."""
+    c4: C4Config = field(default_factory=C4Config)
+    """Thresholds of C4's rules, which come first, for they change the text."""
+    gopher: GopherConfig = field(default_factory=GopherConfig)
+    """Thresholds of Gopher's rules."""
     min_document_bytes: Positive = 1
     """Shorter documents are dropped and counted."""
+    near_duplicates: NearDuplicatesConfig = field(default_factory=NearDuplicatesConfig)
+    """After documents of the same bytes, those nearly the same."""
+    decontamination: DecontaminationConfig = field(default_factory=DecontaminationConfig)
+    """Training documents that give away what is measured."""
+    split: Literal["hash", "tail"] = "hash"
+    """hash: whole documents are chosen by their content; tail: the last characters of every text
+    are, as is the custom where there is one long one. Chats are always split by hash.
+    """
     validation_fraction: Annotated[float, Range(above=0, below=1)] = 0.05
-    """Share of documents, chosen by content hash, that no model is trained on."""
+    """Share of the documents, or of each one's characters, that no model is trained on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainTokenizerConfig:
-    """Byte-level BPE learned from the training documents."""
+    """How text becomes ids; what there is to learn is learned from the training documents."""
 
+    kind: Literal["bpe", "characters", "bytes"] = "bpe"
+    """bpe: byte-level byte-pair encoding; characters: an id for each character of the training
+    documents; bytes: an id for each of the 256.
+    """
     vocab_size: Annotated[int, Range(minimum=264, maximum=1_000_000)] = 4096
-    """Tokens in all: 256 bytes, the control tokens, and merges. More means fewer tokens per byte.
+    """bpe: tokens in all: 256 bytes, the control tokens, and merges. More means fewer tokens per
+    byte.
+    """
+    has_byte_fallback: bool = True
+    """characters: a character that is not in the vocabulary is written by its bytes, for which
+    there are 256 more ids. Without them such a text is refused, and such a document left out.
     """
     sample_bytes: Positive = 50_000_000
     """Learn from at most this much text, sampled by document; memory grows with it."""
@@ -383,6 +537,45 @@ def flatten(tree: object, prefix: str = "") -> dict[str, object]:
     return leaves
 
 
+def model_problems(model: ModelConfig, prefix: str) -> list[str]:
+    """Return what does not go together in the shape of a model, each by its dotted key."""
+    problems: list[str] = []
+    if not model.head_dim and model.d_model % model.num_heads:
+        problems.append(
+            f"{prefix}.d_model: found {model.d_model}, expected a multiple of {prefix}.num_heads ="
+            f" {model.num_heads}, or {prefix}.head_dim to be given"
+        )
+    head_dim = model.head_dim or model.d_model // model.num_heads
+    if model.positions == "rope" and head_dim % 2:
+        source = "head_dim" if model.head_dim else "d_model"
+        problems.append(
+            f"{prefix}.{source}: found {getattr(model, source)}, which makes heads"
+            f" {head_dim} wide, expected an even width under {prefix}.positions = rope"
+        )
+    if model.num_heads % model.num_kv_heads:
+        problems.append(
+            f"{prefix}.num_kv_heads: found {model.num_kv_heads}, expected a divisor of"
+            f" {prefix}.num_heads = {model.num_heads}"
+        )
+    low, high = model.rope_low_frequency_factor, model.rope_high_frequency_factor
+    if model.rope_scaling == "llama3" and low >= high:
+        problems.append(
+            f"{prefix}.rope_low_frequency_factor: found {low}, expected less than"
+            f" {prefix}.rope_high_frequency_factor = {high}"
+        )
+    if model.rope_scaling != "none" and model.positions != "rope":
+        problems.append(
+            f"{prefix}.rope_scaling: found {model.rope_scaling}, expected none where"
+            f" {prefix}.positions is {model.positions}"
+        )
+    if model.full_attention_every and not model.sliding_window:
+        problems.append(
+            f"{prefix}.full_attention_every: found {model.full_attention_every}, expected 0 where"
+            f" {prefix}.sliding_window is 0 and every layer sees all"
+        )
+    return problems
+
+
 def _apply_override(tree: dict[str, object], override: str, problems: list[str]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
@@ -405,18 +598,7 @@ def _apply_override(tree: dict[str, object], override: str, problems: list[str])
 
 def _cross_checks(config: RunConfig) -> list[str]:
     """Return what is wrong between settings that are each allowed alone."""
-    problems: list[str] = []
-    model = config.pretrain.model
-    if model.d_model % model.num_heads or (model.d_model // model.num_heads) % 2:
-        problems.append(
-            f"pretrain.model.d_model: found {model.d_model}, expected an even multiple of"
-            f" pretrain.model.num_heads = {model.num_heads}"
-        )
-    if model.num_heads % model.num_kv_heads:
-        problems.append(
-            f"pretrain.model.num_kv_heads: found {model.num_kv_heads}, expected a divisor of"
-            f" pretrain.model.num_heads = {model.num_heads}"
-        )
+    problems = model_problems(config.pretrain.model, "pretrain.model")
     for stage in ("pretrain", "finetune"):
         section: OptimizationConfig = getattr(config, stage)
         if section.warmup_steps >= section.num_steps:
