@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llm.config import ModelConfig
+from llm.model.shape import head_dim_of
 
 
 class KeyValueCache:
@@ -26,8 +27,13 @@ class KeyValueCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        head_dim = config.d_model // config.num_heads
-        shape = (config.num_layers, num_rows, config.num_kv_heads, num_columns, head_dim)
+        shape = (
+            config.num_layers,
+            num_rows,
+            config.num_kv_heads,
+            num_columns,
+            head_dim_of(config),
+        )
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)  # (B,)
@@ -42,9 +48,11 @@ class KeyValueCache:
     def append(
         self, layer: int, keys: Tensor, values: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) at `positions` (B, T) and return all columns so far (B, K, S, D)."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]  # (B, 1)
-        # indexing by (B, 1) and (B, T) around a slice puts the indexed axes first: (B, T, K, D)
+        """Store (B, K, T, D) at `positions` (B or 1, T) and return all columns so far,
+        (B, K, S, D).
+        """
+        rows = torch.arange(len(keys), device=positions.device)[:, None]  # (B, 1)
+        # indexing by (B, 1) and (B or 1, T) around a slice puts indexed axes first: (B, T, K, D)
         self.keys[layer][rows, :, positions] = keys.transpose(1, 2).to(self.keys.dtype)
         self.values[layer][rows, :, positions] = values.transpose(1, 2).to(self.values.dtype)
         end = self.num_columns + keys.shape[2]

@@ -47,7 +47,7 @@ def test_override_beats_recipe_beats_default(tmp_path: Path) -> None:
         ("seed.x=3", "seed: found"),
         ("nonsense", "nonsense: expected section.key=value"),
         ("evaluate.prompts=5", "evaluate.prompts: found 5, expected a list of strings"),
-        ("pretrain.model.num_heads=3", "pretrain.model.d_model: found 256, expected an even"),
+        ("pretrain.model.num_heads=3", "pretrain.model.d_model: found 256, expected a multiple"),
         ("pretrain.model.num_kv_heads=3", "expected a divisor of pretrain.model.num_heads"),
         ("pretrain.warmup_steps=100000", "expected less than pretrain.num_steps"),
         ("download.corpus.kind=files", "download.corpus.path: empty"),

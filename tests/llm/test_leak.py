@@ -14,9 +14,11 @@ from llm.config import ModelConfig
 from llm.data.rows import Rows
 from llm.evaluation import leak
 from llm.evaluation.leak import LeakResult, find_leaks, leak_metrics
-from llm.model import transformer
+from llm.model import reach
+from llm.model.attention import Attention
 from llm.model.cache import KeyValueCache
 from llm.model.loss import token_losses
+from llm.model.reach import Reach, Unmasked
 from llm.model.transformer import Transformer
 from llm.pack import pack
 from llm.tokenizer.bpe import ByteLevelBPE
@@ -98,8 +100,8 @@ def test_the_same_seed_gives_the_same_result(rows: Rows, tokenizer: ByteLevelBPE
     assert examine(model, rows) == examine(model, rows)
 
 
-def leaky_attention(reach: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    """Attention in plain torch whose mask is what `reach` makes of the causal one."""
+def leaky_attention(mask_of: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Attention in plain torch whose mask is what `mask_of` makes of the causal one."""
 
     def attend(
         q: Tensor,
@@ -107,11 +109,12 @@ def leaky_attention(reach: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
         v: Tensor,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        dropout_p: float = 0.0,
         enable_gqa: bool = False,
     ) -> Tensor:
         T, S = q.shape[-2], k.shape[-2]
         causal = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-        mask = reach(causal if attn_mask is None else attn_mask)
+        mask = mask_of(causal if attn_mask is None else attn_mask)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
 
     return attend
@@ -139,16 +142,16 @@ class FunctionsWith:
         return getattr(F, name)
 
 
-@pytest.mark.parametrize("reach", [one_further, everything])
+@pytest.mark.parametrize("mask_of", [one_further, everything])
 @pytest.mark.parametrize("is_document_masked", [False, True])
 def test_a_mask_that_reaches_too_far_is_caught(
     rows: Rows,
     tokenizer: ByteLevelBPE,
     monkeypatch: pytest.MonkeyPatch,
-    reach: Callable[[Tensor], Tensor],
+    mask_of: Callable[[Tensor], Tensor],
     is_document_masked: bool,
 ) -> None:
-    monkeypatch.setattr(transformer, "F", FunctionsWith(leaky_attention(reach)))
+    monkeypatch.setattr(reach, "F", FunctionsWith(leaky_attention(mask_of)))
     found = examine(make_model(tokenizer), rows, is_document_masked)
     assert not found.is_passed
     assert found.future_difference > leak.FUTURE_TOLERANCE
@@ -157,18 +160,15 @@ def test_a_mask_that_reaches_too_far_is_caught(
 def test_the_plain_mask_in_the_same_place_passes(
     rows: Rows, tokenizer: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transformer, "F", FunctionsWith(leaky_attention(lambda mask: mask)))
+    monkeypatch.setattr(reach, "F", FunctionsWith(leaky_attention(lambda mask: mask)))
     assert examine(make_model(tokenizer), rows).is_passed
 
 
 def test_one_layer_that_looks_both_ways_is_caught(rows: Rows, tokenizer: ByteLevelBPE) -> None:
-    class BothWays(transformer.Attention):
-        def forward(
-            self, x: Tensor, reach: transformer.Reach, cache: KeyValueCache | None
-        ) -> Tensor:
-            T = x.shape[1]
-            mask = torch.ones(1, 1, T, T, dtype=torch.bool)
-            return super().forward(x, replace(reach, mask=mask), None)
+    class BothWays(Attention):
+        def forward(self, x: Tensor, reach: Reach, cache: KeyValueCache | None) -> Tensor:
+            both_ways = Unmasked(is_causal=False)
+            return super().forward(x, replace(reach, attend={0: both_ways}), None)
 
     model = make_model(tokenizer)
     model.blocks[1].attention.__class__ = BothWays

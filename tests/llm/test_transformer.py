@@ -186,7 +186,7 @@ def test_more_tokens_than_the_context_are_refused() -> None:
     ("shape", "message"),
     [
         ({"d_model": 34}, "model.d_model: found 34"),
-        ({"d_model": 12}, "model.d_model: found 12, expected an even multiple"),
+        ({"d_model": 12}, "model.d_model: found 12, which makes heads 3 wide, expected an even"),
         ({"num_kv_heads": 3}, "model.num_kv_heads: found 3"),
     ],
 )

@@ -1,0 +1,201 @@
+"""Who may look at whom, and the fastest way to compute attention where that is so.
+
+    B  rows         K  key/value heads   T  positions of the queries (in a cache, the last of S)
+    H  query heads  D  head width        S  positions a query may look at
+
+All of it is said once, by a rule from the places of a query and a key to yes or no; a mask of
+booleans, a block mask on a GPU and a key/value cache are made from that rule. Where the rule is so
+simple that a kernel knows it (everything before; everything), there is no mask at all.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache as remember
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llm.config import ModelConfig
+from llm.model.shape import window_of
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""From q (B, H, T, D), k and v (B, K, S, D) and the share to drop to what is mixed, (B, H, T, D).
+"""
+
+Rule = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
+"""From row, head (no rule looks at it), a query's place and a key's place to true where it may
+look; on whole tensors of places, or inside flex_attention on one of each.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reach:
+    """Where the tokens of one forward pass stand and how each layer attends to them."""
+
+    places: Tensor
+    """(B or 1, T): the place of each token in its row."""
+    rotation: tuple[Tensor, ...]
+    """Cosine and sine by place, (B or 1, 1, T, D) each; nothing where positions are learned."""
+    attend: Mapping[int, Attend]
+    """By the layer's window: how to attend."""
+
+
+class Sight:
+    """Chooses, for each forward pass, how the layers attend."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._windows = {window_of(config, layer) for layer in range(config.num_layers)}
+        self._is_causal, self._soft_cap = config.is_causal, config.attention_soft_cap
+        self._has_dropout = config.dropout > 0
+
+    def over_rows(self, tokens: Tensor, document_ids: Tensor | None) -> dict[int, Attend]:
+        """Return, by window, how whole rows (B, T) attend, within documents if these are given."""
+        return {window: self._over_rows(window, tokens, document_ids) for window in self._windows}
+
+    def over_cache(self, places: Tensor, num_columns: int) -> dict[int, Attend]:
+        """Return, by window, how queries at `places` (B, T) attend to `num_columns` in a cache."""
+        columns = torch.arange(num_columns, device=places.device)
+        rows = torch.zeros((), dtype=torch.long, device=places.device)  # documents are not kept
+        return {
+            window: self._masked(
+                make_rule(True, window, None)(rows, None, places[:, :, None], columns)
+            )
+            for window in self._windows
+        }
+
+    def _over_rows(self, window: int, tokens: Tensor, document_ids: Tensor | None) -> Attend:
+        T, device = tokens.shape[1], tokens.device
+        window = window if window < T else 0  # which sees all there is
+        rule = make_rule(self._is_causal, window, document_ids)
+        if not (window or self._soft_cap or document_ids is not None):
+            return Unmasked(self._is_causal)
+        if device.type == "cuda" and not self._has_dropout:  # which flex_attention has not
+            return Flex(rule, 1 if document_ids is None else len(tokens), T, device, self._soft_cap)
+        return self._masked(boolean_mask(rule, tokens, document_ids))
+
+    def _masked(self, mask: Tensor) -> Attend:
+        mask = mask.unsqueeze(1)  # (B or 1, T, S) -> (B or 1, 1, T, S)
+        return Capped(mask, self._soft_cap) if self._soft_cap else Masked(mask)
+
+
+def make_rule(is_causal: bool, window: int, document_ids: Tensor | None) -> Rule:
+    """Say who may look at whom: backward only, no further than the window, in one's own document.
+
+    A window of 0 is none. Of `document_ids` (B, T) two positions are compared for equality.
+    """
+
+    def may_look(row: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+        distance = query - key
+        allowed = distance >= 0 if is_causal else distance == distance
+        if window:
+            allowed = allowed & (distance < window) & (distance > -window)
+        if document_ids is not None:
+            allowed = allowed & (document_ids[row, query] == document_ids[row, key])
+        return allowed
+
+    return may_look
+
+
+def boolean_mask(rule: Rule, tokens: Tensor, document_ids: Tensor | None) -> Tensor:
+    """Write a rule out for whole rows: true where a query may look at a key, (B or 1, T, T)."""
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    num_rows = 1 if document_ids is None else len(tokens)
+    rows = torch.arange(num_rows, device=tokens.device)[:, None, None]
+    return rule(rows, None, places[:, None], places).expand(num_rows, -1, -1)
+
+
+class Unmasked:
+    """Attend to all before, or to all: softmax(q k^T / sqrt(D)) v by a kernel that knows the rule.
+
+    Source: "FlashAttention" (arXiv 2205.14135): the (T, S) scores never stand in memory.
+    """
+
+    def __init__(self, is_causal: bool) -> None:
+        self._is_causal = is_causal
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        is_grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=self._is_causal, enable_gqa=is_grouped
+        )
+
+
+class Masked:
+    """Attend where a mask (B or 1, 1, T, S) is true."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self._mask = mask
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        is_grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=self._mask, dropout_p=dropout, enable_gqa=is_grouped
+        )
+
+
+class Capped:
+    """Attend where a mask is true, with scores that cannot pass a cap, in plain matrix products.
+
+    Source: "Gemma 2" (arXiv 2408.00118), section 2: cap * tanh(scores / cap).
+    """
+
+    def __init__(self, mask: Tensor, cap: float) -> None:
+        self._mask, self._cap = mask, cap
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # K -> H heads
+        scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, T, D) x (B, H, D, S) -> (B, H, T, S)
+        scores = soft_cap(scores.float(), self._cap).masked_fill(~self._mask, -torch.inf)
+        weights = F.dropout(scores.softmax(dim=-1), dropout)
+        return weights.to(v.dtype) @ v  # (B, H, T, S) x (B, H, S, D) -> (B, H, T, D)
+
+
+class Flex:
+    """Attend by a rule, compiled into one kernel that skips the blocks where nobody may look.
+
+    Source: "Flex Attention" (arXiv 2412.05496).
+    """
+
+    def __init__(
+        self, rule: Rule, num_rows: int, num_positions: int, device: torch.device, cap: float
+    ) -> None:
+        # imported here: a second of start-up that only a GPU wins back
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        self._mask = create_block_mask(
+            rule, num_rows, None, num_positions, num_positions, device=device
+        )
+        self._cap_scores = _capped_scores(cap) if cap else None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        assert not dropout, "Sight chooses another way where there is dropout"
+        return _compiled_flex_attention()(
+            q,
+            k,
+            v,
+            block_mask=self._mask,
+            score_mod=self._cap_scores,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """Press x smoothly into (-cap, cap), nearly unchanged where it is small."""
+    return cap * torch.tanh(x / cap)
+
+
+def _capped_scores(cap: float) -> Callable[..., Tensor]:
+    def capped(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return soft_cap(score, cap)
+
+    return capped
+
+
+@remember
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)  # uncompiled it writes all scores out
