@@ -143,13 +143,34 @@ def _take(
         excerpt = data[:200].decode(errors="replace")
         tally.skip(Skip(place=document.place, reason=reason, excerpt=excerpt))
         return
+    if content == "text" and settings.split == "tail":
+        parts = _cut_tail(document.text, settings.validation_fraction)
+        tally.num_read += len(parts) - 1
+        for side, part in parts.items():
+            _keep(part.encode(), {"text": part}, len(part.encode()), sides[side], side, tally)
+        return
     deciding = (
         sha256 if document.group is None else hashlib.sha256(document.group.encode()).digest()
     )
     is_validation = int.from_bytes(deciding[:8], "big") < settings.validation_fraction * 2**64
     side = "validation" if is_validation else "train"
-    line = {"id": sha256[:ID_BYTES].hex(), **fields}
-    sides[side].write(ENCODER.encode(line).encode() + b"\n")
+    _keep(data, fields, size_bytes, sides[side], side, tally)
+
+
+def _cut_tail(text: str, fraction: float) -> dict[str, str]:
+    """Cut a text in two by characters, the last `fraction` for validation; a side without any is
+    left out.
+    """
+    end = int(len(text) * (1 - fraction))
+    parts = {"train": text[:end], "validation": text[end:]}
+    return {side: part for side, part in parts.items() if part}
+
+
+def _keep(
+    data: bytes, fields: dict[str, Json], size_bytes: int, file: IO[bytes], side: str, tally: Tally
+) -> None:
+    line = {"id": hashlib.sha256(data).digest()[:ID_BYTES].hex(), **fields}
+    file.write(ENCODER.encode(line).encode() + b"\n")
     tally.num_kept[side] += 1
     tally.kept_bytes[side] += size_bytes
 

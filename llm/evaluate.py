@@ -29,7 +29,8 @@ from llm.model.precision import Precision
 from llm.model.store import load_model
 from llm.model.transformer import Transformer
 from llm.seeds import derive_seed
-from llm.tokenizer.bpe import ByteLevelBPE
+from llm.tokenizer.base import Tokenizer
+from llm.tokenizer.load import load_tokenizer
 
 MODELS = ("base", "chat")
 NUM_SHOWN_INSTRUCTIONS = 6
@@ -40,7 +41,7 @@ ROWS_PER_READ = 64
 class Data:
     """What both models are measured on."""
 
-    tokenizer: ByteLevelBPE
+    tokenizer: Tokenizer
     text: Rows
     chats: Rows
     held_out: HeldOut
@@ -131,7 +132,7 @@ def _device(wanted: str) -> torch.device:
 
 
 def _open_data(job: Job, config: EvaluateConfig, manifests: dict[str, Manifest]) -> Data:
-    tokenizer = ByteLevelBPE.load(Path(job.inputs["tokenizer"]))
+    tokenizer = load_tokenizer(Path(job.inputs["tokenizer"]))
     text = Rows(Path(job.inputs["text_rows"]), "validation")
     chats = Rows(Path(job.inputs["chat_rows"]), "validation")
     return Data(

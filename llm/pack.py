@@ -1,5 +1,6 @@
 """Pack documents into rows of tokens for training: text and chats through one packer."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,8 @@ from llm.data.rows import RowLayout, RowWriter, SplitInfo, write_pack_json
 from llm.errors import DataError
 from llm.job import Job, run_job
 from llm.seeds import derive_seed
-from llm.tokenizer.bpe import ByteLevelBPE
+from llm.tokenizer.base import Tokenizer
+from llm.tokenizer.load import load_tokenizer
 
 BATCH_BYTES = 1 << 20
 ORDER_DOCUMENTS = 1 << 16
@@ -31,7 +33,7 @@ def pack(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     """
     config = read_section(PackConfig, job.settings)
     folder = Path(job.inputs["documents"])
-    tokenizer = ByteLevelBPE.load(Path(job.inputs["tokenizer"]))
+    tokenizer = load_tokenizer(Path(job.inputs["tokenizer"]))
     layout = RowLayout(
         seq_len=config.seq_len,
         vocab_size=tokenizer.vocab_size,
@@ -42,12 +44,14 @@ def pack(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     files = {split: DocumentFile(folder, split) for split in SPLITS}
     _refuse_empty(files.values())
     infos: dict[str, SplitInfo] = {}
+    num_left_out: Counter[str] = Counter()
     done_bytes, total_bytes = 0, sum(documents.size_bytes for documents in files.values())
     for split, documents in files.items():
         seed = derive_seed(job.seed, "document order", split)
         with RowWriter(writer, split, layout, tokenizer.token_bytes) as rows:
-            for size_bytes in _pack_documents(documents, seed, tokenizer, rows):
+            for size_bytes, num_documents in _pack_documents(documents, seed, tokenizer, rows):
                 done_bytes += size_bytes
+                num_left_out[split] += num_documents
                 job.report_progress(done_bytes, total_bytes, "bytes")
         infos[split] = rows.info()
         _refuse_too_little(infos[split], layout, documents.path)
@@ -56,26 +60,33 @@ def pack(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     for split, info in infos.items():
         counts = {name: n for name, n in asdict(info).items() if isinstance(n, int)}
         summary |= {f"{split}_{name.removeprefix('num_')}": n for name, n in counts.items()}
+        if num_left_out[split]:  # by a vocabulary of characters without byte fallback alone
+            summary[f"{split}_documents_with_unknown_characters"] = num_left_out[split]
     return summary
 
 
 def _pack_documents(
-    documents: DocumentFile, seed: int, tokenizer: ByteLevelBPE, rows: RowWriter
-) -> Iterator[int]:
-    """Pack all documents in a seeded order; yield the bytes read, batch by batch."""
+    documents: DocumentFile, seed: int, tokenizer: Tokenizer, rows: RowWriter
+) -> Iterator[tuple[int, int]]:
+    """Pack all documents in a seeded order, but those that the vocabulary cannot say.
+
+    Yield the bytes read and the documents left out, batch by batch.
+    """
     packer = make_packer(rows)
-    num_tokens = num_bytes = 0
-    for batch in _batches(documents, seed):
+    num_tokens = num_bytes = num_left_out = 0
+    for read in _batches(documents, seed):
+        batch = [d for d in read if all(map(tokenizer.can_encode, d.texts))]
+        num_left_out += len(read) - len(batch)
         encoded = _encode(batch, tokenizer)
         packer.add(encoded)
         num_tokens += sum(len(document.tokens) for document in encoded)
         num_bytes += sum(map(_num_target_bytes, batch))
-        yield sum(document.size_bytes for document in batch)
+        yield sum(document.size_bytes for document in read), len(read) - len(batch)
     packer.finish()
     info = rows.info()
     found, expected = (info.num_tokens, info.num_bytes), (num_tokens, num_bytes)
     assert found == expected, f"wrote {found} tokens and target bytes of {expected}"
-    assert info.num_documents == len(documents)
+    assert info.num_documents == len(documents) - num_left_out
 
 
 def _batches(documents: DocumentFile, seed: int) -> Iterator[list[Document]]:
@@ -94,8 +105,8 @@ def _batches(documents: DocumentFile, seed: int) -> Iterator[list[Document]]:
         yield batch
 
 
-def _encode(batch: Sequence[Document], tokenizer: ByteLevelBPE) -> list[EncodedDocument]:
-    if batch[0].messages:
+def _encode(batch: Sequence[Document], tokenizer: Tokenizer) -> list[EncodedDocument]:
+    if batch and batch[0].messages:
         rendered = render_chats([document.messages for document in batch], tokenizer)
         return [
             EncodedDocument(

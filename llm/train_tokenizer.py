@@ -3,7 +3,7 @@
 import hashlib
 import heapq
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from llm.artifact import ArtifactWriter, Json
@@ -12,7 +12,9 @@ from llm.data.document_file import DocumentFile
 from llm.errors import DataError
 from llm.job import Job, run_job
 from llm.seeds import derive_seed
-from llm.tokenizer.bpe import TOKENIZER_JSON, ByteLevelBPE, split_text
+from llm.tokenizer.base import Tokenizer
+from llm.tokenizer.bpe import ByteLevelBPE, split_text
+from llm.tokenizer.characters import ByteTokenizer, CharacterTokenizer
 
 VALIDATION_SAMPLE_BYTES = 1_000_000
 # The library needs about 75 bytes of memory for each byte of a distinct word, so random
@@ -22,10 +24,10 @@ _WORDS = re.compile(r"\w+|\W+")
 
 
 def train_tokenizer(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
-    """Train a byte-level BPE on sampled training documents and measure it on validation documents.
+    """Train a tokenizer on sampled training documents and measure it on validation documents.
 
-    The vocabulary is smaller than asked for where the text repeats nothing more to merge; the
-    summary says so.
+    A vocabulary is smaller than asked for where the text repeats nothing more to merge; the summary
+    says so.
 
     Raises:
         DataError: there is no training text.
@@ -35,23 +37,39 @@ def train_tokenizer(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     seed = derive_seed(job.seed, "tokenizer sample")
     documents = DocumentFile(folder, "train")
     sample = draw_sample(documents, seed, config.sample_bytes, job.report_progress)
-    sample = limit_words(sample, MAX_WORD_BYTES)
+    if config.kind == "bpe":
+        sample = limit_words(sample, MAX_WORD_BYTES)
     if not any(sample):
         raise DataError(f"{documents.path}: no text to learn a tokenizer from; give more data")
     job.report_progress(0, 0, "merges")  # one library call, during which nothing can be asked
-    tokenizer = ByteLevelBPE.train((text.decode() for text in sample), config.vocab_size)
+    tokenizer = learn((text.decode() for text in sample), config)
     job.raise_if_stopping()
-    writer.write_bytes(TOKENIZER_JSON, tokenizer.to_json())
+    for name, data in tokenizer.to_files().items():
+        writer.write_bytes(name, data)
     validation = DocumentFile(folder, "validation")
     held_out = draw_sample(validation, seed, VALIDATION_SAMPLE_BYTES, job.report_progress)
-    num_tokens = sum(map(len, tokenizer.encode_arrays([text.decode() for text in held_out])))
+    texts = [text for text in map(bytes.decode, held_out) if tokenizer.can_encode(text)]
+    num_bytes = sum(len(text.encode()) for text in texts)
+    num_tokens = sum(map(len, tokenizer.encode_arrays(texts)))
     return {
+        "kind": tokenizer.kind,
         "vocab_size": tokenizer.vocab_size,
-        "asked_vocab_size": config.vocab_size,
-        "bytes_per_token": sum(map(len, held_out)) / num_tokens if num_tokens else None,
+        "asked_vocab_size": config.vocab_size if config.kind == "bpe" else None,
+        "bytes_per_token": num_bytes / num_tokens if num_tokens else None,
         "sampled_bytes": sum(map(len, sample)),
         "sampled_documents": len(sample),
     }
+
+
+def learn(texts: Iterable[str], config: TrainTokenizerConfig) -> Tokenizer:
+    """Return the tokenizer that `config` asks for, learned from `texts`."""
+    match config.kind:
+        case "bpe":
+            return ByteLevelBPE.train(texts, config.vocab_size)
+        case "characters":
+            return CharacterTokenizer.train(texts, config.has_byte_fallback)
+        case "bytes":
+            return ByteTokenizer()
 
 
 def draw_sample(

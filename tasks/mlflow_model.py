@@ -25,7 +25,7 @@ class TrainedModel(PythonModel):
         from llm.artifact import file_sha256, read_manifest
         from llm.errors import ArtifactError
         from llm.model.store import load_model
-        from llm.tokenizer.bpe import ByteLevelBPE
+        from llm.tokenizer.load import load_tokenizer
 
         folder = Path(context.artifacts["model"])
         for record in read_manifest(folder).files:
@@ -33,7 +33,7 @@ class TrainedModel(PythonModel):
             if not path.is_file() or file_sha256(path) != record.sha256:
                 raise ArtifactError(f"{path}: missing or damaged; log the model again")
         self._model = load_model(folder)
-        self._tokenizer = ByteLevelBPE.load(folder)
+        self._tokenizer = load_tokenizer(folder)
 
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride]  # it is typed as None there
         self,

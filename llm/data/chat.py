@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from llm.data.document_file import Message
 from llm.errors import DataError
-from llm.tokenizer.bpe import ByteLevelBPE
+from llm.tokenizer.base import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 
@@ -20,7 +20,7 @@ class RenderedChat(NamedTuple):
     mask: list[bool]
 
 
-def render_chat(messages: Sequence[Message], tokenizer: ByteLevelBPE) -> RenderedChat:
+def render_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> RenderedChat:
     """Return ids and mask; True exactly on the assistant's text and the `<|end|>` after it.
 
     Raises:
@@ -29,7 +29,7 @@ def render_chat(messages: Sequence[Message], tokenizer: ByteLevelBPE) -> Rendere
     return render_chats([messages], tokenizer)[0]
 
 
-def render_chats(chats: Sequence[Sequence[Message]], tokenizer: ByteLevelBPE) -> list[RenderedChat]:
+def render_chats(chats: Sequence[Sequence[Message]], tokenizer: Tokenizer) -> list[RenderedChat]:
     """Render many chats at once, encoded together on all cores.
 
     Raises:
@@ -49,7 +49,7 @@ def render_chats(chats: Sequence[Sequence[Message]], tokenizer: ByteLevelBPE) ->
     return rendered
 
 
-def render_prompt(messages: Sequence[Message], tokenizer: ByteLevelBPE) -> list[int]:
+def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     """Return the ids after which the assistant's next answer is to be generated.
 
     Raises:
@@ -58,7 +58,7 @@ def render_prompt(messages: Sequence[Message], tokenizer: ByteLevelBPE) -> list[
     return [*render_chat(messages, tokenizer).ids, tokenizer.assistant_id]
 
 
-def _role_id(role: str, tokenizer: ByteLevelBPE) -> int:
+def _role_id(role: str, tokenizer: Tokenizer) -> int:
     ids = {
         "system": tokenizer.system_id,
         "user": tokenizer.user_id,

@@ -16,7 +16,7 @@ from llm.data.rows import Rows
 from llm.evaluation.report import Metric, rounded
 from llm.inference.generate import generate
 from llm.model.transformer import Transformer
-from llm.tokenizer.bpe import ByteLevelBPE
+from llm.tokenizer.base import Tokenizer
 
 ROWS_PER_READ = 64
 PROMPTS_PER_BATCH = 64
@@ -47,7 +47,7 @@ class HeldOut:
     """Chats longer than the context, so that there is no room for the answer."""
 
 
-def read_instructions(rows: Rows, tokenizer: ByteLevelBPE, limit: int) -> HeldOut:
+def read_instructions(rows: Rows, tokenizer: Tokenizer, limit: int) -> HeldOut:
     """Take the first `limit` whole chats of one question and one answer, in the order of the rows.
 
     With fewer there than asked for, all are taken; the count goes with every figure made of them.
@@ -102,7 +102,7 @@ def read_documents(rows: Rows) -> Iterator[list[int]]:
 
 def answer_instructions(
     model: Transformer,
-    tokenizer: ByteLevelBPE,
+    tokenizer: Tokenizer,
     instructions: Sequence[Instruction],
     max_new_tokens: int,
 ) -> Iterator[list[str]]:
@@ -161,7 +161,7 @@ def one_of_each_kind(instructions: Sequence[Instruction], count: int) -> list[in
     return [*firsts.values(), *others][:count]
 
 
-def _words(prompt: Sequence[int], tokenizer: ByteLevelBPE) -> str:
+def _words(prompt: Sequence[int], tokenizer: Tokenizer) -> str:
     """Return what a prompt says to people: its messages' texts, a blank line between two."""
     messages: list[list[int]] = [[]]
     for token in prompt:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from llm.errors import ConfigError
 from llm.inference.generate import generate
 from llm.model.transformer import Transformer
-from llm.tokenizer.bpe import ByteLevelBPE
+from llm.tokenizer.base import Tokenizer
 
 
 def encode_prompts(
-    prompts: Sequence[str], tokenizer: ByteLevelBPE, seq_len: int
+    prompts: Sequence[str], tokenizer: Tokenizer, seq_len: int
 ) -> list[list[int]]:
     """Encode the beginnings of texts, each a document of its own.
 
@@ -30,7 +30,7 @@ def encode_prompts(
 
 def continue_prompts(
     model: Transformer,
-    tokenizer: ByteLevelBPE,
+    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,

@@ -23,7 +23,7 @@ from llm.seeds import derive_seed
 if TYPE_CHECKING:
     from llm.data.chat import Message
     from llm.model.transformer import Transformer
-    from llm.tokenizer.bpe import ByteLevelBPE
+    from llm.tokenizer.base import Tokenizer
 
 DEFAULT_NEW_TOKENS = 128
 NEEDED = ("model.json", "model.safetensors", "tokenizer.json")
@@ -36,7 +36,7 @@ class Conversation:
     def __init__(
         self,
         model: "Transformer",
-        tokenizer: "ByteLevelBPE",
+        tokenizer: "Tokenizer",
         *,
         temperature: float = 0.0,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
@@ -134,7 +134,7 @@ def stream(
         unread = [token]
 
 
-def decode_pieces(tokenizer: "ByteLevelBPE", ids: Iterable[int]) -> Iterator[str]:
+def decode_pieces(tokenizer: "Tokenizer", ids: Iterable[int]) -> Iterator[str]:
     """Yield the text of `ids` as soon as its characters are whole; a token may end inside one."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in ids:
@@ -175,14 +175,14 @@ def chat_terminal(
     import torch
 
     from llm.model.store import load_model
-    from llm.tokenizer.bpe import ByteLevelBPE
+    from llm.tokenizer.load import load_tokenizer
 
     for file in (sys.stdin, sys.stdout):
         if isinstance(file, io.TextIOWrapper):  # bytes that are no UTF-8, or a terminal without it
             file.reconfigure(errors="replace")
     conversation = Conversation(
         load_model(folder, "cuda" if torch.cuda.is_available() else "cpu").eval(),
-        ByteLevelBPE.load(folder),
+        load_tokenizer(folder),
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         seed=seed,

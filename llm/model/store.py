@@ -1,4 +1,4 @@
-"""A model on disk: `model.safetensors`, `model.json` and `tokenizer.json`, written and read here.
+"""A model on disk: `model.safetensors`, `model.json` and its tokenizer, written and read here.
 
 The safetensors layout (8 bytes of header length, a JSON header, the bytes of every tensor) is
 written here tensor by tensor, so that a model is hashed on its way out and never stands in memory
@@ -22,7 +22,7 @@ from llm.config import ModelConfig, read_section
 from llm.errors import ArtifactError, ConfigError
 from llm.model.transformer import Transformer
 
-MODEL, WEIGHTS, TOKENIZER = "model.json", "model.safetensors", "tokenizer.json"
+MODEL, WEIGHTS = "model.json", "model.safetensors"
 HEADER_ALIGNMENT_BYTES = 8
 TYPE_NAMES = {
     torch.float32: "F32",
@@ -32,7 +32,9 @@ TYPE_NAMES = {
 }
 
 
-def save_model(writer: ArtifactWriter, model: Transformer, tokenizer_json: bytes) -> None:
+def save_model(
+    writer: ArtifactWriter, model: Transformer, tokenizer_files: Mapping[str, bytes]
+) -> None:
     """Write a model folder: weights, shape and tokenizer, all that is needed to use it."""
     writer.write_json(
         MODEL,
@@ -44,7 +46,8 @@ def save_model(writer: ArtifactWriter, model: Transformer, tokenizer_json: bytes
     )
     with writer.open(WEIGHTS) as file:
         write_tensors(file, weights_of(model))
-    writer.write_bytes(TOKENIZER, tokenizer_json)
+    for name, data in tokenizer_files.items():
+        writer.write_bytes(name, data)
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> Transformer:

@@ -1,25 +1,26 @@
 """Byte-level BPE: text to token ids and back, exact on any text, learned and run by `tokenizers`.
 
-Every one of the 256 bytes is a token, so no text is unknown. Six control tokens hold the first ids.
-They are written by the pipeline alone: the same characters in a user's text are encoded as ordinary
-bytes.
+Every one of the 256 bytes is a token, so no text is unknown. The control tokens hold the first ids.
 """
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
-import numpy.typing as npt
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as LibraryTokenizer
 
-from llm.errors import ArtifactError, DataError
-
-TOKENIZER_JSON = "tokenizer.json"
-CONTROL_TOKENS = ("<|bos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|pad|>")
+from llm.errors import ArtifactError
+from llm.tokenizer.base import (
+    CONTROL_TOKENS,
+    TOKENIZER_JSON,
+    Ids,
+    Tokenizer,
+    refuse_lone_surrogates,
+)
 
 # GPT-2's splitting with three changes for code: a word with the space before it, underscores being
 # letters; numbers in groups of up to three digits, as GPT-4's; punctuation; and runs of whitespace,
@@ -37,17 +38,16 @@ CALL_CHARACTERS = 1_048_576
 _LINE_START = re.compile(r"\n(?=\S)")
 
 
-class ByteLevelBPE:
+class ByteLevelBPE(Tokenizer):
     """Encode and decode with one learned vocabulary."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    kind: ClassVar[str] = "bpe"
+
+    def __init__(self, tokenizer: LibraryTokenizer) -> None:
         tokenizer.encode_special_tokens = True  # the library neither defaults to it nor saves it
         assert tokenizer.encode_special_tokens
         self._tokenizer = tokenizer
-        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
-        self.bos_id, self.user_id, self.assistant_id, self.system_id, self.end_id, self.pad_id = (
-            range(len(CONTROL_TOKENS))
-        )
+        super().__init__(tokenizer.get_vocab_size(with_added_tokens=True))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "ByteLevelBPE":
@@ -65,54 +65,34 @@ class ByteLevelBPE:
         return cls.from_json(tokenizer.to_str().encode())
 
     @classmethod
-    def load(cls, folder: Path) -> "ByteLevelBPE":
-        """Load `tokenizer.json` from an artifact or a model folder.
-
-        Raises:
-            ArtifactError: it is missing, damaged or not one that this project trained.
-        """
-        path = folder / TOKENIZER_JSON
-        try:
-            return cls.from_json(path.read_bytes())
-        except FileNotFoundError as error:
-            raise ArtifactError(f"{path}: not there; run train_tokenizer") from error
-        except ArtifactError as error:
-            raise ArtifactError(f"{path}: {error}") from error
-
-    @classmethod
     def from_json(cls, data: bytes) -> "ByteLevelBPE":
-        """Make a tokenizer from what `to_json` returned.
+        """Make a tokenizer from what `to_files` wrote.
 
         Raises:
             ArtifactError: the bytes are damaged or of another kind of tokenizer.
         """
         try:
-            tokenizer = Tokenizer.from_str(data.decode("utf-8"))
+            tokenizer = LibraryTokenizer.from_str(data.decode("utf-8"))
         except Exception as error:  # the library raises the bare class
-            raise ArtifactError(f"no tokenizer of this project ({error})") from error
+            raise ArtifactError(f"the library cannot read it ({error})") from error
         if problem := _difference(tokenizer):
-            raise ArtifactError(f"no tokenizer of this project: {problem}; run train_tokenizer")
+            raise ArtifactError(problem)
         return cls(tokenizer)
 
-    def to_json(self) -> bytes:
-        """Return the bytes of `tokenizer.json`; equal tokenizers give equal bytes."""
-        return self._tokenizer.to_str(pretty=True).encode() + b"\n"
+    def to_files(self) -> dict[str, bytes]:
+        return {TOKENIZER_JSON: self._tokenizer.to_str(pretty=True).encode() + b"\n"}
 
-    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        """Encode every text, on all cores, to an array of ids without any control id.
-
-        Raises:
-            DataError: a text holds a lone surrogate, which no UTF-8 can say.
-        """
+    def encode_arrays(self, texts: Sequence[str]) -> list[Ids]:
         pieces = [(index, piece) for index, text in enumerate(texts) for piece in split_text(text)]
-        parts: list[list[npt.NDArray[np.uint32]]] = [[] for _ in texts]
+        parts: list[list[Ids]] = [[] for _ in texts]
         for call in _calls(pieces):
             try:
                 encodings = self._tokenizer.encode_batch_fast(
                     [piece for _, piece in call], add_special_tokens=False
                 )
-            except TypeError as error:
-                raise DataError(_surrogate_message(texts)) from error
+            except TypeError:
+                refuse_lone_surrogates(texts)
+                raise
             for (index, _), encoding in zip(call, encodings, strict=True):
                 parts[index].append(np.array(encoding.ids, dtype=np.uint32))
         empty = np.zeros(0, dtype=np.uint32)
@@ -120,32 +100,8 @@ class ByteLevelBPE:
             part[0] if len(part) == 1 else np.concatenate(part) if part else empty for part in parts
         ]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode every text, on all cores, to a list of ids without any control id.
-
-        Raises:
-            DataError: a text holds a lone surrogate, which no UTF-8 can say.
-        """
-        return [ids.tolist() for ids in self.encode_arrays(texts)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids` without control tokens; bytes that are no UTF-8 give U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Return exactly the bytes of `ids`; control tokens stand for none."""
-        table = self._bytes_of_token
-        if len(ids) and not 0 <= min(ids) <= max(ids) < len(table):
-            raise ValueError(f"ids from {min(ids)} to {max(ids)}, expected 0 to {len(table) - 1}")
-        return b"".join([table[index] for index in ids])
-
     @cached_property
-    def token_bytes(self) -> npt.NDArray[np.int64]:
-        """How many bytes each id stands for, (V,); 0 for control tokens."""
-        return np.array([len(token) for token in self._bytes_of_token], dtype=np.int64)
-
-    @cached_property
-    def _bytes_of_token(self) -> list[bytes]:
+    def bytes_of_token(self) -> list[bytes]:
         byte_of_character = {character: byte for byte, character in enumerate(byte_characters())}
         table = [b""] * self.vocab_size
         for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
@@ -181,8 +137,8 @@ def byte_characters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def _untrained() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
+def _untrained() -> LibraryTokenizer:
+    tokenizer = LibraryTokenizer(models.BPE())
     splitting = pre_tokenizers.Split(Regex(SPLITTING), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([splitting, to_bytes])
@@ -190,7 +146,7 @@ def _untrained() -> Tokenizer:
     return tokenizer
 
 
-def _difference(tokenizer: Tokenizer) -> str | None:
+def _difference(tokenizer: LibraryTokenizer) -> str | None:
     """Say in what a loaded tokenizer is not one that `train` makes, or return None."""
     found, expected = _parts(tokenizer), _parts(_untrained())
     vocabulary: dict[str, int] = found["model"]["vocab"]
@@ -220,7 +176,7 @@ def _difference(tokenizer: Tokenizer) -> str | None:
     return None
 
 
-def _parts(tokenizer: Tokenizer) -> dict[str, Any]:
+def _parts(tokenizer: LibraryTokenizer) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(tokenizer.to_str()))
 
 
@@ -234,13 +190,3 @@ def _calls(pieces: Sequence[tuple[int, str]]) -> Iterator[Sequence[tuple[int, st
             start, characters = end, 0
     if start < len(pieces):
         yield pieces[start:]
-
-
-def _surrogate_message(texts: Sequence[str]) -> str:
-    for index, text in enumerate(texts):
-        if found := re.search("[\ud800-\udfff]", text):
-            return (
-                f"text {index}: character {found.start()} is the lone surrogate"
-                f" U+{ord(found[0]):04X}, which is no Unicode text; replace it, by U+FFFD say"
-            )
-    raise AssertionError("the library refused a text without a lone surrogate")

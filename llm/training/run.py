@@ -18,7 +18,8 @@ from llm.model.loss import ModelWithLoss
 from llm.model.store import save_model
 from llm.model.transformer import Transformer
 from llm.seeds import derive_seed
-from llm.tokenizer.bpe import ByteLevelBPE
+from llm.tokenizer.base import Tokenizer
+from llm.tokenizer.load import load_tokenizer
 from llm.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from llm.training.loop import Step, TrainState, divergence, training_steps
 from llm.training.metrics import MetricsFile
@@ -66,7 +67,7 @@ def train(
         raise Interrupted(f"{job.stage} was asked to stop after step {state.step}")
     assert validation is not None, "the last step is followed by a validation"
     if run.is_writer:
-        save_model(writer, model, run.tokenizer.to_json())
+        save_model(writer, model, run.tokenizer.to_files())
         writer.write_bytes(METRICS, (job.work / METRICS).read_bytes(), is_log=True)
     return {
         "num_parameters": model.num_parameters(),
@@ -88,7 +89,7 @@ class _Run:
         self._job, self._config, self._model = job, config, model
         self.accelerator = make_accelerator(job.runtime, config)
         self.is_writer = self.accelerator.is_main_process
-        self.tokenizer = ByteLevelBPE.load(tokenizer_folder)
+        self.tokenizer = load_tokenizer(tokenizer_folder)
         self._rows, self._validation_rows = _open_rows(
             Path(job.inputs["rows"]), model, self.tokenizer
         )
@@ -176,7 +177,7 @@ def _resume(
     return load_checkpoint(path, model, optimizer) if path else TrainState()
 
 
-def _open_rows(folder: Path, model: Transformer, tokenizer: ByteLevelBPE) -> tuple[Rows, Rows]:
+def _open_rows(folder: Path, model: Transformer, tokenizer: Tokenizer) -> tuple[Rows, Rows]:
     """Open the rows of both splits and compare them with the model.
 
     Raises:

@@ -11,7 +11,8 @@ import pytest
 from llm.artifact import ArtifactWriter, Json
 from llm.data.document_file import Message
 from llm.job import Job, StageFunction, finish
-from llm.tokenizer.bpe import TOKENIZER_JSON, ByteLevelBPE
+from llm.tokenizer.base import TOKENIZER_JSON
+from llm.tokenizer.bpe import ByteLevelBPE
 
 RunStage = Callable[..., tuple[Path, Mapping[str, Json]]]
 MakeDocuments = Callable[..., Path]
@@ -35,7 +36,7 @@ def tokenizer_folder(tokenizer: ByteLevelBPE, tmp_path: Path) -> Path:
     """A folder with `tokenizer` in it."""
     folder = tmp_path / "tokenizer"
     folder.mkdir()
-    (folder / TOKENIZER_JSON).write_bytes(tokenizer.to_json())
+    (folder / TOKENIZER_JSON).write_bytes(tokenizer.to_files()[TOKENIZER_JSON])
     return folder
 
 

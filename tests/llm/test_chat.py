@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from llm.data.chat import Message, render_chat, render_chats, render_prompt
 from llm.errors import DataError
-from llm.tokenizer.bpe import CONTROL_TOKENS, ByteLevelBPE
+from llm.tokenizer.base import CONTROL_TOKENS
+from llm.tokenizer.bpe import ByteLevelBPE
 
 contents = st.text(max_size=20) | st.sampled_from(CONTROL_TOKENS)
 messages_of_chats = st.lists(

@@ -80,7 +80,7 @@ def knowing_model(tokenizer: ByteLevelBPE) -> Transformer:
 
 @pytest.fixture
 def folder(tmp_path: Path, knowing_model: Transformer, tokenizer: ByteLevelBPE) -> Path:
-    save_model(ArtifactWriter(tmp_path / "chat"), knowing_model, tokenizer.to_json())
+    save_model(ArtifactWriter(tmp_path / "chat"), knowing_model, tokenizer.to_files())
     return tmp_path / "chat"
 
 
@@ -350,7 +350,7 @@ def test_an_interrupted_answer_stops_and_the_talk_goes_on(
     shape = ModelConfig(num_layers=4, d_model=256, num_heads=4, num_kv_heads=4, d_ff=704)
     endless = Transformer(shape, tokenizer.vocab_size, 20_000)
     endless.initialize(torch.Generator().manual_seed(1))
-    save_model(ArtifactWriter(tmp_path / "endless"), endless, tokenizer.to_json())
+    save_model(ArtifactWriter(tmp_path / "endless"), endless, tokenizer.to_files())
     options = ("--max-new-tokens", "19000", "--temperature", "1")
     with Terminal(tmp_path / "endless", *options) as terminal:
         terminal.wait_for("> ")

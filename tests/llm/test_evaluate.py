@@ -139,7 +139,7 @@ def write_model(
     folder: Path, model: Transformer, tokenizer: ByteLevelBPE, is_document_masked: bool = True
 ) -> Path:
     writer = ArtifactWriter(folder)
-    save_model(writer, model, tokenizer.to_json())
+    save_model(writer, model, tokenizer.to_files())
     writer.finish(
         stage="pretrain",
         summary={"num_steps": 1500, "num_tokens": 76800},

@@ -12,6 +12,7 @@ from llm.errors import DataError
 from llm.finetune import finetune
 from llm.model.loss import token_losses
 from llm.model.store import load_model, save_model
+from llm.tokenizer.base import TOKENIZER_JSON
 from llm.tokenizer.bpe import ByteLevelBPE
 from tests.llm.training_setup import (
     points,
@@ -28,7 +29,7 @@ from tests.llm.training_setup import (
 def inputs(tmp_path: Path, tokenizer: ByteLevelBPE) -> dict[str, Path]:
     """A base model and rows of chats."""
     writer = ArtifactWriter(tmp_path / "base")
-    save_model(writer, tiny_model(vocab_size=tokenizer.vocab_size), tokenizer.to_json())
+    save_model(writer, tiny_model(vocab_size=tokenizer.vocab_size), tokenizer.to_files())
     writer.finish(stage="pretrain", summary={})
     return {"base": tmp_path / "base", "rows": write_chat_rows(tmp_path / "rows", tokenizer, 50)}
 
@@ -51,7 +52,9 @@ def test_it_starts_from_the_base_and_learns_the_masked_targets_alone(
     assert after[mask].mean() < 0.7 * before[mask].mean()
     fell_elsewhere = (before - after)[~mask].mean() / before[~mask].mean()
     assert fell_elsewhere < 0.2  # what is masked is not learned, only moved along
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == tokenizer.to_json()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == tokenizer.to_files()[
+        TOKENIZER_JSON
+    ]
 
 
 def test_rows_of_another_context_than_the_base_are_refused_with_both_numbers(

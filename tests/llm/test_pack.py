@@ -15,7 +15,8 @@ from llm.data.rows import Rows
 from llm.errors import ArtifactError, ConfigError, DataError
 from llm.job import PROGRESS, Interrupted, Job
 from llm.pack import pack
-from llm.tokenizer.bpe import TOKENIZER_JSON, ByteLevelBPE
+from llm.tokenizer.base import TOKENIZER_JSON
+from llm.tokenizer.bpe import ByteLevelBPE
 
 MakeDocuments = Callable[..., Path]
 RunStage = Callable[..., tuple[Path, Mapping[str, Json]]]

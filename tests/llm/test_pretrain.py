@@ -18,6 +18,7 @@ from llm.errors import DataError, StageError
 from llm.job import EXIT_INTERRUPTED
 from llm.model.store import load_model
 from llm.pretrain import pretrain
+from llm.tokenizer.base import TOKENIZER_JSON
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.training.validation import Validation
 from tests.llm.training_setup import (
@@ -38,7 +39,7 @@ def inputs(
     """Packed rows and the tokenizer they were packed with."""
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer.to_json())
+    (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer.to_files()[TOKENIZER_JSON])
     rows = write_text_rows(folder / "rows", tokenizer, corpus[:30])
     return {"rows": rows, "tokenizer": folder / "tokenizer"}
 
@@ -91,7 +92,7 @@ def test_it_leaves_a_model_that_learned_something_and_its_curves(
         "model.safetensors",
         "tokenizer.json",
     }
-    assert (folder / "out" / "tokenizer.json").read_bytes() == tokenizer.to_json()
+    assert (folder / "out" / "tokenizer.json").read_bytes() == tokenizer.to_files()[TOKENIZER_JSON]
     model = load_model(folder / "out")
     assert (model.vocab_size, model.seq_len) == (tokenizer.vocab_size, SEQ_LEN)
     found = points(folder)

@@ -10,6 +10,7 @@ import torch
 
 from llm.config import OptimizationConfig, RuntimeConfig
 from llm.errors import ConfigError
+from llm.tokenizer.base import TOKENIZER_JSON
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.training.processes import Placement, make_accelerator, place, sum_over_processes
 from tests.llm.training_setup import (
@@ -76,7 +77,7 @@ def test_no_process_of_a_training_listens_to_other_machines(
     tmp_path: Path, tokenizer: ByteLevelBPE, corpus: list[str]
 ) -> None:
     (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(tokenizer.to_json())
+    (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(tokenizer.to_files()[TOKENIZER_JSON])
     rows = write_text_rows(tmp_path / "rows", tokenizer, corpus[:20])
     inputs = {"rows": rows, "tokenizer": tmp_path / "tokenizer"}
     settings = tiny_pretrain(num_steps=5000)

@@ -17,7 +17,7 @@ from tests.llm.training_setup import tiny_model
 def folder(tmp_path: Path) -> Path:
     """A saved model with untied embeddings and a padded vocabulary."""
     writer = ArtifactWriter(tmp_path / "model")
-    save_model(writer, tiny_model(vocab_size=601, tie_embeddings=False), b"{}")
+    save_model(writer, tiny_model(vocab_size=601, tie_embeddings=False), {"tokenizer.json": b"{}"})
     writer.finish(stage="pretrain", summary={})
     return tmp_path / "model"
 
@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("vocab_size", [640, 601])
 def test_a_model_comes_back_bit_equal(tmp_path: Path, is_tied: bool, vocab_size: int) -> None:
     model = tiny_model(vocab_size=vocab_size, tie_embeddings=is_tied)
-    save_model(ArtifactWriter(tmp_path / "model"), model, b"{}")
+    save_model(ArtifactWriter(tmp_path / "model"), model, {"tokenizer.json": b"{}"})
     loaded = load_model(tmp_path / "model")
     tokens = torch.randint(0, vocab_size, (2, 8))
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_the_file_is_what_the_safetensors_library_reads(folder: Path) -> None:
 
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
-    save_model(ArtifactWriter(tmp_path / "model"), tiny_model(), b"{}")
+    save_model(ArtifactWriter(tmp_path / "model"), tiny_model(), {"tokenizer.json": b"{}"})
     assert "head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
 
 

@@ -16,6 +16,7 @@ from llm.inference.generate import generate
 from llm.model.store import load_model, save_model
 from llm.model.transformer import Transformer
 from llm.tokenizer.bpe import ByteLevelBPE
+from llm.tokenizer.load import load_tokenizer
 from tests.tasks.mlflow_place import FIGURES, Place, start_model, write_points
 
 ASK = """
@@ -39,7 +40,7 @@ def model_folder(place: Place) -> Path:
     model.initialize(torch.Generator().manual_seed(1))
     folder = place.folder / "model"
     writer = ArtifactWriter(folder)
-    save_model(writer, model, tokenizer.to_json())
+    save_model(writer, model, tokenizer.to_files())
     writer.write_bytes("metrics.jsonl", b"", is_log=True)
     writer.finish(stage="finetune", summary=FIGURES)
     return folder
@@ -83,7 +84,7 @@ def test_a_logged_model_answers_in_a_fresh_process(
     done = ask(place, log_model(place, model_folder, stage))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    tokenizer, model = ByteLevelBPE.load(model_folder), load_model(model_folder)
+    tokenizer, model = load_tokenizer(model_folder), load_model(model_folder)
     if stage == "finetune":
         ids = [render_prompt([Message(role="user", content=p)], tokenizer) for p in PROMPTS]
     else:
