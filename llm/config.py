@@ -184,10 +184,22 @@ class DecontaminationConfig:
     """
     ngram_words: Positive = 13
     """Words in an n-gram that must not be shared."""
-    max_documents: Count = 10
+    max_documents: Annotated[int, Range(minimum=0, maximum=254)] = 10
     """An n-gram in more training documents than this is a common phrase and no sign; 0: all are."""
     texts: tuple[str, ...] = ()
     """More texts to keep out of training: prompts, questions of a test."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadingConfig:
+    """What one raw file may unfold to: a bomb ends as an error, not as a full disk."""
+
+    max_unpacked_bytes: Positive = 1 << 40
+    """Most bytes that may come out of one compressed file or archive."""
+    max_ratio: Annotated[float, Range(minimum=1)] = 200.0
+    """Most bytes that may come out for each byte of the file; 64 MiB always may."""
+    max_members: Positive = 100_000
+    """Most members an archive may have. A zip file's list takes about 1 kB of memory for each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,6 +213,8 @@ class CleanConfig:
     """Bytes that are no UTF-8: replaced by U+FFFD and counted, the document skipped and counted, or
     an error.
     """
+    reading: ReadingConfig = field(default_factory=ReadingConfig)
+    """Limits for compressed files and archives."""
     text_document_bytes: Positive = 32_768
     """Plain text files are cut at blank lines into documents of about this many bytes."""
     line_ends: Literal["as_is", "lf"] = "as_is"

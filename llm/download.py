@@ -10,7 +10,7 @@ from pathlib import Path
 from llm.artifact import ArtifactWriter, Json
 from llm.config import SourceConfig, read_section
 from llm.data.fetch import fetch, file_name
-from llm.data.formats import content_of, refuse_suffix
+from llm.data.formats import content_of, refuse_name
 from llm.data.hub import hub_records
 from llm.data.sources import files_fingerprint, fingerprint, local_files
 from llm.data.stdlib import corpus_documents
@@ -61,7 +61,7 @@ def _write_hub(job: Job, source: SourceConfig, writer: ArtifactWriter) -> dict[s
 def _fetch_url(job: Job, source: SourceConfig, writer: ArtifactWriter) -> dict[str, Json]:
     """Fetch into the work folder, where a partial file outlives kills, then copy what is whole."""
     name, setting = file_name(source.url), f"download.{job.role}.url"
-    refuse_suffix(name, job.role, "url")
+    refuse_name(name, job.role, "url")
     partial = job.work / f"{source.sha256[:16]}.partial"
     for done_bytes, total_bytes in fetch(source.url, source.sha256, partial, setting):
         job.report_progress(done_bytes, max(done_bytes, total_bytes) if total_bytes else 0, "bytes")

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm.artifact import Json
-from llm.data.formats import Content
-from llm.data.records import EXCERPT_CHARACTERS, DecodePolicy, Place, Record, Skip, read_records
+from llm.config import ReadingConfig
+from llm.data.formats import Content, keys_of
+from llm.data.reading import read_records
+from llm.data.records import EXCERPT_CHARACTERS, DecodePolicy, Place, Record, Skip
 from llm.errors import DataError
 
 ROLES = frozenset(("system", "user", "assistant"))
@@ -43,6 +45,8 @@ def read_documents(
     text_key: str,
     policy: DecodePolicy,
     text_document_bytes: int,
+    limits: ReadingConfig,
+    scratch: Path,
 ) -> Iterator[Document | Skip]:
     """Yield every document of the file at `path`, called `name` in messages, in its order.
 
@@ -50,7 +54,15 @@ def read_documents(
         DataError: the file cannot be read as what its name says; with the policy `strict`, text
         that is no UTF-8.
     """
-    for record in read_records(path, name, policy=policy, text_document_bytes=text_document_bytes):
+    for record in read_records(
+        path,
+        name,
+        keys=keys_of(content, text_key),
+        policy=policy,
+        text_document_bytes=text_document_bytes,
+        limits=limits,
+        scratch=scratch,
+    ):
         if isinstance(record, Skip):
             yield record
         elif isinstance(record.value, str):
@@ -77,7 +89,7 @@ def _make_document(
         if num_errors and policy == "skip":
             raise _Problem("invalid UTF-8")
     except _Problem as problem:
-        excerpt = json.dumps(value, ensure_ascii=False)[:EXCERPT_CHARACTERS]
+        excerpt = json.dumps(value, ensure_ascii=False, default=str)[:EXCERPT_CHARACTERS]
         return Skip(place=place, reason=str(problem), excerpt=excerpt, num_decode_errors=num_errors)
     return document
 

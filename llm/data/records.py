@@ -1,24 +1,21 @@
-"""Read one raw file into records, in bounded memory whatever it holds.
+"""Read text and JSON into records, in bounded memory whatever they hold.
 
-Text files are cut at blank lines into texts; `.jsonl` holds a record a line and `.json` one array
-of them (or one record). What cannot be read comes as a `Skip` with its reason, file and line:
-nothing is left out in silence. What a record must hold is for the caller to say.
+Text is cut at blank lines; `.jsonl` holds a record a line and `.json` one array of them (or one
+record). What cannot be read comes as a `Skip` with its reason, file and line. What a record must
+hold is for the caller to say.
 """
 
-import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Literal, cast
 
 from llm.artifact import Json
-from llm.data.formats import TEXT_SUFFIXES
 from llm.data.splitting import MAX_RECORD_BYTES, cut_text, split_array, split_lines
 from llm.errors import DataError
 
 EXCERPT_CHARACTERS = 200
-WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+TOO_LONG = f"longer than {MAX_RECORD_BYTES >> 20} MiB"
 
 DecodePolicy = Literal["replace", "skip", "strict"]
 
@@ -54,28 +51,46 @@ class Skip:
     num_decode_errors: int = 0
 
 
-def read_records(
-    path: Path, name: str, *, policy: DecodePolicy, text_document_bytes: int
-) -> Iterator[Record | Skip]:
-    """Yield all that the file at `path`, called `name` in messages, holds, in its order.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stream:
+    """The bytes of one file, or of one member of an archive, as they come."""
 
-    Raises:
-        DataError: UTF-16 or UTF-32; an unclosed JSON array; with the policy `strict`, bytes that
-        are no UTF-8.
-    """
-    with path.open("rb") as file:
-        start = _skip_byte_order_mark(file, name)
-        if name.lower().endswith(TEXT_SUFFIXES):
-            yield from _read_text(file, name, start, policy, text_document_bytes)
-            return
-        split = split_lines if name.lower().endswith(".jsonl") else split_array
-        for line, offset_bytes, raw in split(file, name):
-            place = Place(file=name, line=line, offset_bytes=offset_bytes, read_bytes=offset_bytes)
-            if raw is None:
-                reason = f"longer than {MAX_RECORD_BYTES >> 20} MiB"
-                yield Skip(place=place, reason=reason, excerpt="")
-            else:
-                yield _read_json(raw, place, policy)
+    name: str
+    file: IO[bytes]
+    start_bytes: int = 0
+    """What was read before: the byte order mark."""
+    size_bytes: int = 0
+    """Of the raw file, as it lies on the disk."""
+    tell: Callable[[], int]
+    """How much of the raw file was read."""
+
+    def place(self, line: int, offset_bytes: int) -> Place:
+        """Say where something begins."""
+        return Place(file=self.name, line=line, offset_bytes=offset_bytes, read_bytes=self.tell())
+
+
+def read_text(stream: Stream, policy: DecodePolicy, target_bytes: int) -> Iterator[Record | Skip]:
+    """Cut text at blank lines into pieces of about `target_bytes`."""
+    line, offset_bytes = 1, stream.start_bytes
+    for raw in cut_text(stream.file, target_bytes):
+        place = stream.place(line, offset_bytes)
+        text, num_errors = decode(raw, place, policy)
+        if num_errors and policy == "skip":
+            yield _invalid(text, place, num_errors)
+        else:
+            yield Record(place=place, value=text, num_decode_errors=num_errors)
+        line, offset_bytes = line + raw.count(b"\n"), offset_bytes + len(raw)
+
+
+def read_json(stream: Stream, policy: DecodePolicy, *, is_array: bool) -> Iterator[Record | Skip]:
+    """Read objects, one a line or the elements of an array."""
+    split = split_array if is_array else split_lines
+    for line, offset_bytes, raw in split(stream.file, stream.name):
+        place = stream.place(line, offset_bytes)
+        if raw is None:
+            yield Skip(place=place, reason=TOO_LONG, excerpt="")
+        else:
+            yield _parse(raw, place, policy)
 
 
 def decode(raw: bytes, place: Place, policy: DecodePolicy) -> tuple[str, int]:
@@ -97,31 +112,7 @@ def decode(raw: bytes, place: Place, policy: DecodePolicy) -> tuple[str, int]:
     return text, text.count("\ufffd") - raw.count(b"\xef\xbf\xbd")
 
 
-def _skip_byte_order_mark(file: IO[bytes], name: str) -> int:
-    """Leave `file` after its mark, if there is one, and return the offset."""
-    head = file.read(4)
-    if head.startswith(WIDE_MARKS):
-        raise DataError(f"{name}: this is UTF-16 or UTF-32; convert the file to UTF-8")
-    start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
-    file.seek(start)
-    return start
-
-
-def _read_text(
-    file: IO[bytes], name: str, start: int, policy: DecodePolicy, target_bytes: int
-) -> Iterator[Record | Skip]:
-    line, offset_bytes = 1, start
-    for raw in cut_text(file, target_bytes):
-        place = Place(file=name, line=line, offset_bytes=offset_bytes, read_bytes=offset_bytes)
-        text, num_errors = decode(raw, place, policy)
-        if num_errors and policy == "skip":
-            yield _invalid(text, place, num_errors)
-        else:
-            yield Record(place=place, value=text, num_decode_errors=num_errors)
-        line, offset_bytes = line + raw.count(b"\n"), offset_bytes + len(raw)
-
-
-def _read_json(raw: bytes, place: Place, policy: DecodePolicy) -> Record | Skip:
+def _parse(raw: bytes, place: Place, policy: DecodePolicy) -> Record | Skip:
     text, num_errors = decode(raw, place, policy)
     excerpt, value = text.strip()[:EXCERPT_CHARACTERS], None
     try:

@@ -17,7 +17,7 @@ from typing import cast
 
 from llm.artifact import digest, file_sha256, write_json_atomically
 from llm.config import SourceConfig
-from llm.data.formats import refuse_suffix, suffixes_of
+from llm.data.formats import endings, is_readable, refuse_name
 from llm.data.stdlib import library_files
 from llm.errors import DataError
 
@@ -76,7 +76,7 @@ def local_files(source: SourceConfig, role: str) -> LocalFiles:
     """
     pattern = os.path.expanduser(source.path)  # noqa: PTH111 (Path drops the `/` that ends a glob)
     if Path(pattern).is_file():
-        refuse_suffix(Path(pattern).name, role, "path")
+        refuse_name(Path(pattern).name, role, "path")
         return LocalFiles(files=[(Path(pattern).name, Path(pattern))], num_ignored=0)
     if Path(pattern).is_dir():
         root, candidates = Path(pattern), _walk(Path(pattern))
@@ -90,11 +90,11 @@ def local_files(source: SourceConfig, role: str) -> LocalFiles:
             " glob"
         )
     every = sorted((path.relative_to(root).as_posix(), path) for path in candidates)
-    known = [entry for entry in every if entry[0].lower().endswith(suffixes_of(role))]
+    known = [entry for entry in every if is_readable(entry[0], role)]
     if not known:
         raise DataError(
             f"download.{role}.path: {source.path} holds {len(every)} files, none of which ends in"
-            f" {', '.join(suffixes_of(role))}"
+            f" {endings(role)}"
         )
     return LocalFiles(files=known, num_ignored=len(every) - len(known))
 

@@ -123,9 +123,9 @@ def test_wrong_bytes_leave_nothing_under_a_final_name(tmp_path: Path) -> None:
 def test_a_url_whose_name_tells_no_format_is_refused_before_a_byte_comes(tmp_path: Path) -> None:
     with (
         HostileServer([answer(BODY)]) as server,
-        pytest.raises(DataError, match=r"download\.corpus\.url: archive\.zip ends in none of"),
+        pytest.raises(DataError, match=r"download\.corpus\.url: archive\.rar ends in none of"),
     ):
-        run_download(tmp_path, url=f"{server.url}/archive.zip", **URL_SETTINGS)
+        run_download(tmp_path, url=f"{server.url}/archive.rar", **URL_SETTINGS)
     assert server.requests == []
 
 
