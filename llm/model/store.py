@@ -117,9 +117,14 @@ def check_tensors(
         )
 
 
-def write_tensors(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors in the safetensors layout, sorted by name, one after another."""
-    header: dict[str, object] = {}
+def write_tensors(
+    file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors in the safetensors layout, sorted by name, one after another.
+
+    Each is asked for twice, for its size and for its bytes, and never held beside another.
+    """
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for name in sorted(tensors):
         tensor = tensors[name]
