@@ -1,23 +1,78 @@
-"""Which precision matrix products are computed in: as asked for, where the processor has it."""
+"""Which precision matrix products are computed in: as asked for, where the processor has it.
 
+Weights, gradients, losses and the optimizer's state are in fp32 whatever the products are in.
+
+Source: "Mixed Precision Training" (arXiv 1710.03740) for fp16 and its loss scale; "A Study of
+BFLOAT16 for Deep Learning Training" (arXiv 1905.12322).
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+FIRST_LOSS_SCALE = 2.0**16
+STEPS_TO_DOUBLE = 2000  # without an overflow; arXiv 1710.03740, section 3.2
 
 
 def computed_precision(asked: Precision, device_type: str) -> Precision:
-    """Return `asked`, or fp32 where bf16 is asked of a CPU that has no bfloat16.
+    """Return `asked`, or fp32 where it is asked of a CPU that has no such products.
 
-    It could only emulate it, many times slower than fp32.
+    bf16 it could only emulate, many times slower than fp32; fp16 too; tf32 is of GPUs.
     """
+    if device_type != "cpu":
+        return asked
     features = torch.cpu.get_capabilities()
     has_bf16 = any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return "fp32" if device_type == "cpu" and not has_bf16 else asked
+    return "bf16" if asked == "bf16" and has_bf16 else "fp32"
 
 
 def autocast(asked: Precision, device_type: str) -> torch.autocast:
-    """Return the context in which matrix products have the precision `asked` for."""
-    is_bf16 = computed_precision(asked, device_type) == "bf16"
-    return torch.autocast(device_type, torch.bfloat16, enabled=is_bf16)
+    """Return the context in which a forward pass has products of 16 bits, if they are `asked` for.
+
+    The backward pass follows: each product's gradient is computed as the product was.
+    """
+    kind = TYPES.get(computed_precision(asked, device_type))
+    return torch.autocast(device_type, kind or torch.bfloat16, enabled=kind is not None)
+
+
+@contextmanager
+def fp32_products(asked: Precision, device_type: str) -> Generator[None]:
+    """Have what is left of fp32 products rounded to tf32 or whole, forward and backward.
+
+    tf32 keeps the range of fp32 and 10 of its 23 bits of fraction. What held before holds after.
+    """
+    if device_type == "cpu":
+        yield
+        return
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32" if asked == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+class LossScale:
+    """The factor by which fp16 keeps small gradients above its smallest number, 6e-8.
+
+    It halves when a gradient overflows, and that step is skipped; it doubles after 2000 steps
+    without. Both numbers live on the device, so that nothing waits for them.
+    """
+
+    def __init__(self, scale: float, num_steps: int, device: torch.device) -> None:
+        self.scale = torch.tensor(scale, device=device)
+        self.num_steps = torch.tensor(float(num_steps), device=device)
+        """Steps since it last changed."""
+
+    def update(self, has_overflow: Tensor) -> None:
+        """Take in whether a step's gradient was not finite, a number: 1 if so, else 0."""
+        is_doubled = (self.num_steps + 1 >= STEPS_TO_DOUBLE).float() * (1 - has_overflow)
+        self.scale = self.scale * (1 - 0.5 * has_overflow) * (1 + is_doubled)
+        self.num_steps = (self.num_steps + 1) * (1 - has_overflow) * (1 - is_doubled)

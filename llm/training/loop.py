@@ -1,14 +1,17 @@
 """The one training loop: a generator of steps. What to do with a step is up to who asks for it.
 
+A GPU is never waited for in vain: while it computes a step, the host gives it the next one, and
+reads the figures of a step when they are there. So a step is yielded while the next one runs,
+unless the caller said that it wants to look at the weights then.
+
 Shapes: B rows in a micro-batch, T positions.
 """
 
-import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -17,10 +20,14 @@ from torch import Tensor, nn
 from llm.config import OptimizationConfig
 from llm.data.rows import Rows
 from llm.errors import StageError
-from llm.training.batches import Batch, make_batch, sample_rows
+from llm.model.precision import FIRST_LOSS_SCALE, LossScale, autocast, computed_precision
+from llm.seeds import derive_seed
+from llm.training.batches import Batch, Objective, batches_of_steps
 from llm.training.optimizers import Optimizer
-from llm.training.processes import sum_over_processes
+from llm.training.processes import sum_on_devices, sum_over_processes
 from llm.training.schedules import learning_rate_factor
+
+UPDATE_NORM_EVERY_STEPS = 10  # it costs a copy of the weights
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,9 +47,15 @@ class TrainState:
     row: int = 0
     """Rows read in the epoch under way."""
     skipped_steps: int = 0
-    """Steps whose rows, on all processes, held nothing to learn; they changed no weight."""
+    """Steps that changed no weight: their rows, on all processes, held nothing to learn, or their
+    gradient was too large for fp16.
+    """
     loss: float | None = None
     """Training loss of the last step that learned, in nats per token."""
+    loss_scale: float = FIRST_LOSS_SCALE
+    """fp16: what losses are multiplied by."""
+    loss_scale_steps: int = 0
+    """fp16: steps since that last changed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,120 +71,266 @@ class Step:
     loss: float
     """Mean loss of these targets before the update, in nats per token."""
     gradient_norm: float
-    """Norm of the whole gradient before clipping."""
+    """Norm of the whole gradient before clipping. Not finite: too large for fp16, and skipped."""
     learning_rate: float
     """AdamW's learning rate in this step."""
+    loss_scale: float | None
+    """What the loss was multiplied by, under fp16."""
+    update_norm: float | None
+    """Norm of the change of all weights; measured in every tenth step."""
+    weight_norm: float | None
+    """Norm of all weights after the step; measured with it."""
     seconds: float
     """How long it took."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """What a training is made of, put together."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    """A ModelWithLoss as Accelerate prepared it."""
+    optimizer: Optimizer
+    rows: Rows
+    objective: Objective
+    config: OptimizationConfig
+    stage: str
+    seed: int
+    """Decides which rows a step reads, and what dropout drops."""
+    micro_batch_rows: int
+
+
 def training_steps(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Optimizer,
-    rows: Rows,
-    config: OptimizationConfig,
+    training: Training,
     state: TrainState,
     *,
-    stage: str,
-    seed: int,
-    micro_batch_rows: int,
     is_stopping: Callable[[], bool],
+    is_looked_at: Callable[[int], bool] = lambda step: True,
 ) -> Iterator[Step]:
-    """Train from `state` to `config.num_steps`; yield after each step, `state` brought up to date.
+    """Train from `state` to `config.num_steps`; yield every step, `state` brought up to date.
 
-    `model` is a ModelWithLoss as Accelerate prepared it. Training ends early, between two steps and
-    on all processes alike, when any of them is asked to stop; `state.step` is then below
-    `config.num_steps`.
+    The weights are those of the yielded step where `is_looked_at` says so of its number; elsewhere
+    a GPU may be a step ahead. Training ends early, between two steps and on all processes alike,
+    when any of them is asked to stop; `state.step` is then below `config.num_steps`.
 
     Raises:
         StageError: loss or gradient is not finite. Weights and optimizer are as before that step.
     """
-    model.train()
-    while state.step < config.num_steps:
+    training.model.train()
+    worker = _Worker(training, state)
+    batches = worker.batches()
+    max_under_way = 0 if training.accelerator.device.type == "cpu" else 1
+    under_way: deque[_StepUnderWay] = deque()
+    last = training.config.num_steps
+    for number in range(state.step, last):
         started_at = time.perf_counter()
-        batches = step_batches(rows, config, state.step, seed, accelerator, micro_batch_rows)
+        micro_batches = next(batches)
         # One message before any work: how many targets there are to divide by, and whether to stop.
-        local_targets = sum(batch.num_targets() for batch in batches)
-        num_targets, num_stopping = sum_over_processes(accelerator, local_targets, is_stopping())
+        num_targets, num_stopping = sum_over_processes(
+            training.accelerator, sum(b.num_targets() for b in micro_batches), is_stopping()
+        )
         if num_stopping:
+            break
+        under_way.append(worker.start(number, micro_batches, int(num_targets), started_at))
+        is_awaited = number + 1 == last or is_looked_at(number + 1)
+        while len(under_way) > (0 if is_awaited else max_under_way):
+            yield worker.finish(under_way.popleft(), state)
+    while under_way:
+        yield worker.finish(under_way.popleft(), state)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _StepUnderWay:
+    """A step given to the device, which may not have done it yet."""
+
+    number: int
+    """Steps done before it."""
+    num_targets: int
+    started_at: float
+    figures: "_Figures"
+
+
+class _Figures:
+    """Numbers on their way from the device to the host."""
+
+    def __init__(self, numbers: dict[str, Tensor]) -> None:
+        self._names = list(numbers)
+        self._arrival: torch.cuda.Event | None = None
+        if not numbers:
             return
-        loss, gradient_norm = 0.0, 0.0
-        factor = learning_rate_factor(state.step, config)
-        if num_targets:
-            loss = _accumulate_gradient(accelerator, model, batches, num_targets, config)
-            norm = accelerator.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
-            gradient_norm = float(cast(Tensor, norm))
-            # Both are sums over all processes, so all of them decide alike.
-            if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-                optimizer.zero_grad()
-                found = f"a loss of {loss} and a gradient norm of {gradient_norm}"
-                raise divergence(stage, state.step + 1, found, config)
-            optimizer.set_learning_rates(factor)
-            optimizer.step()
-            optimizer.zero_grad()
-            state.loss = loss
-        else:
-            state.skipped_steps += 1
-        state.step += 1
-        state.tokens += config.rows_per_step * rows.seq_len
-        state.epoch, state.row = divmod(state.step * config.rows_per_step, rows.num_rows)
-        yield Step(
-            step=state.step,
-            tokens=config.rows_per_step * rows.seq_len,
-            num_targets=int(num_targets),
-            loss=loss,
-            gradient_norm=gradient_norm,
-            learning_rate=config.learning_rate * factor,
-            seconds=time.perf_counter() - started_at,
+        sent = torch.stack([number.double() for number in numbers.values()])
+        self._numbers = sent.to("cpu", non_blocking=True)
+        if sent.is_cuda:
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
+
+    def read(self) -> dict[str, float]:
+        """Wait for the numbers, and for nothing that the device was given after them."""
+        if not self._names:
+            return {}
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return dict(zip(self._names, self._numbers.tolist(), strict=True))
+
+
+class _Worker:
+    """Does steps, and holds what lives on the device from one to the next."""
+
+    def __init__(self, training: Training, state: TrainState) -> None:
+        self._training, self._first_step = training, state.step
+        self._device = device = training.accelerator.device
+        self._parameters = list(training.model.parameters())
+        is_fp16 = computed_precision(training.config.precision, device.type) == "fp16"
+        self._loss_scale = (
+            LossScale(state.loss_scale, state.loss_scale_steps, device) if is_fp16 else None
+        )
+        # 1 once a loss or gradient was not finite: no step changes anything after that
+        self._has_failed = torch.zeros((), device=device)
+        self._last_done_at = 0.0
+
+    def batches(self) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of this process, step after step."""
+        training, accelerator = self._training, self._training.accelerator
+        return batches_of_steps(
+            training.rows,
+            training.objective,
+            training.config,
+            seed=training.seed,
+            first_step=self._first_step,
+            process=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            micro_batch_rows=training.micro_batch_rows,
         )
 
+    def start(
+        self, number: int, batches: Sequence[Batch], num_targets: int, started_at: float
+    ) -> _StepUnderWay:
+        """Give the device all the work of a step."""
+        figures: dict[str, Tensor] = {}
+        if num_targets:
+            self._seed_dropout(number)
+            figures["loss"] = self._accumulate_gradient(batches, num_targets)
+            figures |= self._update(number, figures["loss"])
+        return _StepUnderWay(
+            number=number,
+            num_targets=num_targets,
+            started_at=started_at,
+            figures=_Figures(figures),
+        )
 
-def _accumulate_gradient(
-    accelerator: Accelerator,
-    model: nn.Module,
-    batches: Sequence[Batch],
-    num_targets: float,
-    config: OptimizationConfig,
-) -> float:
-    """Add up the gradient of the mean loss over all micro-batches and processes; return that loss.
+    def finish(self, under_way: _StepUnderWay, state: TrainState) -> Step:
+        """Wait until a step is done and bring `state` up to it.
 
-    The mean is over all targets, whatever each micro-batch's share of padding: the sum of every
-    token's loss over the number of tokens. DDP averages gradients over the processes, so that each
-    loss is multiplied by their number to give the sum.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for number, batch in enumerate(batches, start=1):
-        is_last = number == len(batches)  # processes exchange gradients once, in the last backward
-        with nullcontext() if is_last else accelerator.no_sync(model):
-            local = batch.to(accelerator.device)
-            documents = local.document_ids if config.is_document_masked else None
-            losses = model(local.inputs, local.targets, documents)  # (B, T)
-            share = losses.sum() / num_targets
-            accelerator.backward(share * accelerator.num_processes)
-        total += share.detach()
-    (loss,) = sum_over_processes(accelerator, total)
-    return loss
+        Raises:
+            StageError: its loss or gradient is not finite.
+        """
+        training, config = self._training, self._training.config
+        figures = under_way.figures.read()
+        loss, norm = figures.get("loss", 0.0), figures.get("gradient_norm", 0.0)
+        if figures.get("has_failed"):
+            training.optimizer.zero_grad()
+            found = f"a loss of {loss} and a gradient norm of {norm}"
+            raise divergence(training.stage, under_way.number + 1, found, config)
+        if figures.get("is_void", 1.0):
+            state.skipped_steps += 1
+        else:
+            state.loss = loss
+        state.loss_scale = figures.get("next_loss_scale", state.loss_scale)
+        state.loss_scale_steps = int(figures.get("loss_scale_steps", state.loss_scale_steps))
+        state.step = under_way.number + 1
+        num_tokens = config.rows_per_step * training.rows.seq_len
+        state.tokens += num_tokens
+        state.epoch, state.row = divmod(state.step * config.rows_per_step, training.rows.num_rows)
+        done_at = time.perf_counter()
+        # the device began when it was given the step, or was done with the one before
+        began_at, self._last_done_at = max(under_way.started_at, self._last_done_at), done_at
+        return Step(
+            step=state.step,
+            tokens=num_tokens,
+            num_targets=under_way.num_targets,
+            loss=loss,
+            gradient_norm=norm,
+            learning_rate=config.learning_rate * learning_rate_factor(under_way.number, config),
+            loss_scale=figures.get("loss_scale"),
+            update_norm=figures.get("update_norm"),
+            weight_norm=figures.get("weight_norm"),
+            seconds=done_at - began_at,
+        )
 
+    def _seed_dropout(self, number: int) -> None:
+        """Make what is dropped a function of the seed, the step and the process."""
+        process = self._training.accelerator.process_index
+        seed = derive_seed(self._training.seed, "dropout", number, process)
+        torch.default_generator.manual_seed(seed)
+        if self._device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
-def step_batches(
-    rows: Rows,
-    config: OptimizationConfig,
-    step: int,
-    seed: int,
-    accelerator: Accelerator,
-    micro_batch_rows: int,
-) -> list[Batch]:
-    """Return this process's micro-batches of `step`: its slice of the rows that all of them learn
-    from.
-    """
-    per_process = config.rows_per_step // accelerator.num_processes
-    first = step * config.rows_per_step + accelerator.process_index * per_process
-    mine = sample_rows(seed, first, per_process, rows.num_rows)
-    return [
-        make_batch(rows.read(mine[start : start + micro_batch_rows]))
-        for start in range(0, per_process, micro_batch_rows)
-    ]
+    def _accumulate_gradient(self, batches: Sequence[Batch], num_targets: int) -> Tensor:
+        """Add up the gradient of the mean loss over all micro-batches and processes; return that
+        loss.
+
+        The mean is over all targets, whatever each micro-batch's share of padding: the sum of every
+        token's loss over the number of tokens. DDP averages gradients over the processes, so that
+        each loss is multiplied by their number to give the sum.
+        """
+        accelerator, model = self._training.accelerator, self._training.model
+        factor: float | Tensor = accelerator.num_processes
+        if self._loss_scale is not None:
+            factor = factor * self._loss_scale.scale
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for number, batch in enumerate(batches, start=1):
+            is_last = number == len(batches)  # gradients are exchanged once, in the last backward
+            with nullcontext() if is_last else accelerator.no_sync(model):
+                local = batch.to(self._device)
+                with autocast(self._training.config.precision, self._device.type):
+                    losses = model(local.inputs, local.targets, local.document_ids)  # (B, T)
+                share = losses.sum() / num_targets
+                accelerator.backward(share * factor)
+            total += share.detach()
+        return sum_on_devices(accelerator, total)
+
+    @torch.no_grad()
+    def _update(self, number: int, loss: Tensor) -> dict[str, Tensor]:
+        """Clip the gradient and take the step, or none where it is not finite, as the device finds.
+
+        Loss and gradient are sums over all processes, so all of them find alike.
+        """
+        config, optimizer = self._training.config, self._training.optimizer
+        if self._loss_scale is not None:
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(self._loss_scale.scale)
+        norm = nn.utils.clip_grad_norm_(self._parameters, config.max_gradient_norm)
+        figures = {"gradient_norm": norm, **self._judge(loss, norm)}
+        is_measured = (number + 1) % UPDATE_NORM_EVERY_STEPS == 0
+        before = [weight.clone() for weight in self._parameters] if is_measured else []
+        optimizer.set_learning_rates(learning_rate_factor(number, config))
+        optimizer.step(figures["is_void"])
+        optimizer.zero_grad()
+        if is_measured:
+            changes = [now - old for now, old in zip(self._parameters, before, strict=True)]
+            figures["update_norm"] = nn.utils.get_total_norm(changes)
+            figures["weight_norm"] = nn.utils.get_total_norm(self._parameters)
+        return figures
+
+    def _judge(self, loss: Tensor, norm: Tensor) -> dict[str, Tensor]:
+        """Decide on the device whether the step counts, and whether training has failed."""
+        is_overflow = 1.0 - torch.isfinite(norm).float()
+        is_failure = 1.0 - torch.isfinite(loss).float()
+        figures: dict[str, Tensor] = {}
+        if self._loss_scale is None:
+            is_failure = torch.maximum(is_failure, is_overflow)
+        else:  # fp16 is expected to overflow now and then, but not unscaled
+            scale = self._loss_scale.scale
+            figures["loss_scale"] = scale
+            is_failure = torch.maximum(is_failure, is_overflow * (scale <= 1.0).float())
+            self._loss_scale.update(is_overflow)
+            figures["next_loss_scale"] = self._loss_scale.scale
+            figures["loss_scale_steps"] = self._loss_scale.num_steps
+        self._has_failed = torch.maximum(self._has_failed, is_failure)
+        is_void = torch.maximum(self._has_failed, is_overflow)
+        return figures | {"has_failed": self._has_failed, "is_void": is_void}
 
 
 def divergence(stage: str, step: int, found: str, config: OptimizationConfig) -> StageError:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 VALIDATION_PREFIX = "val/"
+SECONDS_BETWEEN_WRITES = 0.2  # a small model does a hundred steps in that time
 
 
 class MetricsFile:
@@ -25,17 +26,31 @@ class MetricsFile:
         path.touch()
         self._path = path
         seconds = _cut_back(path, step)
-        self._started_at = time.perf_counter() - seconds
+        self._started_at = self._written_at = time.perf_counter() - seconds
+        self._unwritten: list[bytes] = []
 
     def append(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        """Write one point at once, so that whoever follows the file sees it."""
-        seconds = round(time.perf_counter() - self._started_at, 3)
+        """Add one point. Whoever follows the file sees it, at the latest, when the next is added
+        SECONDS_BETWEEN_WRITES later.
+        """
+        now = time.perf_counter()
+        seconds = round(now - self._started_at, 3)
         line = {"step": step, "tokens": tokens, "seconds": seconds, "metrics": dict(metrics)}
-        with self._path.open("ab") as file:
-            file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._unwritten.append(json.dumps(line, allow_nan=False).encode() + b"\n")
+        if now - self._written_at >= SECONDS_BETWEEN_WRITES:
+            self.write()
+
+    def write(self) -> None:
+        """Write the points added, for others to see: before anything that takes long."""
+        if self._unwritten:
+            with self._path.open("ab") as file:
+                file.write(b"".join(self._unwritten))
+            self._unwritten.clear()
+        self._written_at = time.perf_counter()
 
     def make_durable(self) -> None:
         """Put the points on the disk itself: before a checkpoint that says they are there."""
+        self.write()
         descriptor = os.open(self._path, os.O_RDWR)
         try:
             os.fsync(descriptor)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from llm.config import OptimizationConfig
 from llm.errors import ArtifactError
-
-MUON_MOMENTUM = 0.95  # Keller Jordan's; https://kellerjordan.github.io/posts/muon/
+from llm.training.muon import Muon
 
 
 class Optimizer:
@@ -33,9 +32,13 @@ class Optimizer:
         for group, peak in self._peaks:
             group["lr"] = peak * factor
 
-    def step(self) -> None:
-        """Update the weights from their gradients."""
+    def step(self, is_void: Tensor | None = None) -> None:
+        """Update the weights from their gradients; where `is_void` is 1, leave everything as it is.
+
+        It is a number on the device, which decides: the host does not wait to know it.
+        """
         for part in self._parts.values():
+            part.__dict__["found_inf"] = is_void  # where torch's fused AdamW looks for it, and Muon
             part.step()
 
     def zero_grad(self) -> None:
@@ -99,8 +102,8 @@ class Optimizer:
 def make_optimizer(model: nn.Module, config: OptimizationConfig) -> Optimizer:
     """Make the optimizer that `config` asks for. Matrices decay; vectors, which only scale, do not.
 
-    Source: "Decoupled Weight Decay Regularization" (arXiv 1711.05101) for AdamW; "Muon is Scalable
-    for LLM Training" (arXiv 2502.16982) for which weights Muon takes.
+    Source: "Decoupled Weight Decay Regularization" (arXiv 1711.05101) for AdamW; for which weights
+    Muon takes, "Muon is Scalable for LLM Training" (arXiv 2502.16982).
     """
     parameters = dict(model.named_parameters())
     for_muon = (
@@ -122,10 +125,10 @@ def make_optimizer(model: nn.Module, config: OptimizationConfig) -> Optimizer:
         )
     }
     if for_muon:
-        parts["muon"] = torch.optim.Muon(
+        parts["muon"] = Muon(
             for_muon,
             lr=config.muon_learning_rate,
             weight_decay=config.weight_decay,
-            momentum=MUON_MOMENTUM,
+            momentum=config.muon_momentum,
         )
     return Optimizer(parts, parameters)

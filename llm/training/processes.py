@@ -36,7 +36,6 @@ from llm.job import (
     read_job,
     run_job,
 )
-from llm.model.precision import computed_precision
 
 RENDEZVOUS, LAUNCHER_PID = "FROMSCRATCH_RENDEZVOUS", "FROMSCRATCH_LAUNCHER_PID"
 LOOPBACK = "lo" if sys.platform.startswith("linux") else "lo0"
@@ -137,17 +136,18 @@ def make_accelerator(runtime: RuntimeConfig, config: OptimizationConfig) -> Acce
         del os.environ[name]  # they would decide over precision and gradients beside the settings
     if not is_cpu:
         _prepare_gpu(config)
-    if RENDEZVOUS in os.environ and not torch.distributed.is_initialized():
+    if "RANK" in os.environ and not torch.distributed.is_initialized():
+        place_to_meet = os.environ.get(RENDEZVOUS)
         torch.distributed.init_process_group(
-            "gloo" if is_cpu else "nccl",
-            init_method=f"file://{os.environ[RENDEZVOUS]}",
+            # what the host wants to know of other hosts does not wait for what the GPUs do
+            "gloo" if is_cpu else "cpu:gloo,cuda:nccl",
+            init_method=f"file://{place_to_meet}" if place_to_meet else "env://",
             rank=int(os.environ["RANK"]),
             world_size=placement.num_processes,
         )
-    is_bf16 = computed_precision(config.precision, placement.device) == "bf16"
     accelerator = Accelerator(
         cpu=is_cpu,
-        mixed_precision="bf16" if is_bf16 else "no",
+        mixed_precision="no",  # the loop itself says what is computed in which: llm.model.precision
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.num_processes != placement.num_processes:
@@ -160,20 +160,27 @@ def make_accelerator(runtime: RuntimeConfig, config: OptimizationConfig) -> Acce
 
 
 def sum_over_processes(accelerator: Accelerator, *numbers: float | Tensor) -> list[float]:
-    """Return each number summed over all processes, by one all-reduce in float64."""
-    numbers = tuple(
-        torch.as_tensor(number, dtype=torch.float64, device=accelerator.device)
-        for number in numbers
-    )
-    summed = cast(Tensor, accelerator.reduce(torch.stack(numbers), reduction="sum"))
+    """Return each number summed over all processes, by one message from host to host."""
+    known = [float(number) for number in numbers]
+    if accelerator.num_processes == 1:
+        return known
+    summed = torch.tensor(known, dtype=torch.float64)
+    torch.distributed.all_reduce(summed)
     return summed.tolist()
+
+
+def sum_on_devices(accelerator: Accelerator, number: Tensor) -> Tensor:
+    """Return a number on the device summed over all processes, without waiting for it."""
+    if accelerator.num_processes == 1:
+        return number
+    return cast(Tensor, accelerator.reduce(number, reduction="sum"))
 
 
 def _prepare_gpu(config: OptimizationConfig) -> None:
     """Take this process's GPU, and kernels that add in a fixed order: the same bits every time."""
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if config.precision == "bf16" and not torch.cuda.is_bf16_supported():
-        raise ConfigError("precision: found bf16, which this GPU does not have; use fp32")
+        raise ConfigError("precision: found bf16, which this GPU does not have; use fp16 or fp32")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(True)
     # that would also fill every new tensor, to show bugs, at a kernel each

@@ -5,31 +5,39 @@ steps.
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from torch.utils.checkpoint import checkpoint
 
 from llm.artifact import ArtifactWriter, Json
-from llm.config import OptimizationConfig
+from llm.config import OptimizationConfig, RuntimeConfig
 from llm.data.rows import Rows
 from llm.errors import ConfigError, DataError, Interrupted
 from llm.job import METRICS, Job
 from llm.model.loss import ModelWithLoss
+from llm.model.masking import Masking
+from llm.model.precision import fp32_products
 from llm.model.store import save_model
 from llm.model.transformer import Transformer
 from llm.seeds import derive_seed
 from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.load import load_tokenizer
+from llm.training.batches import MaskedTokens, NextToken
 from llm.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
-from llm.training.loop import Step, TrainState, divergence, training_steps
+from llm.training.loop import Step, Training, TrainState, divergence, training_steps
 from llm.training.metrics import MetricsFile
 from llm.training.optimizers import Optimizer, make_optimizer
 from llm.training.processes import make_accelerator
+from llm.training.throughput import TERA, flops_per_token, peak_flops, peak_memory_bytes
 from llm.training.validation import Validation, validate
 
 # The logits of a micro-batch, in fp32, are its largest tensor, and their gradient is another. On a
 # CPU 64 MiB of them keep a small model near 1 GiB, and 128 MiB were 10 % slower a step.
 LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 4 << 30}
+GIGA = 1e9
 
 
 def train(
@@ -41,26 +49,17 @@ def train(
 ) -> dict[str, Json]:
     """Train `model` on the job's rows, from its newest checkpoint on, and write it as an artifact.
 
+    A causal model learns to say the next token, another to fill in masked ones.
+
     Raises:
         ConfigError, DataError: rows, model and settings do not fit together.
         StageError: the loss is not finite.
         Interrupted: asked to stop; the last step is saved.
     """
     run = _Run(job, model, config, tokenizer_folder)
-    runtime, state = job.runtime, run.state
-    # Before training too. At the step of a checkpoint the model is measured again on resuming,
-    # since the kill may have come between the two.
-    validation = run.validate() if run.is_due(runtime.validate_every_steps) else None
-    for step in run.steps():
-        if run.is_due(runtime.log_every_steps):
-            run.log(_point(step))
-        if run.is_due(runtime.checkpoint_every_steps):
-            run.save()  # before validation, so that what comes after a step cannot lose it
-        if run.is_due(runtime.validate_every_steps):
-            validation = run.validate()
-        if run.is_writer:
-            with suppress(Interrupted):  # stopping is agreed on by all processes, in the loop
-                job.report_progress(state.step, config.num_steps, "steps")
+    with fp32_products(config.precision, run.accelerator.device.type):
+        validation = _train(job, run)
+    state = run.state
     if state.step < config.num_steps:
         run.save()
         run.accelerator.wait_for_everyone()  # a process that ends before the others seems to fail
@@ -76,8 +75,31 @@ def train(
         "num_skipped_steps": state.skipped_steps,
         "train_loss": state.loss,
         "val_loss": validation.loss,
-        "val_bits_per_byte": validation.bits_per_byte,
+        **{f"val_{name}": value for name, value in validation.figures.items()},
+        "device": run.device_name,
+        "peak_teraflops": run.peak / TERA if run.peak else "unknown",
+        "gigaflops_per_token": run.flops_per_token / GIGA,
     }
+
+
+def _train(job: Job, run: "_Run") -> Validation | None:
+    """Take the steps that are left, and do what is due between them; return the last validation."""
+    runtime = job.runtime
+    # Before training too. At the step of a checkpoint the model is measured again on resuming,
+    # since the kill may have come between the two.
+    is_due = run.is_due(run.state.step, runtime.validate_every_steps)
+    validation = run.validate() if is_due else None
+    for step in run.steps():
+        if run.is_due(step.step, runtime.log_every_steps):
+            run.log(run.point(step))
+        if run.is_due(step.step, runtime.checkpoint_every_steps):
+            run.save()  # before validation, so that what comes after a step cannot lose it
+        if run.is_due(step.step, runtime.validate_every_steps):
+            validation = run.validate()
+        if run.is_writer:
+            with suppress(Interrupted):  # stopping is agreed on by all processes, in the loop
+                job.report_progress(step.step, run.num_steps, "steps")
+    return validation
 
 
 class _Run:
@@ -87,82 +109,137 @@ class _Run:
         self, job: Job, model: Transformer, config: OptimizationConfig, tokenizer_folder: Path
     ) -> None:
         self._job, self._config, self._model = job, config, model
+        self.num_steps = config.num_steps
         self.accelerator = make_accelerator(job.runtime, config)
+        device = self.accelerator.device
         self.is_writer = self.accelerator.is_main_process
         self.tokenizer = load_tokenizer(tokenizer_folder)
-        self._rows, self._validation_rows = _open_rows(
-            Path(job.inputs["rows"]), model, self.tokenizer
-        )
+        rows, self._validation_rows = _open_rows(Path(job.inputs["rows"]), model, self.tokenizer)
         _check_rows_per_step(job.stage, config, self.accelerator)
-        self._micro_batch_rows = job.runtime.micro_batch_rows or _micro_batch_rows(
-            model, self.accelerator, config
-        )
+        self.flops_per_token = flops_per_token(model)
+        self.peak = peak_flops(device, config.precision)
+        is_gpu = device.type == "cuda"
+        self.device_name = torch.cuda.get_device_name(device) if is_gpu else device.type
         self._model_with_loss = ModelWithLoss(model)
-        # on its device, in its precision, and wrapped in DDP where there are several processes
-        self._prepared = self.accelerator.prepare_model(self._model_with_loss)
-        self._optimizer = make_optimizer(model, config)
+        self._training = Training(
+            accelerator=self.accelerator,
+            model=_prepare(self.accelerator, self._model_with_loss, model, job.runtime),
+            optimizer=make_optimizer(model, config),
+            rows=rows,
+            objective=self._objective(derive_seed(job.seed, job.stage, "masks")),
+            config=config,
+            stage=job.stage,
+            seed=derive_seed(job.seed, job.stage, "rows"),
+            micro_batch_rows=job.runtime.micro_batch_rows
+            or _micro_batch_rows(model, self.accelerator, config),
+        )
         self._checkpoints = job.work / "checkpoints"
-        self.state = _resume(self.accelerator, self._checkpoints, model, self._optimizer)
+        self.state = _resume(self.accelerator, self._checkpoints, model, self._training.optimizer)
         self._metrics = MetricsFile(job.work / METRICS, self.state.step) if self.is_writer else None
 
     def steps(self) -> Iterator[Step]:
         """Train, step by step."""
+        runtime = self._job.runtime
         return training_steps(
-            self.accelerator,
-            self._prepared,
-            self._optimizer,
-            self._rows,
-            self._config,
+            self._training,
             self.state,
-            stage=self._job.stage,
-            seed=derive_seed(self._job.seed, self._job.stage, "rows"),
-            micro_batch_rows=self._micro_batch_rows,
             is_stopping=lambda: self._job.is_stopping,
+            is_looked_at=lambda step: (
+                self.is_due(step, runtime.checkpoint_every_steps)
+                or self.is_due(step, runtime.validate_every_steps)
+            ),
         )
 
-    def is_due(self, every_steps: int) -> bool:
-        """Tell whether what happens every so many steps, and after the last, happens now."""
-        return self.state.step % every_steps == 0 or self.state.step == self._config.num_steps
+    def is_due(self, step: int, every_steps: int) -> bool:
+        """Tell whether what happens every so many steps, and after the last, happens at `step`."""
+        return step % every_steps == 0 or step == self.num_steps
 
     def log(self, values: Mapping[str, float]) -> None:
-        """Write one point of the curves."""
+        """Add one point to the curves."""
         if self._metrics:
             self._metrics.append(self.state.step, self.state.tokens, values)
+
+    def point(self, step: Step) -> dict[str, float]:
+        """Return what is written of a step; one that learned nothing has no loss."""
+        tokens_per_second = step.tokens / step.seconds
+        point = {
+            "learning_rate": step.learning_rate,
+            "throughput/tokens_per_second": round(tokens_per_second, 1),
+        }
+        if self.peak:
+            num_devices = self.accelerator.num_processes
+            share = tokens_per_second * self.flops_per_token / (self.peak * num_devices)
+            point["throughput/mfu"] = round(share, 4)
+        if step.num_targets:
+            point["train/loss"] = step.loss
+        if step.num_targets and math.isfinite(step.gradient_norm):
+            point["gradient_norm"] = step.gradient_norm
+        if step.loss_scale is not None:
+            point["loss_scale"] = step.loss_scale
+        if step.update_norm is not None and step.weight_norm is not None:
+            point["update_norm"] = step.update_norm
+            point["update_norm_relative"] = step.update_norm / step.weight_norm
+            point["memory/peak_gb"] = round(peak_memory_bytes(self.accelerator.device) / GIGA, 3)
+        return point
 
     def save(self) -> None:
         """Publish a checkpoint, if there is anything to save."""
         if self._metrics and self.state.step:
             self._metrics.make_durable()
             keep = self._job.runtime.keep_checkpoints
-            save_checkpoint(self._checkpoints, self._model, self._optimizer, self.state, keep=keep)
+            optimizer = self._training.optimizer
+            save_checkpoint(self._checkpoints, self._model, optimizer, self.state, keep=keep)
 
     def validate(self) -> Validation:
         """Measure the model as it is and write the point."""
+        if self._metrics:
+            self._metrics.write()
         found = validate(
             self.accelerator,
+            self._model,
             self._model_with_loss,
             self._validation_rows,
+            self._objective(derive_seed(self._job.seed, "validation masks")),
             self.tokenizer.token_bytes,
+            precision=self._config.precision,
             num_rows=self._job.runtime.validation_rows,
-            micro_batch_rows=self._micro_batch_rows,
-            is_document_masked=self._config.is_document_masked,
+            micro_batch_rows=self._training.micro_batch_rows,
         )
         if not math.isfinite(found.loss):
             what = f"a validation loss of {found.loss}"
             raise divergence(self._job.stage, self.state.step, what, self._config)
-        self.log({"val/loss": found.loss, "val/bits_per_byte": found.bits_per_byte})
+        self.log({"val/loss": found.loss} | {f"val/{k}": v for k, v in found.figures.items()})
+        if self._metrics:
+            self._metrics.write()
         return found
 
+    def _objective(self, seed: int) -> NextToken | MaskedTokens:
+        is_document_masked = self._config.is_document_masked
+        if self._model.config.is_causal:
+            return NextToken(is_document_masked=is_document_masked)
+        masking = Masking(
+            seed=seed,
+            fraction=self._config.masked_fraction,
+            mask_id=self.tokenizer.mask_id,
+            is_text=self.tokenizer.token_bytes > 0,
+        )
+        return MaskedTokens(is_document_masked=is_document_masked, masking=masking)
 
-def _point(step: Step) -> dict[str, float]:
-    """Return what is written of a step; one that learned nothing has no loss."""
-    point = {
-        "learning_rate": step.learning_rate,
-        "throughput/tokens_per_second": round(step.tokens / step.seconds, 1),
-    }
-    if step.num_targets:
-        point |= {"train/loss": step.loss, "gradient_norm": step.gradient_norm}
-    return point
+
+def _prepare(
+    accelerator: Accelerator, module: ModelWithLoss, model: Transformer, runtime: RuntimeConfig
+) -> torch.nn.Module:
+    """Put the model on its device, compiled and in DDP where that is wanted."""
+    if runtime.recomputes_activations:
+        has_dropout = model.config.dropout > 0  # only then is there a generator to wind back
+        for block in model.blocks:
+            block.forward = partial(
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=has_dropout
+            )
+    is_compiled = {"always": True, "never": False, "auto": accelerator.device.type == "cuda"}
+    if is_compiled[runtime.compile]:
+        module.compile()
+    return accelerator.prepare_model(module)
 
 
 def _resume(

@@ -17,10 +17,10 @@ from llm.errors import DataError, StageError
 from llm.model.loss import ModelWithLoss
 from llm.model.transformer import Transformer
 from llm.tokenizer.bpe import ByteLevelBPE
-from llm.training.batches import make_batch, sample_rows
-from llm.training.loop import Step, TrainState, training_steps
+from llm.training.batches import NextToken, sample_rows
+from llm.training.loop import Step, Training, TrainState, training_steps
 from llm.training.optimizers import make_optimizer
-from llm.training.validation import validate
+from llm.training.validation import Validation, validate
 from tests.llm.training_setup import (
     SEQ_LEN,
     fresh_accelerator,
@@ -44,6 +44,9 @@ def chats(tmp_path: Path, tokenizer: ByteLevelBPE) -> Path:
     return write_chat_rows(tmp_path / "chats", tokenizer, 60)
 
 
+NEXT_TOKEN = NextToken(is_document_masked=False)
+
+
 def run(
     model: Transformer,
     rows: Rows,
@@ -54,18 +57,33 @@ def run(
 ) -> Iterator[Step]:
     """Train `model` in this process."""
     accelerator = fresh_accelerator()
-    prepared = accelerator.prepare_model(ModelWithLoss(model))
-    return training_steps(
-        accelerator,
-        prepared,
-        more.pop("optimizer", None) or make_optimizer(model, config),
-        rows,
-        config,
-        state or TrainState(),
+    training = Training(
+        accelerator=accelerator,
+        model=accelerator.prepare_model(ModelWithLoss(model)),
+        optimizer=more.pop("optimizer", None) or make_optimizer(model, config),
+        rows=rows,
+        objective=more.pop("objective", NextToken(is_document_masked=config.is_document_masked)),
+        config=config,
         stage="pretrain",
         seed=3,
         micro_batch_rows=micro_batch_rows,
-        is_stopping=more.pop("is_stopping", lambda: False),
+    )
+    is_stopping = more.pop("is_stopping", lambda: False)
+    return training_steps(training, state or TrainState(), is_stopping=is_stopping)
+
+
+def check(model: Transformer, rows: Rows, tokenizer: ByteLevelBPE, **more: Any) -> Validation:
+    """Validate `model` on five rows in this process."""
+    return validate(
+        fresh_accelerator(),
+        model,
+        ModelWithLoss(model),
+        rows,
+        more.get("objective", NEXT_TOKEN),
+        tokenizer.token_bytes,
+        precision="fp32",
+        num_rows=5,
+        micro_batch_rows=more.get("micro_batch_rows", 2),
     )
 
 
@@ -84,7 +102,7 @@ def test_a_training_equals_one_written_with_plain_torch(
         betas=(0.9, 0.95),
     )
     for number, step in enumerate(steps):
-        arrays = rows.read(sample_rows(3, number * 8, 8, rows.num_rows))
+        arrays = rows.read(sample_rows(3, np.arange(8) + number * 8, rows.num_rows))
         tokens, mask = torch.from_numpy(arrays.tokens), torch.from_numpy(arrays.mask)
         logits = reference(tokens[:, :-1])
         loss = F.cross_entropy(logits[mask[:, 1:]], tokens[:, 1:][mask[:, 1:]])
@@ -119,17 +137,17 @@ def test_micro_batches_give_the_gradient_of_one_batch(
 
 
 def test_every_row_is_read_once_an_epoch_and_steps_flow_over_its_end() -> None:
-    num_rows, rows_per_step = 10, 4
-    samples = np.concatenate([sample_rows(1, step * 4, 4, num_rows) for step in range(10)])
+    num_rows = 10
+    samples = sample_rows(1, np.arange(40), num_rows)
     for epoch in samples.reshape(-1, num_rows):
         assert sorted(epoch) == list(range(num_rows))
     assert list(samples[:10]) != list(samples[10:20])
-    in_parts = [sample_rows(1, first, rows_per_step // 2, num_rows) for first in range(0, 40, 2)]
+    in_parts = [sample_rows(1, np.arange(2) + first, num_rows) for first in range(0, 40, 2)]
     assert np.array_equal(np.concatenate(in_parts), samples)  # as two processes read them
 
 
 def test_a_step_larger_than_an_epoch_reads_several(text: Path) -> None:
-    assert np.array_equal(np.bincount(sample_rows(1, 0, 30, 10)), [3] * 10)
+    assert np.array_equal(np.bincount(sample_rows(1, np.arange(30), 10)), [3] * 10)
 
 
 def test_the_state_counts_steps_tokens_epochs_and_rows(text: Path) -> None:
@@ -144,7 +162,7 @@ def test_the_state_counts_steps_tokens_epochs_and_rows(text: Path) -> None:
 def test_a_target_is_the_next_token_and_padding_is_none(chats: Path) -> None:
     rows = Rows(chats, "train")
     arrays = rows.read([0, 1])
-    batch = make_batch(arrays)
+    batch = NEXT_TOKEN(arrays, np.arange(2))
     mask = arrays.mask[:, 1:]
     assert np.array_equal(
         batch.inputs.numpy()[:, 1:][mask[:, :-1]], arrays.tokens[:, 1:-1][mask[:, :-1]]
@@ -232,15 +250,7 @@ def test_validation_equals_sums_by_hand(
 ) -> None:
     rows = Rows(request.getfixturevalue(kind), "validation")
     model = tiny_model()
-    found = validate(
-        fresh_accelerator(),
-        ModelWithLoss(model),
-        rows,
-        tokenizer.token_bytes,
-        num_rows=5,
-        micro_batch_rows=micro_batch_rows,
-        is_document_masked=False,
-    )
+    found = check(model, rows, tokenizer, micro_batch_rows=micro_batch_rows)
     nats, text_nats, num_targets, num_bytes = 0.0, 0.0, 0, 0
     for row in range(5):
         arrays = rows.read([row])
@@ -254,7 +264,8 @@ def test_validation_equals_sums_by_hand(
                 if size := len(tokenizer.decode_bytes([target])):
                     text_nats, num_bytes = text_nats + cost, num_bytes + size
     assert found.loss == pytest.approx(nats / num_targets, rel=1e-5)
-    assert found.bits_per_byte == pytest.approx(text_nats / math.log(2) / num_bytes, rel=1e-5)
+    bits_per_byte = text_nats / math.log(2) / num_bytes
+    assert found.figures == {"bits_per_byte": pytest.approx(bits_per_byte, rel=1e-5)}
     assert model.training
 
 
@@ -263,12 +274,4 @@ def test_validation_without_text_is_refused(chats: Path, tokenizer: ByteLevelBPE
     assert rows._mask is not None
     rows._mask = np.zeros_like(rows._mask)
     with pytest.raises(DataError, match="the first 5 validation rows hold no text"):
-        validate(
-            fresh_accelerator(),
-            ModelWithLoss(tiny_model()),
-            rows,
-            tokenizer.token_bytes,
-            num_rows=5,
-            micro_batch_rows=2,
-            is_document_masked=False,
-        )
+        check(tiny_model(), rows, tokenizer)

@@ -213,7 +213,7 @@ def test_a_diverging_training_says_what_to_try(tmp_path: Path, inputs: dict[str,
 def test_a_validation_that_is_not_finite_stops_before_it_is_written(
     tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nothing = Validation(loss=float("nan"), bits_per_byte=float("nan"))
+    nothing = Validation(loss=float("nan"), figures={})
     monkeypatch.setattr("llm.training.run.validate", lambda *given, **more: nothing)
     with pytest.raises(StageError, match="step 0 of 8 gave a validation loss of nan"):
         run_inside(pretrain, write_job_file(tmp_path, "pretrain", tiny_pretrain(), inputs))

@@ -120,7 +120,8 @@ def points(folder: Path) -> list[dict[str, Any]]:
     for line in (folder / "work" / "metrics.jsonl").read_text().splitlines():
         point = json.loads(line)
         del point["seconds"]
-        point["metrics"].pop("throughput/tokens_per_second", None)
+        for name in ("throughput/tokens_per_second", "memory/peak_gb"):
+            point["metrics"].pop(name, None)
         found.append(point)
     return found
 
