@@ -8,7 +8,6 @@ booleans, a block mask on a GPU and a key/value cache are made from that rule. W
 simple that a kernel knows it (everything before; everything), there is no mask at all.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache as remember
@@ -19,6 +18,16 @@ from torch.nn import functional as F
 
 from llm.config import ModelConfig
 from llm.model.shape import window_of
+
+# On a CPU, attending document by document took 0.2 to 0.7 of the time of one pass with a mask in
+# rows of 256 and 1024 positions with 4 to 10 documents, but 2 to 4 times as long in rows of 64
+# (docs/log.md).
+SEGMENTED_POSITIONS = 256
+
+# On a CPU, forward and backward through all scores written out took 0.2 of the kernel's time in
+# bfloat16 for rows of 64 positions and 0.6 for 256; in fp32 0.7 for 64 and 1.3 for 256; for 1024
+# more in both (docs/log.md).
+SHORT_POSITIONS = {torch.bfloat16: 256, torch.float32: 128}
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """From q (B, H, T, D), k and v (B, K, S, D) and the share to drop to what is mixed, (B, H, T, D).
@@ -70,14 +79,26 @@ class Sight:
         window = window if window < T else 0  # which sees all there is
         rule = make_rule(self._is_causal, window, document_ids)
         if not (window or self._soft_cap or document_ids is not None):
-            return Unmasked(self._is_causal)
+            kernel = Unmasked(self._is_causal)
+            if device.type == "cpu" and max(SHORT_POSITIONS.values()) >= T:
+                return Short(kernel, boolean_mask(rule, tokens, None).unsqueeze(1))
+            return kernel
         if device.type == "cuda" and not self._has_dropout:  # which flex_attention has not
             return Flex(rule, 1 if document_ids is None else len(tokens), T, device, self._soft_cap)
+        if (
+            document_ids is not None
+            and not (window or self._soft_cap or torch.compiler.is_compiling())
+            and device.type == "cpu"
+            and T >= SEGMENTED_POSITIONS
+        ):
+            return Segmented(document_ids, self._is_causal)
         return self._masked(boolean_mask(rule, tokens, document_ids))
 
     def _masked(self, mask: Tensor) -> Attend:
         mask = mask.unsqueeze(1)  # (B or 1, T, S) -> (B or 1, 1, T, S)
-        return Capped(mask, self._soft_cap) if self._soft_cap else Masked(mask)
+        if self._soft_cap:
+            return Written(mask, self._soft_cap)
+        return Short(Masked(mask), mask) if mask.device.type == "cpu" else Masked(mask)
 
 
 def make_rule(is_causal: bool, window: int, document_ids: Tensor | None) -> Rule:
@@ -135,22 +156,67 @@ class Masked:
         )
 
 
-class Capped:
-    """Attend where a mask is true, with scores that cannot pass a cap, in plain matrix products.
+class Segmented:
+    """Attend document by document, each as if it stood alone: no work where nobody may look.
 
-    Source: "Gemma 2" (arXiv 2408.00118), section 2: cap * tanh(scores / cap).
+    A document's positions stand next to each other.
     """
 
-    def __init__(self, mask: Tensor, cap: float) -> None:
+    def __init__(self, document_ids: Tensor, is_causal: bool) -> None:
+        B, T = document_ids.shape
+        is_first = torch.ones(B, T, dtype=torch.bool)  # so a row never goes on with the one before
+        is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+        starts = torch.cat([is_first.flatten().nonzero().flatten(), torch.tensor([B * T])])
+        self._lengths: list[int] = starts.diff().tolist()
+        self._unmasked = Unmasked(is_causal)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        B, H, T, D = q.shape
+        documents = zip(self._cut(q), self._cut(k), self._cut(v), strict=True)
+        mixed = [self._unmasked(*qkv, dropout) for qkv in documents]
+        return torch.cat(mixed, dim=2).view(H, B, T, D).transpose(0, 1)  # -> (B, H, T, D)
+
+    def _cut(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Lay rows end to end, (B, heads, T, D) -> (1, heads, B * T, D), and cut by document."""
+        B, heads, T, D = x.shape
+        return x.transpose(0, 1).reshape(1, heads, B * T, D).split(self._lengths, dim=2)
+
+
+class Written:
+    """Attend where a mask (B or 1, 1, T, S) is true, in plain matrix products.
+
+    For scores that cannot pass a cap, as in "Gemma 2" (arXiv 2408.00118), section 2; and for short
+    rows on a CPU, where all scores fit its cache and the kernel that avoids them is slower.
+    """
+
+    def __init__(self, mask: Tensor, cap: float = 0.0) -> None:
         self._mask, self._cap = mask, cap
+        self._bias: dict[torch.dtype, Tensor] = {}  # 0 or -inf; by precision, made once for layers
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # K -> H heads
-        scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, T, D) x (B, H, D, S) -> (B, H, T, S)
-        scores = soft_cap(scores.float(), self._cap).masked_fill(~self._mask, -torch.inf)
-        weights = F.dropout(scores.softmax(dim=-1), dropout)
+        if group > 1:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # K -> H
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, D) x (B, H, D, S) -> (B, H, T, S)
+        if self._cap:
+            scores = soft_cap(scores.float(), self._cap)
+        if scores.dtype not in self._bias:
+            nothing = torch.zeros(self._mask.shape, dtype=scores.dtype, device=scores.device)
+            self._bias[scores.dtype] = nothing.masked_fill_(~self._mask, -torch.inf)
+        weights = scores.add_(self._bias[scores.dtype]).softmax(dim=-1)
+        weights = F.dropout(weights, dropout) if dropout else weights
         return weights.to(v.dtype) @ v  # (B, H, T, S) x (B, H, S, D) -> (B, H, T, D)
+
+
+class Short:
+    """Attend in the faster of two ways on a CPU, which depends on precision and length."""
+
+    def __init__(self, kernel: Attend, mask: Tensor) -> None:
+        self._kernel, self._written = kernel, Written(mask)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        is_short = k.shape[2] <= SHORT_POSITIONS.get(q.dtype, 0)
+        return (self._written if is_short else self._kernel)(q, k, v, dropout)
 
 
 class Flex:

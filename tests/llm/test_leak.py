@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from llm.artifact import Json
 from llm.config import ModelConfig
@@ -18,7 +17,7 @@ from llm.model import reach
 from llm.model.attention import Attention
 from llm.model.cache import KeyValueCache
 from llm.model.loss import token_losses
-from llm.model.reach import Reach, Unmasked
+from llm.model.reach import Masked, Reach, Sight, Unmasked, boolean_mask, make_rule
 from llm.model.transformer import Transformer
 from llm.pack import pack
 from llm.tokenizer.bpe import ByteLevelBPE
@@ -100,24 +99,16 @@ def test_the_same_seed_gives_the_same_result(rows: Rows, tokenizer: ByteLevelBPE
     assert examine(model, rows) == examine(model, rows)
 
 
-def leaky_attention(mask_of: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    """Attention in plain torch whose mask is what `mask_of` makes of the causal one."""
+def plant_mask(monkeypatch: pytest.MonkeyPatch, mask_of: Callable[[Tensor], Tensor]) -> None:
+    """Let every layer attend by what `mask_of` makes of the right mask (B or 1, T, T)."""
 
-    def attend(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        dropout_p: float = 0.0,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        T, S = q.shape[-2], k.shape[-2]
-        causal = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-        mask = mask_of(causal if attn_mask is None else attn_mask)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
+    def over_rows(
+        self: Sight, tokens: Tensor, document_ids: Tensor | None
+    ) -> dict[int, reach.Attend]:
+        mask = boolean_mask(make_rule(True, 0, document_ids), tokens, document_ids)
+        return {0: Masked(mask_of(mask).unsqueeze(1))}
 
-    return attend
+    monkeypatch.setattr(Sight, "over_rows", over_rows)
 
 
 def one_further(mask: Tensor) -> Tensor:
@@ -132,16 +123,6 @@ def everything(mask: Tensor) -> Tensor:
     return torch.ones_like(mask)
 
 
-class FunctionsWith:
-    """torch.nn.functional with one function replaced."""
-
-    def __init__(self, attend: Callable[..., Tensor]) -> None:
-        self.scaled_dot_product_attention = attend
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(F, name)
-
-
 @pytest.mark.parametrize("mask_of", [one_further, everything])
 @pytest.mark.parametrize("is_document_masked", [False, True])
 def test_a_mask_that_reaches_too_far_is_caught(
@@ -151,7 +132,7 @@ def test_a_mask_that_reaches_too_far_is_caught(
     mask_of: Callable[[Tensor], Tensor],
     is_document_masked: bool,
 ) -> None:
-    monkeypatch.setattr(reach, "F", FunctionsWith(leaky_attention(mask_of)))
+    plant_mask(monkeypatch, mask_of)
     found = examine(make_model(tokenizer), rows, is_document_masked)
     assert not found.is_passed
     assert found.future_difference > leak.FUTURE_TOLERANCE
@@ -160,7 +141,7 @@ def test_a_mask_that_reaches_too_far_is_caught(
 def test_the_plain_mask_in_the_same_place_passes(
     rows: Rows, tokenizer: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reach, "F", FunctionsWith(leaky_attention(lambda mask: mask)))
+    plant_mask(monkeypatch, lambda mask: mask)
     assert examine(make_model(tokenizer), rows).is_passed
 
 

@@ -1,7 +1,7 @@
-"""The transformer: equal to transformers', blind to the future, its cache exact."""
+"""The transformer: equal to transformers' and to plain torch, blind to what comes later."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -11,7 +11,9 @@ from llm.config import ModelConfig
 from llm.errors import ConfigError, DataError
 from llm.model.cache import KeyValueCache
 from llm.model.loss import token_losses
+from llm.model.positions import RotaryPositions
 from llm.model.transformer import Transformer
+from tests.llm.plain_transformer import plain_logits
 from tests.llm.training_setup import SEQ_LEN, TINY, tiny_model
 
 # Names here -> names in transformers' LlamaForCausalLM.
@@ -109,8 +111,109 @@ def test_no_logit_depends_on_a_later_token() -> None:
             assert not torch.equal(before[:, position], after[:, position])
 
 
-def test_with_document_ids_packed_documents_score_as_each_alone() -> None:
-    model = tiny_model()
+# Every choice the settings give, alone and as whole families; TINY has what is not named.
+CHOICES: dict[str, dict[str, Any]] = {
+    "as it comes": {},
+    "multi-query, wide heads": {"num_kv_heads": 1, "head_dim": 20},
+    "odd heads, learned positions": {"positions": "learned", "d_model": 28},
+    "rope stretched as in llama3": {"rope_scaling": "llama3", "rope_original_seq_len": 16},
+    "layernorm": {"norm": "layernorm"},
+    "layernorm with biases": {"norm": "layernorm", "has_biases": True},
+    "normalized queries and keys": {"has_qk_norm": True},
+    "geglu, scaled embedding": {"mlp": "geglu", "is_embedding_scaled": True},
+    "gelu": {"mlp": "gelu"},
+    "squared relu": {"mlp": "relu2", "tie_embeddings": False},
+    "soft caps": {"attention_soft_cap": 3.0, "logit_soft_cap": 2.0},
+    "every layer slides": {"sliding_window": 5},
+    "the last of two layers sees all": {"sliding_window": 5, "full_attention_every": 2},
+    "window, cap and grouped heads": {"sliding_window": 3, "attention_soft_cap": 2.0},
+    "gpt2": {"positions": "learned", "norm": "layernorm", "mlp": "gelu", "has_biases": True}
+    | {"num_kv_heads": 4},
+}
+BOTH_WAYS: dict[str, dict[str, Any]] = {
+    "both ways": {"is_causal": False},
+    "both ways, sliding": {"is_causal": False, "sliding_window": 4, "has_qk_norm": True},
+}
+
+
+def three_documents() -> torch.Tensor:
+    """Which document each position of two rows is of."""
+    return torch.tensor([[0] * 5 + [1] * 1 + [2] * (SEQ_LEN - 6), [2] * 9 + [3] * (SEQ_LEN - 9)])
+
+
+@pytest.mark.parametrize("has_documents", [False, True], ids=["whole", "documents"])
+@pytest.mark.parametrize("name", CHOICES | BOTH_WAYS)
+def test_logits_and_gradients_equal_those_of_the_plain_model(
+    name: str, has_documents: bool
+) -> None:
+    model = tiny_model(vocab_size=70, **(CHOICES | BOTH_WAYS)[name])
+    spread_weights(model)
+    weights = {name: w.detach().clone().requires_grad_() for name, w in model.named_parameters()}
+    tokens = random_tokens(2, SEQ_LEN, vocab_size=70)
+    documents = three_documents() if has_documents else None
+    frequencies = None
+    if model.config.rope_scaling == "llama3":
+        frequencies = llama3_frequencies(model.config)
+    found = model(tokens, documents)
+    expected = plain_logits(weights, model.config, tokens, documents, frequencies)[..., :70]
+    # sums of tens of fp32 products in another order; the logits are of order 1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    wanted = random_tokens(2, SEQ_LEN, seed=3, vocab_size=70)
+    for logits in (found, expected):
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten()).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    plain = {name: weight.grad for name, weight in weights.items()}
+    torch.testing.assert_close(gradients, plain, rtol=1e-4, atol=1e-6)
+
+
+def llama3_frequencies(config: ModelConfig) -> list[float]:
+    """By the conditions of Meta's own code, channel by channel."""
+    head_dim = config.head_dim or config.d_model // config.num_heads
+    low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
+    found: list[float] = []
+    for channel in range(head_dim // 2):
+        frequency = config.rope_theta ** (-2 * channel / head_dim)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < config.rope_original_seq_len / high:
+            found.append(frequency)
+        elif wavelength > config.rope_original_seq_len / low:
+            found.append(frequency / config.rope_factor)
+        else:
+            smooth = (config.rope_original_seq_len / wavelength - low) / (high - low)
+            found.append((1 - smooth) * frequency / config.rope_factor + smooth * frequency)
+    return found
+
+
+def test_stretched_rotations_equal_those_of_transformers() -> None:
+    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
+    transformers = pytest.importorskip("transformers")
+    config = replace(TINY, d_model=512, rope_theta=500_000.0, rope_scaling="llama3")
+    theirs = modeling.LlamaRotaryEmbedding(
+        transformers.LlamaConfig(
+            hidden_size=512,
+            num_attention_heads=4,
+            max_position_embeddings=131_072,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 500_000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        )
+    )
+    places = torch.arange(200)[None]
+    cosine, sine = theirs(torch.zeros(1), places)
+    found = RotaryPositions(config, 200).rotation(places)
+    # angles up to 200, so that fp32 leaves 2e-5 of them
+    torch.testing.assert_close(found[0][:, 0], cosine, rtol=0, atol=3e-5)
+    torch.testing.assert_close(found[1][:, 0], sine, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_packed_documents_score_as_each_alone(name: str) -> None:
+    model = tiny_model(**CHOICES[name])
     spread_weights(model)
     first, second = random_tokens(1, 12, seed=1), random_tokens(1, 20, seed=2)
     packed = torch.cat([first, second], dim=1)
@@ -123,9 +226,9 @@ def test_with_document_ids_packed_documents_score_as_each_alone() -> None:
     torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
-def test_logits_through_the_cache_equal_those_of_one_pass(num_kv_heads: int) -> None:
-    model = tiny_model(num_kv_heads=num_kv_heads)
+@pytest.mark.parametrize("name", CHOICES)
+def test_logits_through_the_cache_equal_those_of_one_pass(name: str) -> None:
+    model = tiny_model(**CHOICES[name])
     spread_weights(model)
     tokens = random_tokens(2, SEQ_LEN)
     with torch.no_grad():
@@ -134,6 +237,62 @@ def test_logits_through_the_cache_equal_those_of_one_pass(num_kv_heads: int) -> 
         sizes = [5, 1, 1, 9, 1, 15]
         parts = [model(part, cache=cache) for part in tokens.split(sizes, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_looks_both_ways_takes_no_cache() -> None:
+    model = tiny_model(is_causal=False)
+    with pytest.raises(ConfigError, match=r"model.is_causal: found false, expected true"):
+        model(random_tokens(1, 4), cache=KeyValueCache(model.config, 1, 4))
+
+
+@pytest.mark.parametrize("shape", [{}, {"attention_soft_cap": 3.0}], ids=["plain", "capped"])
+def test_dropout_acts_in_training_alone_and_keeps_the_mean(shape: dict[str, Any]) -> None:
+    model = tiny_model(dropout=0.2, **shape)
+    undropped = tiny_model(**shape)
+    tokens = random_tokens(2, SEQ_LEN)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens), undropped(tokens))
+        model.train()
+        torch.manual_seed(5)
+        first, second = model.read(tokens), model.read(tokens)
+        torch.manual_seed(5)
+        assert torch.equal(model.read(tokens), first)
+    assert not torch.equal(first, second)
+    for name in ("attention", "stream", "embedding"):
+        assert drops(name, shape), f"{name} is not dropped"
+
+
+def drops(place: str, shape: dict[str, Any]) -> bool:
+    """Tell whether dropout in one place alone, all others off, changes what the model makes."""
+    model = tiny_model(dropout=0.2, **shape).train()
+    spread_weights(model)
+    for block in model.blocks:
+        block.attention.dropout = 0.2 if place == "attention" else 0.0
+        block.dropout.p = 0.2 if place == "stream" else 0.0
+    model.dropout.p = 0.2 if place == "embedding" else 0.0
+    tokens = random_tokens(2, SEQ_LEN)
+    with torch.no_grad():
+        return not torch.equal(model(tokens), model(tokens))
+
+
+def test_blocks_that_start_at_zero_pass_on_what_they_read() -> None:
+    model = tiny_model(residual_init="zero", has_biases=True, norm="layernorm")
+    tokens = random_tokens(1, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(model.read(tokens), model.norm(model.embedding(tokens)))
+
+
+def test_names_of_weights_say_what_they_are() -> None:
+    model = tiny_model(
+        positions="learned", norm="layernorm", has_biases=True, has_qk_norm=True, num_layers=1
+    )
+    linear = ["attention.query", "attention.key", "attention.value", "attention.output"]
+    linear += ["feed_forward.gate", "feed_forward.up", "feed_forward.down"]
+    both = [f"blocks.0.{name}" for name in (*linear, "attention_norm", "feed_forward_norm")]
+    names = {f"{name}.{kind}" for name in (*both, "norm") for kind in ("weight", "bias")}
+    names |= {"embedding.weight", "positions.weight"}
+    names |= {f"blocks.0.attention.{name}_norm.weight" for name in ("query", "key")}
+    assert {name for name, _ in model.named_parameters()} == names
 
 
 def test_the_vocabulary_is_padded_inside_and_nowhere_else() -> None:
@@ -188,6 +347,13 @@ def test_more_tokens_than_the_context_are_refused() -> None:
         ({"d_model": 34}, "model.d_model: found 34"),
         ({"d_model": 12}, "model.d_model: found 12, which makes heads 3 wide, expected an even"),
         ({"num_kv_heads": 3}, "model.num_kv_heads: found 3"),
+        ({"head_dim": 7}, "model.head_dim: found 7, which makes heads 7 wide, expected an even"),
+        ({"full_attention_every": 2}, "model.full_attention_every: found 2, expected 0 where"),
+        ({"positions": "learned", "rope_scaling": "llama3"}, "model.rope_scaling: found llama3"),
+        (
+            {"rope_scaling": "llama3", "rope_low_frequency_factor": 4.0},
+            "model.rope_low_frequency_factor: found 4.0, expected less than",
+        ),
     ],
 )
 def test_impossible_shapes_are_refused_by_name(shape: dict[str, Any], message: str) -> None:
