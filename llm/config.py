@@ -350,6 +350,8 @@ class OptimizationConfig:
     """Peak learning rate of AdamW."""
     muon_learning_rate: PositiveFloat = 0.02
     """Peak learning rate of Muon."""
+    muon_momentum: Annotated[float, Range(minimum=0, below=1)] = 0.95
+    """Muon's memory of earlier gradients; less suits trainings of a few hundred steps."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
     """From the peak to the end; wsd stays at the peak and falls over the last `decay_fraction`."""
     warmup_steps: Count = 20

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm.config import OptimizationConfig
 from llm.errors import ArtifactError
 from llm.model.transformer import Transformer
-from llm.training.optimizers import MUON_MOMENTUM, Optimizer, make_optimizer
+from llm.training.muon import Muon
+from llm.training.optimizers import Optimizer, make_optimizer
 from tests.llm.training_setup import tiny_model
 
 SOURCE = Path("optimizer.safetensors")
@@ -49,10 +50,10 @@ def muon_reference(config: OptimizationConfig) -> Callable[[str, Tensor, Tensor,
     momenta: dict[str, Tensor] = {}
 
     def update(name: str, weight: Tensor, gradient: Tensor, factor: float) -> Tensor:
-        momentum = MUON_MOMENTUM * momenta.get(name, torch.zeros_like(weight))
-        momentum = momentum + (1 - MUON_MOMENTUM) * gradient
+        share = config.muon_momentum
+        momentum = share * momenta.get(name, torch.zeros_like(weight)) + (1 - share) * gradient
         momenta[name] = momentum
-        ahead = MUON_MOMENTUM * momentum + (1 - MUON_MOMENTUM) * gradient
+        ahead = share * momentum + (1 - share) * gradient
         left, _, right = torch.linalg.svd(ahead, full_matrices=False)
         rate = config.muon_learning_rate * factor
         scale = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
@@ -168,3 +169,38 @@ def test_vectors_are_not_decayed() -> None:
     optimizer.step()
     assert torch.equal(model.norm.weight, torch.ones(32))
     torch.testing.assert_close(model.embedding.weight, matrix * 0.99)
+
+
+def test_batched_muon_equals_torchs_own() -> None:
+    """Tolerance: both round in bfloat16, in another order; an update's entries are near 0.1."""
+    torch.manual_seed(0)
+    shapes = ((12, 12), (12, 12), (48, 12), (12, 48), (12, 12))
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(weight.detach().clone()) for weight in ours]
+    muon = Muon(ours, lr=0.02, weight_decay=0.1, momentum=0.9)
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9)
+    for _ in range(5):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape)
+            other.grad = mine.grad.clone()
+        muon.step()
+        reference.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=2e-3)
+    assert all(not torch.equal(weight.detach(), torch.zeros_like(weight)) for weight in ours), (
+        "the comparison would hold for weights that were lost"
+    )
+
+
+def test_muon_leaves_all_as_it_is_where_the_gradient_is_not_finite() -> None:
+    torch.manual_seed(0)
+    matrix = nn.Parameter(torch.randn(8, 4))
+    muon = Muon([matrix], lr=0.1, weight_decay=0.1, momentum=0.9)
+    matrix.grad = torch.randn(8, 4)
+    muon.step()
+    weight, momentum = matrix.detach().clone(), muon.state[matrix]["momentum_buffer"].clone()
+    matrix.grad = torch.full((8, 4), torch.nan)
+    vars(muon)["found_inf"] = torch.ones(())
+    muon.step()
+    assert torch.equal(matrix, weight)
+    assert torch.equal(muon.state[matrix]["momentum_buffer"], momentum)
