@@ -332,8 +332,10 @@ class ModelConfig:
     """False: each position sees the whole row, and learning is by filling in masked tokens."""
     dropout: Annotated[float, Range(minimum=0, below=1)] = 0.0
     """Share of activations zeroed while training, after embedding, attention and feed-forward."""
-    residual_init: Literal["depth_scaled", "zero"] = "depth_scaled"
-    """First weights of what adds to the stream: smaller the deeper the model, or zero."""
+    init: Literal["gpt2", "zero"] = "gpt2"
+    """First weights. gpt2: all small, what adds to the stream smaller the deeper the model; zero:
+    products keep the size of what they read, what adds to the stream and an untied head are zero.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

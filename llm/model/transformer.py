@@ -122,29 +122,37 @@ class Transformer(nn.Module):
         return logits if logits.shape[-1] == self.vocab_size else logits[..., : self.vocab_size]
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Draw first weights: normal with deviation 0.02; norms are 1 and biases 0.
+        """Draw first weights, all of them normal; norms are 1 and biases 0.
 
-        2 * num_layers parts add to the stream. By `residual_init` each is either scaled by 1 /
-        sqrt(2 * num_layers), so that the sum keeps its variance whatever the depth, or starts at
-        zero, so that every block first passes on what it reads. Padding rows of the vocabulary
-        start and stay at zero.
+        `gpt2`: a deviation of 0.02, and for what adds to the stream, of which there are 2 *
+        num_layers parts, less by the root of that, so that the sum keeps its variance whatever the
+        depth. `zero`: one over the root of the inputs, so that a product keeps the size of what it
+        reads, and zero for what adds to the stream and for an untied head, so that every block
+        first passes on what it reads and every token is first as likely. Padding rows of the
+        vocabulary start and stay at zero.
 
         Source: "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.3; zero:
         "Fixup Initialization" (arXiv 1901.09321), "Tensor Programs V" (arXiv 2203.03466), D.2.
         """
-        stds = {"depth_scaled": INITIAL_STD / math.sqrt(2 * self.config.num_layers), "zero": 0.0}
-        adding_std = stds[self.config.residual_init]
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if parameter.ndim == 1:
                     parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
-                    continue
-                is_adding = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
-                parameter.normal_(
-                    0.0, adding_std if is_adding else INITIAL_STD, generator=generator
-                )
+                else:
+                    std = self._initial_std(name, parameter.shape[1])
+                    parameter.normal_(0.0, std, generator=generator)
             self.embedding.weight[self.vocab_size :] = 0.0
             self.head.weight[self.vocab_size :] = 0.0
+
+    def _initial_std(self, name: str, num_inputs: int) -> float:
+        is_adding = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
+        if self.config.init == "gpt2":
+            return INITIAL_STD / math.sqrt(2 * self.config.num_layers) if is_adding else INITIAL_STD
+        if is_adding or name == "head.weight":
+            return 0.0
+        if name.startswith("blocks."):
+            return num_inputs**-0.5
+        return INITIAL_STD if self.config.tie_embeddings else 1.0  # tied, they score as well
 
     def num_parameters(self) -> int:
         """Count the weights, tied ones once and padding of the vocabulary not at all."""

@@ -276,7 +276,7 @@ def drops(place: str, shape: dict[str, Any]) -> bool:
 
 
 def test_blocks_that_start_at_zero_pass_on_what_they_read() -> None:
-    model = tiny_model(residual_init="zero", has_biases=True, norm="layernorm")
+    model = tiny_model(init="zero", has_biases=True, norm="layernorm")
     tokens = random_tokens(1, 8)
     with torch.no_grad():
         torch.testing.assert_close(model.read(tokens), model.norm(model.embedding(tokens)))
