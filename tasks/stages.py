@@ -6,9 +6,8 @@ steps.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-Role = Literal["", "corpus", "chats"]
+from llm.config import DownloadConfig, MixtureConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +24,7 @@ class Stage:
 
 
 DOWNLOAD = Stage(name="download")
-CLEAN = Stage(name="clean")
+CLEAN = Stage(name="clean", libraries=("rensa",))
 TRAIN_TOKENIZER = Stage(name="train_tokenizer", has_seed=True, libraries=("tokenizers",))
 PACK = Stage(name="pack", has_seed=True, libraries=("tokenizers",))
 PRETRAIN = Stage(name="pretrain", has_seed=True, is_training=True)
@@ -39,7 +38,8 @@ class Step:
     """One stage at its place in a pipeline: what it is made from, by name. Equal only to itself."""
 
     stage: Stage
-    role: Role = ""
+    role: str = ""
+    """corpus or chats; of one of several sources, its place in `download`: `corpus.sources.0`."""
     inputs: Mapping[str, "Step"] = field(default_factory=dict[str, "Step"])
 
     @property
@@ -48,14 +48,17 @@ class Step:
         return f"{self.stage.name} {self.role}".strip()
 
 
-def download(role: Role) -> Step:
-    """Fetch the raw files of `download.corpus` or `download.chats`."""
-    return Step(stage=DOWNLOAD, role=role)
+def download(role: str, settings: DownloadConfig) -> list[Step]:
+    """Fetch the raw files of `download.corpus` or `download.chats`, each of its sources alone."""
+    mixture: MixtureConfig = getattr(settings, role)
+    roles = [f"{role}.sources.{index}" for index in range(len(mixture.sources))]
+    return [Step(stage=DOWNLOAD, role=place) for place in roles or [role]]
 
 
-def clean(raw: Step) -> Step:
+def clean(raw: Sequence[Step]) -> Step:
     """Turn raw files into documents with ids, each once, split into train and validation."""
-    return Step(stage=CLEAN, role=raw.role, inputs={"raw": raw})
+    inputs = {"raw": raw[0]} if len(raw) == 1 else {f"raw_{k}": step for k, step in enumerate(raw)}
+    return Step(stage=CLEAN, role=raw[0].role.partition(".")[0], inputs=inputs)
 
 
 def train_tokenizer(documents: Step) -> Step:

@@ -1,0 +1,217 @@
+"""Find texts that are nearly the same: MinHash proposes pairs, their n-grams decide.
+
+Two texts are proposed when all hashes in one band of their signatures agree; whether they are
+nearly the same is then computed from the n-grams themselves. Texts that are linked, directly or by
+way of others, are one cluster, of which the first in the order given is kept. The result depends on
+the texts and that order alone, not on where they come from or when.
+
+On disk a text takes 128 signature values of 4 bytes and a key of 8 bytes for each band; in memory
+60 bytes while bands are compared. Needs the library `rensa`.
+
+U texts (units), M the members of a band's bucket.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+
+from llm.config import NearDuplicatesConfig
+from llm.data.ngrams import POWERS, Hashes, hash_distinct_ngrams, hash_ngrams, hash_words
+from llm.errors import ConfigError
+
+Ranks = npt.NDArray[np.int64]
+ReadText = Callable[[int], str]
+
+NUM_HASHES = 128
+SEED = 1
+MIN_FOUND_FRACTION = 0.995
+"""Of pairs just as alike as `min_jaccard`, so many must be proposed."""
+ESTIMATE_SLACK = 0.12
+"""A signature is off by 0.035 (one standard deviation) at 0.8: worse estimates are not looked at.
+"""
+MAX_LEADERS = 256
+"""In a bucket at most so many unlike texts are compared with all others, so that it takes time in
+proportion to its size. Buckets are of texts alike; more leaders were not seen in real text."""
+TEXTS_AT_ONCE = 1024
+
+
+class NearDuplicates:
+    """Texts, added one after another, and afterwards which of them to drop."""
+
+    def __init__(self, folder: Path, config: NearDuplicatesConfig) -> None:
+        """Keep signatures in `folder`, which must be there and empty.
+
+        Raises:
+            ConfigError: the library is missing.
+        """
+        self._rensa = _import_rensa()
+        self._config = config
+        self._rows_per_band = rows_per_band(config.min_jaccard)
+        num_bands = NUM_HASHES // self._rows_per_band
+        self._signatures = (folder / "signatures.bin").open("w+b")
+        self._bands = [(folder / f"band-{band}.bin").open("w+b") for band in range(num_bands)]
+        self._waiting: list[Hashes] = []
+        self._num_texts = 0
+
+    @property
+    def num_bands(self) -> int:
+        """How many bands there are to compare."""
+        return len(self._bands)
+
+    def __len__(self) -> int:
+        return self._num_texts
+
+    def add(self, text: str) -> bool:
+        """Take a text, unless it has too few words to be compared; return whether it was taken."""
+        words = hash_words(text)
+        if len(words) < self._config.min_words:
+            return False
+        self._waiting.append(hash_ngrams(words, min(self._config.ngram_words, len(words))))
+        self._num_texts += 1
+        if len(self._waiting) >= TEXTS_AT_ONCE:
+            self._sign()
+        return True
+
+    def find(self, order: Ranks, read_text: ReadText) -> Iterator[Ranks]:
+        """Yield after each band the first text of each one's cluster, as far as is known, (U,).
+
+        Both are by rank: `order` holds the number of the text at each rank, (U,). Those whose first
+        is not themselves are to be dropped.
+        """
+        self._sign()
+        first = np.arange(len(order), dtype=np.int64)  # (U,) by rank
+        for band in self._bands:
+            for members in _buckets(band, order, first):
+                self._link(members, order, first, read_text)
+            first = _flattened(first)
+            yield first
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in (self._signatures, *self._bands):
+            file.close()
+
+    def _sign(self) -> None:
+        """Write the signatures of the waiting texts and their key in each band."""
+        if not self._waiting:
+            return
+        ends = np.cumsum([0, *map(len, self._waiting)], dtype=np.uint64)
+        matrix = self._rensa.RMinHash.digest_matrix_from_flat_token_hashes(
+            np.concatenate(self._waiting), ends, NUM_HASHES, SEED
+        )
+        signatures = np.array(matrix.to_rows(), dtype=np.uint32)  # (texts, NUM_HASHES)
+        self._signatures.write(signatures.tobytes())
+        for number, file in enumerate(self._bands):
+            start = number * self._rows_per_band
+            columns = signatures[:, start : start + self._rows_per_band]
+            file.write(_keys(columns).tobytes())
+        self._waiting.clear()
+
+    def _link(self, members: Ranks, order: Ranks, first: Ranks, read_text: ReadText) -> None:
+        """Link the first member with all that are like it, then the first of the rest, and so on.
+
+        The first texts of two clusters are never left out as members, so they are compared.
+        """
+        for _ in range(MAX_LEADERS):
+            leader, members = members[0], members[1:]
+            roots = np.array([_find(first, int(member)) for member in members])
+            is_like = roots == _find(first, int(leader))
+            unknown = np.flatnonzero(~is_like)
+            is_like[unknown] = self._is_like(int(order[leader]), order[members[unknown]], read_text)
+            for member in members[unknown[is_like[unknown]]]:
+                one, other = _find(first, int(leader)), _find(first, int(member))
+                first[max(one, other)] = min(one, other)
+            members = members[~is_like]
+            if len(members) < 2:
+                return
+
+    def _is_like(self, leader: int, others: Ranks, read_text: ReadText) -> npt.NDArray[np.bool_]:
+        """Tell which texts share enough n-grams with the leader, (M,)."""
+        own = self._signature(leader)
+        estimates = [np.mean(own == self._signature(int(other))) for other in others]
+        is_like = np.array(estimates) >= self._config.min_jaccard - ESTIMATE_SLACK
+        if is_like.any():
+            ngrams = hash_distinct_ngrams(read_text(leader), self._config.ngram_words)
+            for place in np.flatnonzero(is_like):
+                text = read_text(int(others[place]))
+                share = jaccard(ngrams, hash_distinct_ngrams(text, self._config.ngram_words))
+                is_like[place] = share >= self._config.min_jaccard
+        return is_like
+
+    def _signature(self, text: int) -> npt.NDArray[np.uint32]:
+        self._signatures.seek(text * NUM_HASHES * 4)
+        return np.frombuffer(self._signatures.read(NUM_HASHES * 4), dtype=np.uint32)
+
+
+def rows_per_band(min_jaccard: float) -> int:
+    """Return the most hashes a band can have without missing pairs as alike as `min_jaccard`.
+
+    Of such pairs 1 - (1 - j^r)^b are proposed (Leskovec et al., Mining of Massive Datasets, 3.4.2).
+    """
+    found = [
+        rows for rows in range(1, NUM_HASHES + 1)
+        if 1 - (1 - min_jaccard**rows) ** (NUM_HASHES // rows) >= MIN_FOUND_FRACTION
+    ]  # fmt: skip
+    return max(found)
+
+
+def jaccard(ngrams: Hashes, others: Hashes) -> float:
+    """Return the share of n-grams in common of two sorted sets; of two empty ones 1."""
+    num_shared = len(np.intersect1d(ngrams, others, assume_unique=True))
+    num_all = len(ngrams) + len(others) - num_shared
+    return num_shared / num_all if num_all else 1.0
+
+
+def _buckets(band: IO[bytes], order: Ranks, first: Ranks) -> Iterator[Ranks]:
+    """Yield the ranks, rising, of texts with the same key that are not all of one cluster yet."""
+    band.seek(0)
+    keys = np.frombuffer(band.read(), dtype=np.uint64)[order]  # by rank
+    ranks = np.argsort(keys, kind="stable")
+    keys = keys[ranks]
+    is_same = np.concatenate([[False], keys[1:] == keys[:-1], [False]])  # as the one before
+    is_member = is_same[1:] | is_same[:-1]
+    is_first = ~is_same[:-1][is_member]
+    ranks = ranks[is_member]
+    del keys, is_same, is_member
+    starts = np.flatnonzero(is_first)
+    if not starts.size:
+        return
+    clusters = _flattened(first)[ranks]
+    is_mixed = np.minimum.reduceat(clusters, starts) != np.maximum.reduceat(clusters, starts)
+    ends = np.append(starts[1:], len(ranks))
+    for start, end in zip(starts[is_mixed], ends[is_mixed], strict=True):
+        yield ranks[start:end]
+
+
+def _keys(columns: npt.NDArray[np.uint32]) -> Hashes:
+    """Hash each row to one number, (texts, rows) -> (texts,)."""
+    return columns.astype(np.uint64) @ POWERS[: columns.shape[1]]
+
+
+def _find(first: Ranks, rank: int) -> int:
+    """Return the first of the cluster, and have the way there shorter the next time."""
+    while (above := int(first[rank])) != rank:
+        first[rank] = first[above]
+        rank = above
+    return rank
+
+
+def _flattened(first: Ranks) -> Ranks:
+    while not np.array_equal(above := first[first], first):
+        first = above
+    return first
+
+
+def _import_rensa() -> ModuleType:
+    try:
+        import rensa
+    except ImportError as error:
+        raise ConfigError(
+            "clean.near_duplicates.unit: comparing needs the library rensa; `pip install rensa`, or"
+            " set it to none"
+        ) from error
+    return rensa

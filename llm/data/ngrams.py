@@ -1,0 +1,113 @@
+"""Texts as words and the hashes of their n-grams, without a Python object for a word.
+
+A word is a run of letters and digits in lower case; punctuation and blanks only separate. In
+scripts written without blanks (Chinese, Japanese, and Korean too) every character is a word. A
+hash depends on the words alone, on every machine.
+
+W words, N n-grams, S bytes in a block.
+"""
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+Hashes = npt.NDArray[np.uint64]
+
+BLOCK_BYTES = 1 << 18
+"""Texts are read in blocks of so much: each byte takes 40 while it is worked on."""
+SEPARATORS = re.compile(rb"[^0-9A-Za-z\x80-\xff]")
+FIRST_CODE, PUNCTUATION_CODE, LAST_CODE = 0xE3, 0xE2, 0xED
+"""First bytes in UTF-8: U+3000 to U+DFFF are words each, U+2000 to U+2FFF are signs."""
+BASE = np.uint64(0x9E3779B97F4A7C15)
+INVERSE = np.uint64(pow(int(BASE), -1, 1 << 64))
+
+
+def hash_words(text: str) -> Hashes:
+    """Return a hash of each word of `text`, in order, (W,)."""
+    blocks = [_hash_block(block) for block in _blocks(text.lower().encode())]
+    return np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.uint64)
+
+
+def hash_ngrams(words: npt.NDArray[np.unsignedinteger], num_words: int) -> Hashes:
+    """Return a hash of each `num_words` words in a row, (W,) -> (N,) with N = W - num_words + 1.
+
+    Fewer words give none.
+    """
+    num_ngrams = len(words) - num_words + 1
+    if num_ngrams <= 0:
+        return np.zeros(0, dtype=np.uint64)
+    hashes = np.zeros(num_ngrams, dtype=np.uint64)
+    for place in range(num_words):
+        hashes += words[place : place + num_ngrams]
+        hashes *= BASE
+    return _mix(hashes)
+
+
+def hash_distinct_ngrams(text: str, num_words: int) -> Hashes:
+    """Return the set of a text's n-grams, sorted. Fewer words are one shorter n-gram."""
+    words = hash_words(text)
+    return np.unique(hash_ngrams(words, min(num_words, max(len(words), 1))))
+
+
+def _hash_block(block: bytes) -> Hashes:
+    """Hash the words of a block: the difference of two prefix sums, shifted to the same place."""
+    codes = np.frombuffer(block, dtype=np.uint8)  # (S,)
+    starts, ends = _find_words(codes)
+    sums = np.zeros(len(codes) + 1, dtype=np.uint64)
+    np.cumsum(BYTE_VALUES[codes] * POWERS[: len(codes)], out=sums[1:])
+    return _mix((sums[ends] - sums[starts]) * INVERSE_POWERS[starts])
+
+
+def _find_words(codes: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Return where words start and end, (S,) -> (W,), (W,)."""
+    is_word = IS_WORD[codes]
+    if codes.size and codes.max() >= PUNCTUATION_CODE:
+        signs = np.flatnonzero(codes == PUNCTUATION_CODE)
+        for offset in range(3):
+            is_word[np.minimum(signs + offset, len(codes) - 1)] = False
+    is_inside = np.zeros(len(codes) + 2, dtype=np.bool_)
+    is_inside[1:-1] = is_word
+    is_start = is_inside[1:] & ~is_inside[:-1]  # (S + 1,): the last is never one
+    is_end = is_inside[:-1] & ~is_inside[1:]
+    if codes.size and codes.max() >= FIRST_CODE:
+        singles = np.flatnonzero((codes >= FIRST_CODE) & (codes <= LAST_CODE))
+        after = np.minimum(singles + 3, len(codes))
+        is_start[singles] = is_end[singles] = is_end[after] = True
+        is_start[after] |= is_inside[after + 1]
+        is_end[singles] &= is_inside[singles]
+    return np.flatnonzero(is_start), np.flatnonzero(is_end)
+
+
+def _blocks(data: bytes) -> Iterator[bytes]:
+    """Cut at the last blank in reach; where there is none, anywhere between characters."""
+    start = 0
+    while len(data) - start > BLOCK_BYTES:
+        half, limit = start + BLOCK_BYTES // 2, start + BLOCK_BYTES
+        end = 1 + max(data.rfind(blank, half, limit) for blank in (b" ", b"\n"))
+        if not end:
+            end = limit
+            while data[end] & 0xC0 == 0x80:
+                end -= 1
+        yield data[start:end]
+        start = end
+    yield data[start:]
+
+
+def _mix(hashes: Hashes) -> Hashes:
+    """Make every bit depend on every other: the finalizer of splitmix64."""
+    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return hashes ^ (hashes >> np.uint64(31))
+
+
+def _powers(base: np.uint64) -> Hashes:
+    return np.cumprod(
+        np.concatenate([np.ones(1, np.uint64), np.full(BLOCK_BYTES, base, np.uint64)])
+    )
+
+
+POWERS, INVERSE_POWERS = _powers(BASE), _powers(INVERSE)  # (S + 1,): 2 MB each
+BYTE_VALUES = _mix(np.arange(1, 257, dtype=np.uint64))
+IS_WORD = np.array([SEPARATORS.match(bytes([code])) is None for code in range(256)])

@@ -1,0 +1,23 @@
+"""Write what looks the same in the same way: line ends and composed characters."""
+
+import re
+import unicodedata
+from typing import Literal
+
+LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
+
+LineEnds = Literal["as_is", "lf"]
+UnicodeForm = Literal["as_is", "nfc"]
+
+
+def normalize(text: str, line_ends: LineEnds, unicode_form: UnicodeForm) -> str:
+    """Return `text` with the line ends and in the form asked for. Doing it again changes nothing.
+
+    Source: Unicode Standard Annex 15. The composition of a character that has one never changes;
+    one that a later Unicode adds is left alone by an older Python.
+    """
+    if line_ends == "lf":
+        text = LINE_ENDS.sub("\n", text)
+    if unicode_form == "nfc":
+        text = unicodedata.normalize("NFC", text)
+    return text

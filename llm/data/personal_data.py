@@ -1,0 +1,63 @@
+"""Mask e-mail and public IP addresses. What stands for them is no address, so it is found once."""
+
+import re
+from dataclasses import dataclass
+from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+EMAIL_MASK, IP_MASK = "[email]", "[ip]"
+# Bounded repeats, as RFC 5321 bounds them: a long run that is no address is read once
+EMAIL = re.compile(r"[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,63}", re.ASCII)
+IPV4 = re.compile(r"(?<![\w.])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?!\.?\w)", re.ASCII)
+IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34}(?![\w:])", re.ASCII)
+PUBLIC_IPV6 = IPv6Network("2000::/3")
+NOT_PUBLIC_IPV4 = tuple(  # IANA's special-purpose registry and multicast
+    map(
+        IPv4Network,
+        (
+            "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16",
+            "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.168.0.0/16", "198.18.0.0/15",
+            "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/3",
+        ),
+    )
+)  # fmt: skip
+"""Written down here, because the standard library's own list differs between releases."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Masked:
+    """How many addresses were masked."""
+
+    num_emails: int = 0
+    num_ip_addresses: int = 0
+
+
+def mask(text: str, masked: Masked, *, emails: bool, ip_addresses: bool) -> str:
+    """Return `text` with the addresses masked, and count them in `masked`."""
+    if emails and "@" in text:
+        text, num_found = EMAIL.subn(EMAIL_MASK, text)
+        masked.num_emails += num_found
+    if ip_addresses:
+        for pattern, is_public in ((IPV4, _is_public_ipv4), (IPV6, _is_public_ipv6)):
+            pieces, start = list[str](), 0
+            for match in pattern.finditer(text):
+                if is_public(match.group()):
+                    pieces += [text[start : match.start()], IP_MASK]
+                    start = match.end()
+                    masked.num_ip_addresses += 1
+            text = "".join([*pieces, text[start:]])
+    return text
+
+
+def _is_public_ipv4(text: str) -> bool:
+    try:
+        address = IPv4Address(text)
+    except AddressValueError:
+        return False
+    return not any(address in network for network in NOT_PUBLIC_IPV4)
+
+
+def _is_public_ipv6(text: str) -> bool:
+    try:
+        return IPv6Address(text) in PUBLIC_IPV6
+    except AddressValueError:
+        return False
