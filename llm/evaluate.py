@@ -1,8 +1,9 @@
 """Measure base and chat model on what neither has seen, beside what needs no model at all."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from llm.artifact import ArtifactWriter, Json, Manifest, read_manifest
 from llm.config import EvaluateConfig, ModelConfig, read_section
 from llm.data.rows import Rows
 from llm.errors import ArtifactError, ConfigError
+from llm.evaluation import masked
 from llm.evaluation.baselines import Baselines, measure_baselines
 from llm.evaluation.bits_per_byte import DocumentScores, score_rows
 from llm.evaluation.instructions import (
@@ -25,7 +27,8 @@ from llm.evaluation.leak import LeakResult, find_leaks, leak_metrics
 from llm.evaluation.report import Metric, Report, Sample, rounded, samples_json
 from llm.evaluation.samples import continue_prompts, encode_prompts
 from llm.job import Job, run_job
-from llm.model.precision import Precision
+from llm.model.masking import Masking
+from llm.model.precision import Precision, fp32_products
 from llm.model.store import load_model
 from llm.model.transformer import Transformer
 from llm.seeds import derive_seed
@@ -52,6 +55,8 @@ class Data:
     """Score answers as the chat model was trained."""
     precisions: dict[str, Precision]
     """In which each model was trained, and is scored."""
+    masking: Masking | None
+    """What is hidden from models that fill in; None for those that go on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,8 +68,6 @@ class Findings:
     leak: LeakResult
     answers: list[str]
     continuations: list[str]
-    shape: ModelConfig
-    num_parameters: int
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,7 +102,10 @@ def evaluate(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     folders = {name: Path(job.inputs[name]) for name in MODELS}
     manifests = {name: read_manifest(folder) for name, folder in folders.items()}
     data = _open_data(job, config, manifests)
-    per_model = data.text.num_rows + data.chats.num_rows + len(data.held_out.instructions)
+    per_model = data.text.num_rows + data.chats.num_rows
+    per_model += (
+        masked.num_pseudo_rows(data.text) if data.masking else len(data.held_out.instructions)
+    )
     progress = Progress(job=job, total=data.text.num_rows + len(MODELS) * per_model)
     baselines = measure_baselines(_text_bytes(data, progress))
     if baselines.num_bytes != data.text.info.num_bytes:
@@ -107,16 +113,33 @@ def evaluate(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
             f"{job.inputs['text_rows']}: the validation rows hold {baselines.num_bytes} bytes of"
             f" text, pack.json says {data.text.info.num_bytes}; run pack again"
         )
+    metrics = _data_metrics(data, baselines)
     findings: dict[str, Findings] = {}
+    shapes: list[tuple[ModelConfig, int]] = []
     for name, folder in folders.items():  # one after the other: one model in memory
-        model = _load(folder, device, data)
-        findings[name] = _measure(model, data, data.precisions[name], config, job.seed, progress)
+        model, precision = _load(folder, device, data), data.precisions[name]
+        shapes.append((model.config, model.num_parameters()))
+        with fp32_products(precision, device.type):
+            if data.masking is None:
+                findings[name] = _measure(model, data, precision, config, job.seed, progress)
+            else:
+                filled_in = masked.measure(
+                    model,
+                    {
+                        "": (data.text, data.is_text_masked),
+                        "answer_": (data.chats, data.is_chat_masked),
+                    },
+                    data.masking,
+                    precision,
+                    progress.advance,
+                )
+                metrics |= {f"{name}/{figure}": metric for figure, metric in filled_in.items()}
         del model
     report = Report(
-        metrics=_metrics(findings, baselines, data.held_out),
+        metrics=metrics | _metrics(findings, data.held_out),
         samples=tuple(_samples(findings, config.prompts, data.held_out)),
-        settings=_settings(findings, data, manifests),
-        notes=tuple(_notes(data.held_out, config.num_instructions)),
+        settings=_settings(*shapes[0], data, manifests),
+        notes=tuple(_notes(data.held_out, config.num_instructions)) if findings else masked.NOTES,
     )
     writer.write_bytes("report.json", report.to_json())
     writer.write_bytes("report.md", report.to_markdown().encode())
@@ -133,6 +156,16 @@ def _device(wanted: str) -> torch.device:
 
 def _open_data(job: Job, config: EvaluateConfig, manifests: dict[str, Manifest]) -> Data:
     tokenizer = load_tokenizer(Path(job.inputs["tokenizer"]))
+    trained = manifests["base"].settings
+    shape = trained.get("model")
+    masking = None
+    if isinstance(shape, Mapping) and shape.get("is_causal") is False:
+        masking = Masking(
+            seed=derive_seed(job.seed, "evaluation masks"),
+            fraction=cast(float, trained["masked_fraction"]),
+            mask_id=tokenizer.mask_id,
+            is_text=tokenizer.token_bytes > 0,
+        )
     text = Rows(Path(job.inputs["text_rows"]), "validation")
     chats = Rows(Path(job.inputs["chat_rows"]), "validation")
     return Data(
@@ -144,9 +177,10 @@ def _open_data(job: Job, config: EvaluateConfig, manifests: dict[str, Manifest])
         is_text_masked=manifests["base"].settings.get("is_document_masked") is True,
         is_chat_masked=manifests["chat"].settings.get("is_document_masked") is True,
         precisions={
-            name: "bf16" if manifest.settings.get("precision") == "bf16" else "fp32"
+            name: cast(Precision, manifest.settings.get("precision", "fp32"))
             for name, manifest in manifests.items()
         },
+        masking=masking,
     )
 
 
@@ -216,8 +250,6 @@ def _measure(
             temperature=config.temperature,
             seed=derive_seed(seed, "samples"),
         ),
-        shape=model.config,
-        num_parameters=model.num_parameters(),
     )
 
 
@@ -239,9 +271,7 @@ def _score(
     return scores
 
 
-def _metrics(
-    findings: dict[str, Findings], baselines: Baselines, held_out: HeldOut
-) -> dict[str, Metric]:
+def _metrics(findings: dict[str, Findings], held_out: HeldOut) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {}
     for name, found in findings.items():
         metrics[f"{name}/bits_per_byte"] = found.text.bits_per_byte()
@@ -250,26 +280,38 @@ def _metrics(
             metrics[f"{name}/exact_match"] = exact_match(found.answers, held_out.instructions)
             by_kind = exact_match_by_kind(found.answers, held_out.instructions)
             metrics |= {f"{name}/exact_match/{kind}": share for kind, share in by_kind.items()}
-    for name, value in (
-        ("unigram", baselines.unigram_bits_per_byte),
-        ("gzip", baselines.gzip_bits_per_byte),
-        ("xz", baselines.xz_bits_per_byte),
-    ):
-        metrics[f"baseline/{name}_bits_per_byte"] = Metric(
+    leaks = [found.leak for found in findings.values()]
+    return metrics | (leak_metrics(leaks) if leaks else {})
+
+
+def _data_metrics(data: Data, baselines: Baselines) -> dict[str, Metric]:
+    """Return the figures that need no model."""
+    metrics = {
+        f"baseline/{name}_bits_per_byte": Metric(
             value=rounded(value), unit="bits per byte", num_examples=baselines.num_bytes
         )
-    text = findings["base"].text
-    num_documents = metrics["base/bits_per_byte"].num_examples
-    for name, total in (("bytes", text.num_bytes.sum()), ("tokens", text.num_tokens.sum())):
-        metrics[f"data/validation_{name}"] = Metric(
-            value=float(total), unit=name, num_examples=num_documents
+        for name, value in (
+            ("unigram", baselines.unigram_bits_per_byte),
+            ("gzip", baselines.gzip_bits_per_byte),
+            ("xz", baselines.xz_bits_per_byte),
         )
-    return metrics | leak_metrics([found.leak for found in findings.values()])
+    }
+    info = data.text.info
+    for name, total in (
+        ("bytes", info.num_bytes),
+        ("tokens", info.num_tokens - info.num_documents),  # without the bos of each
+    ):
+        metrics[f"data/validation_{name}"] = Metric(
+            value=float(total), unit=name, num_examples=info.num_documents
+        )
+    return metrics
 
 
 def _samples(
     findings: dict[str, Findings], prompts: Sequence[str], held_out: HeldOut
 ) -> Iterator[Sample]:
+    if not findings:
+        return
     base, chat = findings["base"], findings["chat"]
     for place in one_of_each_kind(held_out.instructions, NUM_SHOWN_INSTRUCTIONS):
         asked = held_out.instructions[place]
@@ -286,12 +328,11 @@ def _samples(
 
 
 def _settings(
-    findings: dict[str, Findings], data: Data, manifests: dict[str, Manifest]
+    shape: ModelConfig, num_parameters: int, data: Data, manifests: dict[str, Manifest]
 ) -> dict[str, str]:
-    shape = findings["base"].shape
     settings = {
         "model": f"{shape.num_layers} layers of width {shape.d_model}, {shape.num_heads} heads,"
-        f" {findings['base'].num_parameters:,} parameters",
+        f" {num_parameters:,} parameters",
         "vocabulary": f"{data.tokenizer.vocab_size:,} tokens",
         "context": f"{data.text.seq_len:,} tokens",
     }

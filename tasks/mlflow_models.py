@@ -130,7 +130,8 @@ class ModelRuns:
             self._store.log_metrics(run_id, changed, at_ms, model_id=model_id)
             for file in ("report.md", "report.json"):
                 self._store.client.log_artifact(run_id, str(folder / file))
-            self._store.log_table(run_id, SAMPLE_TABLE, _sample_rows(samples, model))
+            if samples:  # models that fill in masked tokens have none
+                self._store.log_table(run_id, SAMPLE_TABLE, _sample_rows(samples, model))
 
     def stop_following(self) -> None:
         """Send the last points of trainings whose end nobody told."""

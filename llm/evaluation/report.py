@@ -86,6 +86,7 @@ class Report:
             _leak_verdict(self.metrics),
             _text_section(self.metrics),
             _answers_section(self.metrics),
+            _masked_section(self.metrics),
             "\n".join(f"- {escape_markdown(note)}" for note in self.notes),
             *_samples_sections(self.samples),
             _settings_section(self.settings),
@@ -159,6 +160,8 @@ def _text_section(metrics: Mapping[str, Metric]) -> str:
         "gzip -9": "baseline/gzip_bits_per_byte",
         "byte unigram": "baseline/unigram_bits_per_byte",
     }
+    if is_masked := "base/masked_loss" in metrics:
+        names = {label: name for label, name in names.items() if name.startswith("baseline/")}
     rows = [(label, _figure(metrics.get(name))) for label, name in names.items()]
     size = metrics.get("data/validation_bytes")
     documents = "" if size is None else f" in {size.num_examples:,} documents"
@@ -166,13 +169,40 @@ def _text_section(metrics: Mapping[str, Metric]) -> str:
     return (
         "## Held-out text\n\n"
         + _table(("", "bits per byte"), rows, right=1)
-        + f"\n\n{where}Lower is better; every line is measured on the same bytes. The models have"
-        " read the training text before, gzip and xz start from nothing, and the byte unigram"
-        " knows these bytes' own frequencies. ± is one standard error, by document."
+        + f"\n\n{where}Lower is better; every line is measured on the same bytes. "
+        + ("" if is_masked else "The models have read the training text before, ")
+        + "gzip and xz start from nothing, and the byte unigram knows these bytes' own frequencies."
+        + ("" if is_masked else " ± is one standard error, by document.")
+    )
+
+
+def _masked_section(metrics: Mapping[str, Metric]) -> str:
+    """Return the figures of models that fill in; nothing for those that go on."""
+    if "base/masked_loss" not in metrics:
+        return ""
+
+    def rows(*names: str) -> list[tuple[str, ...]]:
+        return [
+            (f"{model} model", *(_figure(metrics.get(f"{model}/{name}")) for name in names))
+            for model in ("base", "chat")
+        ]
+
+    heading = ("accuracy", "loss (nats per token)")
+    of_text = rows("masked_accuracy", "masked_loss", "pseudo_perplexity")
+    return (
+        "## Masked tokens of held-out text\n\n"
+        + _table(("", *heading, "pseudo-perplexity"), of_text, right=3)
+        + "\n\n## Masked tokens of held-out answers\n\n"
+        + _table(("", *heading), rows("answer_masked_accuracy", "answer_masked_loss"), right=2)
+        + "\n\nAccuracy is the share of hidden tokens that the model thought the likeliest. Both"
+        " models fill in the same places. ± is one standard error, by document; of the"
+        " pseudo-perplexity by row."
     )
 
 
 def _answers_section(metrics: Mapping[str, Metric]) -> str:
+    if "base/masked_loss" in metrics:
+        return ""
     rows = [
         (
             f"{model} model",
