@@ -123,7 +123,7 @@ def _run(options: argparse.Namespace) -> int:
         reuse=tuple(options.reuse),
     )
     store = Store(Path(config.runtime.artifacts_dir))
-    plan = make_plan(in_order(language_model()), config, store, selection)
+    plan = make_plan(in_order(language_model(config.download)), config, store, selection)
     if options.plan:
         return _show_plan(config, plan, options.json)
     if all(item.status == "cached" and item.reason == "unchanged" for item in plan):

@@ -1,5 +1,6 @@
 """The map: from raw text to a chat model and its report, one line a stage."""
 
+from llm.config import DownloadConfig
 from tasks.stages import (
     Step,
     clean,
@@ -12,10 +13,10 @@ from tasks.stages import (
 )
 
 
-def language_model() -> Step:
+def language_model(sources: DownloadConfig) -> Step:
     """Return the last step, the report; every other step is an input of an input of it."""
-    corpus = clean(download("corpus"))
-    chats = clean(download("chats"))
+    corpus = clean(download("corpus", sources))
+    chats = clean(download("chats", sources))
     tokenizer = train_tokenizer(corpus)
     text_rows = pack(corpus, tokenizer)
     chat_rows = pack(chats, tokenizer)

@@ -1,6 +1,7 @@
 """The flow: builds the steps of the map as Prefect tasks, side by side where they can be."""
 
 import contextlib
+import re
 import textwrap
 import threading
 import time
@@ -101,7 +102,7 @@ def pipeline(
         )
         try:
             tracker.start_pipeline(flow_run.name, flatten(config), links)
-            steps = selection.takes(in_order(language_model()))
+            steps = selection.takes(in_order(language_model(config.download)))
             outcomes = _build_all(steps, builder)
             _publish_report(outcomes[-1], tracker)
             status = "FINISHED"
@@ -177,7 +178,7 @@ def _progress_artifact(step: Step) -> Callable[[Progress], None]:
             if artifact_id:
                 update_progress_artifact(artifact_id[0], percent, description=text)
             else:
-                key = f"progress-{step.name}".replace(" ", "-").replace("_", "-")
+                key = re.sub(r"[^a-z0-9-]", "-", f"progress-{step.name}")
                 artifact_id.append(create_progress_artifact(percent, key, text))
 
     return update

@@ -16,6 +16,7 @@ from typing import Annotated, Literal, TypeVar
 
 import yaml
 
+from llm import presets
 from llm.errors import ConfigError
 from llm.settings import (
     Count,
@@ -60,13 +61,39 @@ class SourceConfig:
     """stdlib and hub: stop after this many documents; 0 takes all."""
 
 
+@dataclass(frozen=True, kw_only=True)  # no slots: MixedSourceConfig has those of another base
+class ShareConfig:
+    """How much of a mixture one of its sources is. The training documents alone are mixed."""
+
+    weight: PositiveFloat = 1.0
+    """Its part of the tokens, against the other weights. A source too small for it is read again.
+    """
+    max_tokens: Count = 0
+    """Use no more of its documents than hold so many tokens; 0 uses all."""
+    max_bytes: Count = 0
+    """Use no more of its documents than hold so many bytes of text; 0 uses all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixedSourceConfig(SourceConfig, ShareConfig):
+    """One of several sources."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureConfig(SourceConfig):
+    """One source, or several."""
+
+    sources: tuple[MixedSourceConfig, ...] = ()
+    """Several, instead of one: all other settings beside this are left alone then."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DownloadConfig:
     """The two sources: text to learn the language from, chats to learn answering from."""
 
-    corpus: SourceConfig = field(default_factory=SourceConfig)
+    corpus: MixtureConfig = field(default_factory=MixtureConfig)
     """Documents of plain text."""
-    chats: SourceConfig = field(default_factory=SourceConfig)
+    chats: MixtureConfig = field(default_factory=MixtureConfig)
     """Conversations: records with `messages`, or with `instruction`, `input` and `output`."""
 
 
@@ -249,14 +276,25 @@ class CleanConfig:
 class TrainTokenizerConfig:
     """How text becomes ids; what there is to learn is learned from the training documents."""
 
-    kind: Literal["bpe", "characters", "bytes"] = "bpe"
-    """bpe: byte-level byte-pair encoding; characters: an id for each character of the training
-    documents; bytes: an id for each of the 256.
+    kind: Literal["bpe", "gpt2", "sentencepiece", "characters", "bytes"] = "bpe"
+    """bpe: byte-level byte-pair encoding; gpt2: the same as published, nothing is learned;
+    sentencepiece: learned and run by the library of that name; characters: an id for each character
+    of the training documents; bytes: an id for each of the 256.
     """
     vocab_size: Annotated[int, Range(minimum=264, maximum=1_000_000)] = 4096
-    """bpe: tokens in all: 256 bytes, the control tokens, and merges. More means fewer tokens per
-    byte.
+    """bpe, sentencepiece: tokens in all: the control tokens, 256 bytes, and what is learned. More
+    means fewer tokens per byte.
     """
+    splitting: Literal["code", "gpt2", "gpt4"] = "code"
+    """bpe: where text is split before merging. gpt4: a word may take the sign before it; code: it
+    may not, and takes underscores; gpt2: blanks before a word are tokens of one character each.
+    """
+    max_digits: Annotated[int, Range(minimum=0, maximum=3)] = 3
+    """bpe: digits in one token at most; 0 is no limit, as in GPT-2."""
+    algorithm: Literal["unigram", "bpe"] = "unigram"
+    """sentencepiece: unigram drops the pieces that explain least; bpe merges the commonest pair."""
+    path: str = ""
+    """gpt2: the folder with the published `encoder.json` and `vocab.bpe`; empty fetches them."""
     has_byte_fallback: bool = True
     """characters: a character that is not in the vocabulary is written by its bytes, for which
     there are 256 more ids. Without them such a text is refused, and such a document left out.
@@ -271,6 +309,8 @@ class PackConfig:
 
     seq_len: Annotated[int, Range(minimum=8, maximum=1_048_576)] = 256
     """T: positions in a row, the longest context the model ever sees."""
+    shares: tuple[ShareConfig, ...] = ()
+    """Of several sources, as they stand in `download.<role>.sources`; not to be set here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -492,9 +532,15 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         )
     problems: list[str] = []
     tree.setdefault("name", path.stem)
+    presets.make_room(tree, overrides)
     for override in overrides:
         _apply_override(tree, override, problems)
+    depth = presets.take_depth(tree, problems)
+    presets.expand_preset(tree, problems)
     config = build(RunConfig, tree, "", problems)
+    if config is not None and depth:
+        presets.expand_depth(tree, depth, _surroundings(typing.cast(RunConfig, config)))
+        config = build(RunConfig, tree, "", problems)
     if config is not None:
         problems += _cross_checks(typing.cast(RunConfig, config))
     if problems or config is None:
@@ -547,12 +593,29 @@ def flatten(tree: object, prefix: str = "") -> dict[str, object]:
     """
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         tree = {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree)}
+    if isinstance(tree, list | tuple) and not all(isinstance(item, str) for item in tree):
+        tree = {str(index): item for index, item in enumerate(typing.cast(Sequence[object], tree))}
     if not isinstance(tree, Mapping):
         return {prefix: tree}
     leaves: dict[str, object] = {}
     for key, value in typing.cast(Mapping[str, object], tree).items():
         leaves |= flatten(value, f"{prefix}.{key}" if prefix else key)
     return leaves
+
+
+def load_preset(name: str) -> tuple[ModelConfig, int, int]:
+    """Return the shape of a published model, with the vocabulary size and context it has there.
+
+    Raises:
+        ConfigError: no preset of that name.
+    """
+    tree: dict[str, object] = {"pretrain": {"model": {"preset": name}}}
+    problems: list[str] = []
+    presets.expand_preset(tree, problems)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    preset = presets.PRESETS[name]
+    return read_section(ModelConfig, preset.model), preset.vocab_size, preset.seq_len
 
 
 def model_problems(model: ModelConfig, prefix: str) -> list[str]:
@@ -607,11 +670,26 @@ def _apply_override(tree: dict[str, object], override: str, problems: list[str])
     node = tree
     for parent in parents:
         child = node.setdefault(parent, {})
+        if isinstance(child, list):  # numbered, so that each can be named
+            child = {str(index): item for index, item in enumerate(child)}
+            node[parent] = child
         if not isinstance(child, dict):
             problems.append(f"{key}: {parent} is a value, not a section")
             return
         node = typing.cast(dict[str, object], child)
     node[last] = value
+
+
+def _surroundings(config: RunConfig) -> presets.Surroundings:
+    """Return what the settings of a depth depend on."""
+    model, tokenizer = config.pretrain.model, config.train_tokenizer
+    has_few_tokens = tokenizer.kind in ("bytes", "characters")  # hundreds: it hardly matters
+    return presets.Surroundings(
+        is_gated=model.mlp in ("swiglu", "geglu"),
+        tie_embeddings=model.tie_embeddings,
+        vocab_size=256 if has_few_tokens else tokenizer.vocab_size,
+        tokens_per_step=config.pretrain.rows_per_step * config.pack.seq_len,
+    )
 
 
 def _cross_checks(config: RunConfig) -> list[str]:
@@ -631,8 +709,23 @@ def _cross_checks(config: RunConfig) -> list[str]:
                 f" runtime.num_processes = {processes}"
             )
     for slot in ("corpus", "chats"):
-        source: SourceConfig = getattr(config.download, slot)
-        problems += _source_problems(source, f"download.{slot}")
+        mixture: MixtureConfig = getattr(config.download, slot)
+        problems += _mixture_problems(mixture, f"download.{slot}")
+    if config.pack.shares:
+        problems.append("pack.shares: set; expected weights in download.<role>.sources instead")
+    return problems
+
+
+def _mixture_problems(mixture: MixtureConfig, dotted: str) -> list[str]:
+    if not mixture.sources:
+        return _source_problems(mixture, dotted)
+    problems = [
+        f"{dotted}.{known.name}: set beside {dotted}.sources; move it into one of these"
+        for known in dataclasses.fields(SourceConfig)
+        if getattr(mixture, known.name) != known.default
+    ]
+    for index, source in enumerate(mixture.sources):
+        problems += _source_problems(source, f"{dotted}.sources.{index}")
     return problems
 
 

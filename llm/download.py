@@ -45,7 +45,9 @@ def download(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
 
 def _write_stdlib(job: Job, source: SourceConfig, writer: ArtifactWriter) -> dict[str, Json]:
     records: Iterator[Mapping[str, Json]] = (
-        chat_records() if job.role == "chats" else ({"text": text} for text in corpus_documents())
+        chat_records()
+        if content_of(job.role) == "chats"
+        else ({"text": text} for text in corpus_documents())
     )
     lines = _limited(map(_json_line, records), source.max_documents)
     summary = _write_records(job, lines, "files/stdlib.jsonl", writer)

@@ -82,10 +82,7 @@ def _check(hint: object, value: object, dotted: str, problems: list[str]) -> obj
             )
         return value
     if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-            problems.append(f"{dotted}: found {value!r}, expected a list of strings")
-            return None
-        return tuple(typing.cast(Sequence[str], value))
+        return _check_list(typing.get_args(hint)[0], value, dotted, problems)
     value = _coerce(hint, value)
     if not isinstance(value, typing.cast(type, hint)) or (
         hint is not bool and isinstance(value, bool)
@@ -100,6 +97,25 @@ def _check(hint: object, value: object, dotted: str, problems: list[str]) -> obj
     elif bounds is not None and typing.cast(float, value) not in bounds:
         problems.append(f"{dotted}: found {value}, expected {bounds}")
     return value
+
+
+def _check_list(hint: object, value: object, dotted: str, problems: list[str]) -> object:
+    """Return `value` as a tuple of sections or of strings; `{"0": ..., "1": ...}` is a list too."""
+    if isinstance(value, Mapping):
+        items = typing.cast(Mapping[str, object], value)
+        if list(items) == [str(index) for index in range(len(items))]:
+            value = list(items.values())
+    is_section = dataclasses.is_dataclass(hint)
+    if not isinstance(value, list | tuple) or not all(
+        is_section or isinstance(item, str) for item in typing.cast(Sequence[object], value)
+    ):
+        kind = "sections, numbered from 0" if is_section else "strings"
+        problems.append(f"{dotted}: found {value!r}, expected a list of {kind}")
+        return None
+    listed = enumerate(typing.cast(Sequence[object], value))
+    if is_section:
+        return tuple(_check(hint, item, f"{dotted}.{index}", problems) for index, item in listed)
+    return tuple(item for _, item in listed)
 
 
 def _coerce(hint: object, value: object) -> object:

@@ -1,5 +1,6 @@
 """What a run would do, and why, before anything is done: every step cached or to build."""
 
+import dataclasses
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,10 +8,10 @@ from typing import Literal, cast
 
 from llm.artifact import Json, canonical
 from llm.code import code_digests
-from llm.config import RunConfig, SourceConfig, flatten
+from llm.config import MixtureConfig, RunConfig, ShareConfig, SourceConfig, flatten
 from llm.data.sources import fingerprint
 from llm.errors import ArtifactError, ConfigError
-from tasks.stages import DOWNLOAD, STAGES, Stage, Step
+from tasks.stages import DOWNLOAD, PACK, STAGES, Stage, Step
 from tasks.store import KeyParts, KeyRecord, Store, library_versions
 
 PLACES = ("path", "url")  # where a source's bytes lie; the bytes count, by its fingerprint
@@ -104,10 +105,20 @@ def make_plan(
 
 def section_of(step: Step, config: RunConfig) -> dict[str, Json]:
     """Return a step's settings as plain JSON: its section, or its part of `download`."""
-    section: object = getattr(config, step.stage.name)
     if step.stage is DOWNLOAD:
-        section = getattr(section, step.role)
-    return cast(dict[str, Json], canonical(section, step.stage.name))
+        return _fields(SourceConfig, source_of(step, config))
+    section = cast(dict[str, Json], canonical(getattr(config, step.stage.name), step.stage.name))
+    if step.stage is PACK:
+        mixture: MixtureConfig = getattr(config.download, step.role)
+        section["shares"] = [_fields(ShareConfig, source) for source in mixture.sources]
+    return section
+
+
+def source_of(step: Step, config: RunConfig) -> SourceConfig:
+    """Return the source of a download, by its place: `corpus`, or `chats.sources.1`."""
+    role, _, index = step.role.partition(".sources.")
+    mixture: MixtureConfig = getattr(config.download, role)
+    return mixture.sources[int(index)] if index else mixture
 
 
 def key_parts(
@@ -118,7 +129,7 @@ def key_parts(
     settings = section_of(step, config)
     inputs = dict(input_digests)
     if stage is DOWNLOAD:
-        source: SourceConfig = getattr(config.download, step.role)
+        source = source_of(step, config)
         settings = {name: value for name, value in settings.items() if name not in PLACES}
         inputs = {"source": fingerprint(source, step.role, store.root / "sources.json")}
     return KeyParts(
@@ -235,6 +246,12 @@ def _note(record: KeyRecord, store: Store) -> str:
         if versions["torch"] != now:
             notes.append(f"made with torch {versions['torch']}, here is {now}")
     return "; ".join(notes)
+
+
+def _fields(kind: type, section: object) -> dict[str, Json]:
+    """Return those settings of a section that `kind` has."""
+    names = [known.name for known in dataclasses.fields(kind)]
+    return {name: canonical(getattr(section, name), name) for name in names}
 
 
 def _shown(value: object) -> str:

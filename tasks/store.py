@@ -17,7 +17,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llm.artifact import (
@@ -53,8 +53,8 @@ class KeyParts:
 
     @property
     def key(self) -> str:
-        """The cache key."""
-        return digest(self)
+        """The cache key. Which of several sources a download is does not count, what it is does."""
+        return digest(replace(self, role=self.role.partition(".")[0]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from flows.pipeline import language_model
-from llm.config import load_config
+from llm.config import DownloadConfig, load_config
 from tasks.cached import Builder, Outcome
 from tasks.launch import Progress
 from tasks.stages import Step, in_order
 from tasks.store import Store
 
-STEPS = in_order(language_model())
+STEPS = in_order(language_model(DownloadConfig()))
 SETTINGS = (
     "download.corpus.kind=files",
     "download.chats.kind=files",

@@ -47,9 +47,9 @@ def format_of(name: str) -> Format | None:
 
 
 def content_of(role: str) -> Content:
-    """Return what a source holds by its role: `corpus` is text, `chats` are chats."""
+    """Return what a source holds by its role: `corpus` is text, `chats.sources.1` are chats."""
     contents: dict[str, Content] = {"corpus": "text", "chats": "chats"}
-    return contents[role]
+    return contents[role.partition(".")[0]]
 
 
 def keys_of(content: Content, text_key: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import cast
 
 from llm.artifact import digest, file_sha256, write_json_atomically
 from llm.config import SourceConfig
-from llm.data.formats import endings, is_readable, refuse_name
+from llm.data.formats import content_of, endings, is_readable, refuse_name
 from llm.data.stdlib import library_files
 from llm.errors import DataError
 
@@ -44,10 +44,10 @@ def fingerprint(source: SourceConfig, role: str, cache_file: Path | None) -> str
         DataError: a local file is missing or cannot be read; the message names the setting.
     """
     if source.kind == "url":
-        return digest(["url", role, source.sha256])
+        return digest(["url", content_of(role), source.sha256])
     if source.kind == "hub":
         parts = (source.hub_name, source.hub_config, source.hub_split, source.hub_revision)
-        return digest(["hub", role, *parts])
+        return digest(["hub", content_of(role), *parts])
     try:
         files = library_files() if source.kind == "stdlib" else local_files(source, role).files
         return files_fingerprint(source, role, _hash_files(files, cache_file))
@@ -61,9 +61,8 @@ def files_fingerprint(source: SourceConfig, role: str, hashes: Iterable[tuple[st
     for name, sha256 in sorted(hashes):
         files_sha256.update(json.dumps([name, sha256]).encode())
     maker = [platform.python_implementation(), platform.python_version()]
-    return digest(
-        [source.kind, role, maker if source.kind == "stdlib" else [], files_sha256.hexdigest()]
-    )
+    made_by = maker if source.kind == "stdlib" else []
+    return digest([source.kind, content_of(role), made_by, files_sha256.hexdigest()])
 
 
 def local_files(source: SourceConfig, role: str) -> LocalFiles:

@@ -54,6 +54,12 @@ def test_override_beats_recipe_beats_default(tmp_path: Path) -> None:
         ("download.chats.kind=hub", "download.chats.hub_revision: found ''"),
         ("download.chats.url=ftp://x", None),
         ("runtime.num_processes=3", "pretrain.rows_per_step"),
+        ("download.corpus.sources.0.kind=files", "download.corpus.sources.0.path: empty"),
+        ("download.corpus.sources.1.kind=files", "expected a list of sections, numbered from 0"),
+        ("download.corpus.sources=[{weight: 0}]", "download.corpus.sources.0.weight: found 0.0"),
+        ("download.corpus.sources=[3]", "download.corpus.sources.0: found 3, expected a section"),
+        ("download.corpus.sources.0.wieght=2", "did you mean download.corpus.sources.0.weight?"),
+        ("pack.shares=[{weight: 2}]", "expected weights in download.<role>.sources instead"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_is_allowed(override: str, expected: str | None) -> None:
@@ -63,6 +69,19 @@ def test_a_wrong_setting_is_named_with_what_is_allowed(override: str, expected: 
     with pytest.raises(ConfigError) as caught:
         load_config("quickstart", [override])
     assert expected in str(caught.value)
+
+
+def test_one_of_several_sources_is_named_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("download: {corpus: {sources: [{kind: stdlib}, {kind: stdlib, weight: 2}]}}")
+    overrides = ["download.corpus.sources.1.max_tokens=5", "download.corpus.sources.2.weight=3"]
+    resolved = load_config(path, overrides)
+    found = [(source.weight, source.max_tokens) for source in resolved.download.corpus.sources]
+    assert found == [(1, 0), (2, 5), (3, 0)]
+    assert flatten(resolved)["download.corpus.sources.1.weight"] == 2
+    assert flatten(canonical(resolved)).keys() == flatten(resolved).keys()
+    with pytest.raises(ConfigError, match=r"download\.corpus\.url: set beside .*\.sources; move"):
+        load_config(path, ["download.corpus.url=http://a"])
 
 
 def test_all_problems_are_said_at_once() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from flows.pipeline import language_model
 from llm.artifact import ArtifactWriter
-from llm.config import RunConfig, load_config, recipe_names
+from llm.config import DownloadConfig, RunConfig, load_config, recipe_names
 from llm.errors import ArtifactError, ConfigError, DataError
 from tasks import plan as plan_module
 from tasks.plan import PlannedStep, Selection, key_parts, make_plan
@@ -15,7 +15,7 @@ from tasks.stages import STAGES, in_order
 from tasks.store import KeyRecord, Store
 
 RECIPE = Path(__file__).with_name("defaults.yaml")
-STEPS = in_order(language_model())
+STEPS = in_order(language_model(DownloadConfig()))
 
 
 def build_all(config: RunConfig, store: Store) -> None:
@@ -78,6 +78,35 @@ def to_build(plan: list[PlannedStep]) -> list[str]:
 def reason(plan: list[PlannedStep], name: str) -> str:
     """Why a step is built."""
     return next(item.reason for item in plan if item.step.name == name)
+
+
+def test_each_of_several_sources_is_a_download_of_its_own_and_weights_count_for_pack_alone(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path / "artifacts")
+
+    def digests(*more: str) -> dict[str, str]:
+        config = load_config("quickstart", [*named, *more])
+        steps = in_order(language_model(config.download))
+        keys: dict[str, str] = {}
+        for step in steps:
+            inputs = dict.fromkeys(step.inputs, "0")
+            keys[step.name] = key_parts(step, config, inputs, store).key
+        return keys
+
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"Words of {name}.")
+    place = "download.corpus.sources"
+    kinds = [f"{place}.{index}.kind=files" for index in range(2)]
+    named = [*kinds, f"{place}.0.path={tmp_path / 'a.txt'}", f"{place}.1.path={tmp_path / 'b.txt'}"]
+    before = digests()
+    assert "download corpus.sources.0" in before and "download corpus" not in before
+    after = digests(f"{place}.0.weight=3")
+    assert [name for name in before if before[name] != after[name]] == ["pack corpus"]
+    swapped = digests(
+        f"{place}.0.path={tmp_path / 'b.txt'}", f"{place}.1.path={tmp_path / 'a.txt'}"
+    )
+    assert swapped["download corpus.sources.0"] == before["download corpus.sources.1"]
 
 
 def test_empty_store_builds_everything(tmp_path: Path, overrides: list[str]) -> None:
