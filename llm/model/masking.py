@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,6 +22,7 @@ from llm.model.loss import IGNORED
 from llm.model.transformer import Transformer
 
 SHARE_HIDDEN, SHARE_REPLACED = 0.8, 0.1
+LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32
 STREAM_STEP = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's: 2**64 over the golden ratio
 
 
@@ -72,10 +74,15 @@ def fill_in(
     Only the positions to be filled in are scored: in the order of the rows.
     """
     is_target = targets != IGNORED
-    logits = model.score(model.read(inputs, document_ids)[is_target])  # (B, T, C) -> (N, V)
-    wanted = targets[is_target]  # (B, T) -> (N,)
-    nats = F.cross_entropy(logits.float(), wanted, reduction="none")
-    return nats, logits.argmax(dim=-1) == wanted
+    read = model.read(inputs, document_ids)[is_target]  # (B, T, C) -> (N, C)
+    at_once = max(1, LOGITS_AT_ONCE // model.vocab_size)
+    nats: list[Tensor] = []
+    is_right: list[Tensor] = []
+    for x, wanted in zip(read.split(at_once), targets[is_target].split(at_once), strict=True):
+        logits = model.score(x).float()
+        nats.append(F.cross_entropy(logits, wanted, reduction="none"))
+        is_right.append(logits.argmax(dim=-1) == wanted)
+    return torch.cat(nats), torch.cat(is_right)
 
 
 def _uniform(bits: npt.NDArray[np.uint64], start: int, count: int) -> npt.NDArray[np.float64]:

@@ -76,9 +76,9 @@ def train(
         "train_loss": state.loss,
         "val_loss": validation.loss,
         **{f"val_{name}": value for name, value in validation.figures.items()},
-        "device": run.device_name,
-        "peak_teraflops": run.peak / TERA if run.peak else "unknown",
-        "gigaflops_per_token": run.flops_per_token / GIGA,
+        "throughput_device": run.device_name,
+        "throughput_flops_per_token": run.flops_per_token,
+        "throughput_peak_teraflops": run.peak / TERA if run.peak else "unknown",
     }
 
 
