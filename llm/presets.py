@@ -136,7 +136,8 @@ WIDTH_PER_LAYER = 64
 HEAD_DIM = 64
 D_FF_MULTIPLE = 64
 REFERENCE_WIDTH = 256
-REFERENCE_LEARNING_RATE = 3e-3
+REFERENCE_LEARNING_RATES = {"muon": 3e-3, "adamw": 1e-3}  # AdamW's peak, at that width
+EXPONENTS = {"muon": 0.5, "adamw": 1.0}
 MUON_LEARNING_RATE = 0.02
 TOKENS_PER_PARAMETER = 20
 WARMUP_FRACTION = 0.02
@@ -223,8 +224,8 @@ def expand_depth(tree: Tree, depth: int, around: Surroundings) -> None:
     num_weights = around.vocab_size * C * (1 if around.tie_embeddings else 2)
     num_weights += L * (2 * C * (H + K) * D + num_matrices * C * F)  # vectors are too few to count
     pretrain.setdefault("optimizer", "muon")
-    exponent = 0.5 if pretrain["optimizer"] == "muon" else 1.0
-    rate = REFERENCE_LEARNING_RATE * (REFERENCE_WIDTH / C) ** exponent
+    optimizer = str(pretrain["optimizer"])
+    rate = REFERENCE_LEARNING_RATES[optimizer] * (REFERENCE_WIDTH / C) ** EXPONENTS[optimizer]
     pretrain.setdefault("learning_rate", float(f"{rate:.3g}"))
     pretrain.setdefault("muon_learning_rate", MUON_LEARNING_RATE)
     num_tokens = TOKENS_PER_PARAMETER * num_weights

@@ -127,7 +127,8 @@ def test_the_dial_lowers_the_learning_rate_as_the_width_grows(tmp_path: Path) ->
 
     assert rates("depth: 4") == (3e-3, 0.02)
     assert rates("depth: 16") == (1.5e-3, 0.02)  # width 4 times as large: half
-    assert rates("depth: 16, optimizer: adamw") == (7.5e-4, 0.02)  # by muP: a quarter
+    assert rates("depth: 4, optimizer: adamw") == (1e-3, 0.02)
+    assert rates("depth: 16, optimizer: adamw") == (2.5e-4, 0.02)  # by muP: a quarter
     assert rates("depth: 16, learning_rate: 1.0e-2, muon_learning_rate: 0.1") == (1e-2, 0.1)
 
 
