@@ -78,8 +78,15 @@ class LayoutTensors(Mapping[str, Tensor]):
         return weight.T if self._layout.transposes(name) and weight.ndim == 2 else weight
 
 
-def write_model(writer: ArtifactWriter, model: Transformer, dtype: str = "float32") -> Layout:
+def write_model(
+    writer: ArtifactWriter,
+    model: Transformer,
+    dtype: str = "float32",
+    control_ids: Mapping[str, int] | None = None,
+) -> Layout:
     """Write `config.json` and `model.safetensors` in the layout that can hold the model.
+
+    `control_ids` (`bos_token_id`, ...) go into `config.json` beside the shape.
 
     Raises:
         ConfigError: no layout can, or `dtype` is none of WRITABLE_TYPES.
@@ -89,6 +96,7 @@ def write_model(writer: ArtifactWriter, model: Transformer, dtype: str = "float3
     shape = Shape(model.config, model.vocab_size, model.seq_len)
     layout = layout_for(shape)
     config = write_shape(layout, shape) | {"torch_dtype": dtype, "use_cache": True}
+    config |= control_ids or {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     writer.write_json(CONFIG, config)
     with writer.open(WEIGHTS) as file:
         tensors = LayoutTensors(layout, weights_of(model), WRITABLE_TYPES[dtype])
@@ -96,8 +104,11 @@ def write_model(writer: ArtifactWriter, model: Transformer, dtype: str = "float3
     return layout
 
 
-def read_model(folder: Path) -> Transformer:
+def read_model(folder: Path, min_vocab_size: int = 0) -> Transformer:
     """Read a model from a folder in one of the layouts, its weights as fp32.
+
+    Where its vocabulary is smaller than `min_vocab_size`, tokens are added after its last, with
+    the mean of all vectors for theirs: the least wrong until they are learned.
 
     Raises:
         ArtifactError: a file is missing, damaged or pickled; a setting has no counterpart here; a
@@ -115,7 +126,8 @@ def read_model(folder: Path) -> Transformer:
         stored = _open_weights(folder, layout, stack)
         _check_weights(layout, shape, stored, folder)
         try:
-            model = Transformer(*shape)
+            grown = shape._replace(vocab_size=max(shape.vocab_size, min_vocab_size))
+            model = Transformer(*grown)
         except ConfigError as error:
             raise ArtifactError(f"{folder / CONFIG}: {error}") from error
         _copy_weights(layout, model, stored)
@@ -219,5 +231,6 @@ def _copy_weights(layout: Layout, model: Transformer, stored: Mapping[str, _Stor
         is_turned = layout.transposes(name)
         found = stored[theirs].read().chunk(num_parts, dim=-1 if is_turned else 0)[part]
         found = found.T if is_turned and found.ndim == 2 else found
-        weight.copy_(found)
+        weight[: len(found)] = found
+        weight[len(found) :] = weight[: len(found)].mean(dim=0)  # tokens the file has not
         weight += layout.offset(name)
