@@ -167,7 +167,8 @@ def top_fraction(ids: npt.NDArray[np.uint64], ends: Counts, num_words: int) -> f
     if not counts.size or (most := counts.max()) < 2:
         return 0.0
     first = first[counts == most]
-    return float((ends[first + num_words] - ends[first]).max() * most / ends[-1])
+    longest = (ends[first + num_words] - ends[first]).max()
+    return min(float(longest * most / ends[-1]), 1.0)  # it may overlap itself
 
 
 def duplicate_fraction(ids: npt.NDArray[np.uint64], ends: Counts, num_words: int) -> float:

@@ -22,6 +22,11 @@ FIRST_CODE, PUNCTUATION_CODE, LAST_CODE = 0xE3, 0xE2, 0xED
 """First bytes in UTF-8: U+3000 to U+DFFF are words each, U+2000 to U+2FFF are signs."""
 BASE = np.uint64(0x9E3779B97F4A7C15)
 INVERSE = np.uint64(pow(int(BASE), -1, 1 << 64))
+MIXING = (
+    (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
+    (np.uint64(27), np.uint64(0x94D049BB133111EB)),
+)
+LAST_SHIFT = np.uint64(31)
 
 
 def hash_words(text: str) -> Hashes:
@@ -48,35 +53,46 @@ def hash_ngrams(words: npt.NDArray[np.unsignedinteger], num_words: int) -> Hashe
 def hash_distinct_ngrams(text: str, num_words: int) -> Hashes:
     """Return the set of a text's n-grams, sorted. Fewer words are one shorter n-gram."""
     words = hash_words(text)
-    return np.unique(hash_ngrams(words, min(num_words, max(len(words), 1))))
+    ngrams = hash_ngrams(words, min(num_words, max(len(words), 1)))
+    ngrams.sort()
+    is_first = np.ones(len(ngrams), dtype=np.bool_)
+    np.not_equal(ngrams[1:], ngrams[:-1], out=is_first[1:])
+    return ngrams[is_first]
 
 
 def _hash_block(block: bytes) -> Hashes:
     """Hash the words of a block: the difference of two prefix sums, shifted to the same place."""
     codes = np.frombuffer(block, dtype=np.uint8)  # (S,)
-    starts, ends = _find_words(codes)
+    starts, ends = _find_words(codes, is_ascii=block.isascii())
     sums = np.zeros(len(codes) + 1, dtype=np.uint64)
-    np.cumsum(BYTE_VALUES[codes] * POWERS[: len(codes)], out=sums[1:])
-    return _mix((sums[ends] - sums[starts]) * INVERSE_POWERS[starts])
+    np.multiply(BYTE_VALUES[codes], POWERS[: len(codes)], out=sums[1:])
+    np.cumsum(sums[1:], out=sums[1:])
+    hashes = sums[ends]
+    hashes -= sums[starts]
+    hashes *= INVERSE_POWERS[starts]
+    return _mix(hashes)
 
 
-def _find_words(codes: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def _find_words(
+    codes: npt.NDArray[np.uint8], *, is_ascii: bool
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """Return where words start and end, (S,) -> (W,), (W,)."""
-    is_word = IS_WORD[codes]
-    if codes.size and codes.max() >= PUNCTUATION_CODE:
+    is_inside = np.zeros(len(codes) + 2, dtype=np.bool_)  # with nothing before and after
+    is_inside[1:-1] = IS_WORD[codes]
+    if not is_ascii:
         signs = np.flatnonzero(codes == PUNCTUATION_CODE)
         for offset in range(3):
-            is_word[np.minimum(signs + offset, len(codes) - 1)] = False
-    is_inside = np.zeros(len(codes) + 2, dtype=np.bool_)
-    is_inside[1:-1] = is_word
-    is_start = is_inside[1:] & ~is_inside[:-1]  # (S + 1,): the last is never one
-    is_end = is_inside[:-1] & ~is_inside[1:]
-    if codes.size and codes.max() >= FIRST_CODE:
-        singles = np.flatnonzero((codes >= FIRST_CODE) & (codes <= LAST_CODE))
-        after = np.minimum(singles + 3, len(codes))
-        is_start[singles] = is_end[singles] = is_end[after] = True
-        is_start[after] |= is_inside[after + 1]
-        is_end[singles] &= is_inside[singles]
+            is_inside[np.minimum(signs + offset, len(codes) - 1) + 1] = False
+    is_edge = is_inside[1:] != is_inside[:-1]  # (S + 1,)
+    if is_ascii:
+        edges = np.flatnonzero(is_edge)
+        return edges[::2], edges[1::2]
+    is_start, is_end = is_edge & is_inside[1:], is_edge & is_inside[:-1]
+    singles = np.flatnonzero((codes >= FIRST_CODE) & (codes <= LAST_CODE))
+    after = np.minimum(singles + 3, len(codes))
+    is_start[singles] = is_end[after] = True
+    is_end[singles] |= is_inside[singles]
+    is_start[after] |= is_inside[after + 1]
     return np.flatnonzero(is_start), np.flatnonzero(is_end)
 
 
@@ -96,10 +112,12 @@ def _blocks(data: bytes) -> Iterator[bytes]:
 
 
 def _mix(hashes: Hashes) -> Hashes:
-    """Make every bit depend on every other: the finalizer of splitmix64."""
-    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return hashes ^ (hashes >> np.uint64(31))
+    """Make every bit depend on every other, in place: the finalizer of splitmix64."""
+    for shift, factor in MIXING:
+        hashes ^= hashes >> shift
+        hashes *= factor
+    hashes ^= hashes >> LAST_SHIFT
+    return hashes
 
 
 def _powers(base: np.uint64) -> Hashes:
