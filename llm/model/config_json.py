@@ -267,7 +267,7 @@ def meant(config: ModelConfig) -> ModelConfig:
         config,
         head_dim=head_dim_of(config),
         dropout=defaults.dropout,
-        residual_init=defaults.residual_init,
+        init=defaults.init,
     )
     if config.positions == "learned":
         config = replace(config, rope_theta=defaults.rope_theta, rope_scaling="none")
