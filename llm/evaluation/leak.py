@@ -1,4 +1,4 @@
-"""Does a model see what it is asked to predict? Four checks on the real model and real rows.
+"""Does a model see what it is asked to predict? Five checks on the real model and real rows.
 
 1. *Future*: other tokens after position t leave every logit up to t as it was.
 2. *Total*: the probabilities that the evaluation gives to all tokens that could stand at one place
@@ -7,6 +7,8 @@
    targets that were not shifted against its inputs learns exactly that, and nothing else.
 4. *Cache*: logits with a key/value cache, token by token, equal those of one whole pass, so answers
    come from the model that was scored.
+5. *Documents*: where attention is kept within documents, other tokens in the documents before leave
+   every logit of this one as it was.
 
 T positions, V vocabulary.
 """
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from llm.data.rows import Rows
+from llm.errors import ConfigError
 from llm.evaluation.bits_per_byte import target_nats
 from llm.evaluation.report import Metric, rounded
 from llm.model.cache import KeyValueCache
@@ -27,7 +30,8 @@ from llm.model.transformer import Transformer
 
 NUM_ROWS = 4
 CUTS_PER_ROW = 4
-NUM_CACHED_TOKENS = 32
+NUM_CACHED_TOKENS = 32  # and more where a layer's window is wider, so that something leaves it
+NUM_SINGLE_TOKENS = 16
 PREFIX_TOKENS = 3
 LOGITS_PER_ROW = 64_000_000  # 256 MB in fp32: longer rows are cut to what gives so many
 TOKENS_PER_BATCH = 8_192
@@ -42,9 +46,15 @@ TOTAL_TOLERANCE = 1e-3
 REPETITION_TOLERANCE = 0.25
 
 
+NOT_APPLICABLE = (
+    "The leak test is not applicable: a model that fills in masked tokens is meant to see both"
+    " sides of them, so there is no future to hide."
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeakResult:
-    """What the four checks measured on one model."""
+    """What the five checks measured on one model."""
 
     num_cuts: int
     """Places where the future was changed."""
@@ -56,15 +66,20 @@ class LeakResult:
     """How far the probabilities of all possible next tokens are from summing to one."""
     repetition: float
     """Mean probability of the token just read to come again, less the share of times it does."""
+    document_difference: float | None = None
+    """Largest change of a logit by another document, as a share of the largest logit; None where
+    the model may look at the documents before.
+    """
 
     @property
     def is_passed(self) -> bool:
-        """Whether all four checks hold."""
+        """Whether all checks hold."""
         return (
             self.future_difference <= FUTURE_TOLERANCE
             and self.cache_difference <= CACHE_TOLERANCE
             and self.total_error <= TOTAL_TOLERANCE
             and self.repetition <= REPETITION_TOLERANCE
+            and (self.document_difference or 0.0) <= FUTURE_TOLERANCE
         )
 
 
@@ -93,12 +108,30 @@ class Text:
         documents = None if self.documents is None else self.documents + is_future
         return replace(self, tokens=tokens, documents=documents)
 
+    def cut_in_two(self, cut: int) -> "Text":
+        """Return the row with a new document after `cut`, beside those that begin there anyway."""
+        assert self.documents is not None
+        is_second = torch.arange(len(self.tokens), device=self.tokens.device) > cut
+        return replace(self, documents=2 * self.documents + is_second)
+
+    def with_other_past(self, cut: int, vocab_size: int) -> "Text":
+        """Return the row with every token up to `cut` another one, of the documents they were."""
+        is_past = torch.arange(len(self.tokens), device=self.tokens.device) <= cut
+        others = (self.tokens + 1 + cut % (vocab_size - 1)) % vocab_size
+        return replace(self, tokens=torch.where(is_past, others, self.tokens))
+
 
 @torch.inference_mode()
 def find_leaks(
     model: Transformer, rows: Rows, *, is_document_masked: bool, seed: int
 ) -> LeakResult:
-    """Run all four checks on some rows of real text."""
+    """Run all checks on some rows of real text.
+
+    Raises:
+        ConfigError: the model is not causal, so that the test is not applicable.
+    """
+    if not model.config.is_causal:
+        raise ConfigError(f"model.is_causal: found false. {NOT_APPLICABLE}")
     device = next(model.parameters()).device
     generator = np.random.default_rng(seed)
     num_rows = min(NUM_ROWS, rows.num_rows)
@@ -121,6 +154,9 @@ def find_leaks(
         cache_difference=_cache_difference(model, texts[0]),
         total_error=_total_error(model, texts[0]),
         repetition=_repetition(model, texts),
+        document_difference=max(_document_difference(model, text) for text in texts)
+        if is_document_masked
+        else None,
     )
 
 
@@ -134,6 +170,9 @@ def leak_metrics(leaks: Sequence[LeakResult]) -> dict[str, Metric]:
         "total_error": (max(leak.total_error for leak in leaks), "probability"),
         "repetition": (max(leak.repetition for leak in leaks), "probability"),
     }
+    across = [leak.document_difference for leak in leaks if leak.document_difference is not None]
+    if across:
+        worst["document_difference"] = (max(across), logit)
     num_cuts = sum(leak.num_cuts for leak in leaks)
     return {
         f"leak/{name}": Metric(value=rounded(value, SHOWN_DIGITS), unit=unit, num_examples=num_cuts)
@@ -157,13 +196,29 @@ def _future_difference(model: Transformer, text: Text) -> float:
     return max(map(_largest, changes)) / (_largest(before) or 1.0)
 
 
+def _document_difference(model: Transformer, text: Text) -> float:
+    """Return the largest change of a logit of one document when all tokens before it change."""
+    largest, scale = 0.0, 0.0
+    for cut in text.cuts:
+        apart = text.cut_in_two(cut)
+        before = apart.logits(model)
+        after = apart.with_other_past(cut, model.vocab_size).logits(model)
+        largest = max(largest, _largest((after - before)[cut + 1 :]))
+        scale = max(scale, _largest(before))
+    return largest / (scale or 1.0)
+
+
 def _cache_difference(model: Transformer, text: Text) -> float:
-    """Return the largest difference of a logit read at once and read half at once, half singly."""
-    tokens = text.tokens[None, :NUM_CACHED_TOKENS]  # (T + 1,) -> (1, T)
+    """Return the largest difference of a logit read at once and read with a cache, the last tokens
+    singly.
+    """
+    num_tokens = max(NUM_CACHED_TOKENS, model.config.sliding_window + NUM_SINGLE_TOKENS)
+    tokens = text.tokens[None, : min(num_tokens, len(text.tokens) - 1)]  # (T + 1,) -> (1, T)
     whole = model(tokens)
     T = tokens.shape[1]
     cache = KeyValueCache(model.config, 1, T, device=tokens.device)
-    pieces = [tokens[:, : T // 2], *tokens[:, T // 2 :].split(1, dim=1)]
+    start = max(T // 2, T - NUM_SINGLE_TOKENS)
+    pieces = [tokens[:, :start], *tokens[:, start:].split(1, dim=1)]
     cached = torch.cat([model(piece, cache=cache) for piece in pieces], dim=1)
     return _largest(cached - whole) / (_largest(whole) or 1.0)
 

@@ -16,6 +16,7 @@ import torch
 from llm.data.rows import Rows
 from llm.errors import ArtifactError
 from llm.evaluation.bits_per_byte import ratio
+from llm.evaluation.leak import NOT_APPLICABLE
 from llm.evaluation.report import Metric, rounded
 from llm.model.loss import IGNORED
 from llm.model.masking import Masking, fill_in
@@ -31,7 +32,8 @@ Advance = Callable[[int], None]
 
 NOTES = (
     "These models fill in masked tokens and do not say what comes next. So there are no bits per"
-    " byte to set beside the compressors', no samples, no answers to instructions, no leak test.",
+    " byte to set beside the compressors', no samples and no answers to instructions.",
+    NOT_APPLICABLE,
     "Pseudo-perplexity is no perplexity: each token is told by all the others of its row, also by"
     " those after it. It compares models that fill in, with the same tokenizer, with each other.",
 )

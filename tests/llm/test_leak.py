@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from llm.artifact import Json
 from llm.config import ModelConfig
 from llm.data.rows import Rows
+from llm.errors import ConfigError
 from llm.evaluation import leak
 from llm.evaluation.leak import LeakResult, find_leaks, leak_metrics
 from llm.model import reach
@@ -21,6 +23,7 @@ from llm.model.reach import Masked, Reach, Sight, Unmasked, boolean_mask, make_r
 from llm.model.transformer import Transformer
 from llm.pack import pack
 from llm.tokenizer.bpe import ByteLevelBPE
+from tests.llm.toy_presets import toy_shape
 
 SEQ_LEN = 32
 SHAPE = ModelConfig(num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, d_ff=48)
@@ -52,11 +55,10 @@ def rows(
     return Rows(folder, "validation")
 
 
-def make_model(tokenizer: ByteLevelBPE, tie_embeddings: bool = True, seed: int = 1) -> Transformer:
+def make_model(tokenizer: ByteLevelBPE, shape: ModelConfig = SHAPE, **choices: Any) -> Transformer:
     """A model with its first weights."""
-    shape = replace(SHAPE, tie_embeddings=tie_embeddings)
-    model = Transformer(shape, tokenizer.vocab_size, SEQ_LEN)
-    model.initialize(torch.Generator().manual_seed(seed))
+    model = Transformer(replace(shape, **choices), tokenizer.vocab_size, SEQ_LEN)
+    model.initialize(torch.Generator().manual_seed(1))
     return model.eval()
 
 
@@ -82,10 +84,33 @@ def examine(model: Transformer, rows: Rows, is_document_masked: bool = False) ->
 def test_a_sound_model_passes_untrained(
     rows: Rows, tokenizer: ByteLevelBPE, tie_embeddings: bool, is_document_masked: bool
 ) -> None:
-    found = examine(make_model(tokenizer, tie_embeddings), rows, is_document_masked)
+    found = examine(make_model(tokenizer, tie_embeddings=tie_embeddings), rows, is_document_masked)
     assert found.is_passed
     assert found.future_difference == 0.0, "the same sums in the same order"
+    assert found.document_difference == (0.0 if is_document_masked else None)
     assert found.num_cuts >= 3 * leak.NUM_ROWS
+
+
+@pytest.mark.parametrize("is_document_masked", [False, True])
+@pytest.mark.parametrize("preset", ["gpt2-124m", "llama3.2-1b", "qwen3-0.6b", "gemma-2b"])
+def test_a_sound_model_of_every_family_passes(
+    rows: Rows, tokenizer: ByteLevelBPE, preset: str, is_document_masked: bool
+) -> None:
+    assert examine(make_model(tokenizer, toy_shape(preset)), rows, is_document_masked).is_passed
+
+
+@pytest.mark.parametrize("is_document_masked", [False, True])
+def test_a_sound_model_with_windows_and_caps_passes(
+    rows: Rows, tokenizer: ByteLevelBPE, is_document_masked: bool
+) -> None:
+    choices = {"sliding_window": 5, "full_attention_every": 2, "attention_soft_cap": 20.0}
+    model = make_model(tokenizer, **choices, logit_soft_cap=10.0)
+    assert examine(model, rows, is_document_masked).is_passed
+
+
+def test_a_model_that_fills_in_has_no_leak_test(rows: Rows, tokenizer: ByteLevelBPE) -> None:
+    with pytest.raises(ConfigError, match="leak test is not applicable: a model that fills in"):
+        examine(make_model(tokenizer, is_causal=False), rows)
 
 
 def test_a_sound_model_passes_trained(rows: Rows, tokenizer: ByteLevelBPE) -> None:
@@ -195,16 +220,44 @@ def test_scoring_that_forgets_the_shift_is_caught(
     assert found.total_error > leak.TOTAL_TOLERANCE
 
 
-def test_a_cache_that_misplaces_tokens_is_caught(
+def one_late(lengths: Tensor, num_tokens: int) -> Tensor:
+    """Places counted from the last token read instead of from after it."""
+    return (lengths[:, None] + torch.arange(num_tokens) - 1).clamp(min=0)
+
+
+def from_zero(lengths: Tensor, num_tokens: int) -> Tensor:
+    """Places that forget what was read before."""
+    return torch.zeros_like(lengths)[:, None] + torch.arange(num_tokens)
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+@pytest.mark.parametrize("place", [one_late, from_zero])
+def test_a_wrong_offset_of_positions_in_the_cache_is_caught(
+    rows: Rows,
+    tokenizer: ByteLevelBPE,
+    monkeypatch: pytest.MonkeyPatch,
+    place: Callable[[Tensor, int], Tensor],
+    positions: str,
+) -> None:
+    monkeypatch.setattr(KeyValueCache, "positions", lambda self, n: place(self.lengths, n))
+    found = examine(make_model(tokenizer, positions=positions), rows)
+    assert not found.is_passed and found.cache_difference > leak.CACHE_TOLERANCE
+
+
+def test_attention_across_documents_is_caught(
     rows: Rows, tokenizer: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def one_late(self: KeyValueCache, num_tokens: int) -> Tensor:
-        positions = self.lengths[:, None] + torch.arange(num_tokens)
-        return (positions - int(self.num_columns > 0)).clamp(min=0)
+    rule = reach.make_rule
 
-    monkeypatch.setattr(KeyValueCache, "positions", one_late)
-    found = examine(make_model(tokenizer), rows)
-    assert not found.is_passed and found.cache_difference > leak.CACHE_TOLERANCE
+    def blind(is_causal: bool, window: int, document_ids: Tensor | None) -> reach.Rule:
+        return rule(is_causal, window, None)
+
+    monkeypatch.setattr(reach, "make_rule", blind)
+    found = examine(make_model(tokenizer), rows, is_document_masked=True)
+    assert not found.is_passed and found.future_difference == 0.0
+    assert found.document_difference is not None
+    assert found.document_difference > leak.FUTURE_TOLERANCE
+    assert examine(make_model(tokenizer), rows).is_passed, "where none is asked for, none is missed"
 
 
 def test_metrics_show_the_worse_of_two_models() -> None:
@@ -217,4 +270,8 @@ def test_metrics_show_the_worse_of_two_models() -> None:
     assert metrics["leak/largest_difference"].value == 0.25
     assert metrics["leak/repetition"].value == 0.75
     assert metrics["leak/passed"].num_examples == 16
+    assert "leak/document_difference" not in metrics
+    across = replace(sound, document_difference=0.5)
+    assert leak_metrics([sound, across])["leak/document_difference"].value == 0.5
+    assert leak_metrics([sound, across])["leak/passed"].value == 0
     assert leak_metrics([sound, sound])["leak/passed"].value == 1
