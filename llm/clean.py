@@ -19,7 +19,7 @@ dropped without being counted.
 import hashlib
 import json
 import sqlite3
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -47,21 +47,23 @@ IsNew = Callable[[bytes], bool]
 def clean(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     """Write the documents of the input `raw` to `train.jsonl` and `validation.jsonl`.
 
+    Of several sources, `raw_0`, `raw_1` and so on, each document says which one it is from.
     An input `held_out`, documents cleaned before, has a validation side to keep out of training.
 
     Raises:
         DataError: a side of the split is empty, or a file cannot be read as what its name says.
     """
     settings = read_section(CleanConfig, job.settings)
-    source = json.loads((Path(job.inputs["raw"]) / "source.json").read_bytes())
-    content = cast(Content, source["content"])
+    by_number = sorted(job.inputs.items(), key=lambda item: (len(item[0]), item[0]))
+    raws = [Path(folder) for name, folder in by_number if name.startswith("raw")]
+    content = cast(Content, json.loads((raws[0] / "source.json").read_bytes())["content"])
     tally, summary = Tally(), dict[str, Json]()
     with (
         writer.open("train.jsonl") as train,
         writer.open("validation.jsonl") as validation,
         _seen_hashes(job.work / "seen.sqlite3") as is_new,
     ):
-        documents = _look_at_each(job, source, settings, is_new, tally, summary)
+        documents = _look_at_each(job, raws, content, settings, is_new, tally, summary)
         if settings.near_duplicates.unit != "none" or settings.decontamination.action != "none":
             documents = _compare(job, documents, content, settings, is_new, tally, summary)
         for document in documents:
@@ -71,30 +73,32 @@ def clean(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     _refuse_empty_side(tally, settings)
     lines = (json.dumps(example, sort_keys=True) + "\n" for example in tally.rejected)
     writer.write_bytes("rejected.jsonl", "".join(lines).encode())
-    writer.write_json("documents.json", {"content": content})
+    several = {"num_sources": len(raws)} if len(raws) > 1 else {}
+    writer.write_json("documents.json", {"content": content, **several})
     return summary
 
 
 def _look_at_each(
     job: Job,
-    source: dict[str, str],
+    raws: Sequence[Path],
+    content: Content,
     settings: CleanConfig,
     is_new: IsNew,
     tally: Tally,
     summary: dict[str, Json],
 ) -> Iterator[StagedDocument]:
     """Yield what passes the steps up to the exact duplicates."""
-    content = cast(Content, source["content"])
-    folder = Path(job.inputs["raw"]) / "files"
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    total_bytes, done_bytes = sum(path.stat().st_size for path in files), 0
+    files = [(number, path) for number, raw in enumerate(raws) for path in _files(raw)]
+    text_keys = [json.loads((raw / "source.json").read_bytes())["text_key"] for raw in raws]
+    total_bytes, done_bytes = sum(path.stat().st_size for _, path in files), 0
     steps = DocumentSteps(settings)
-    for path in files:
+    for number, path in files:
+        name = path.relative_to(raws[number] / "files").as_posix()
         documents = read_documents(
             path,
-            path.relative_to(folder).as_posix(),
+            f"{number}/{name}" if len(raws) > 1 else name,
             content=content,
-            text_key=source["text_key"],
+            text_key=text_keys[number],
             policy=settings.decode_errors,
             text_document_bytes=settings.text_document_bytes,
             limits=settings.reading,
@@ -106,11 +110,16 @@ def _look_at_each(
             if isinstance(document, Skip):
                 tally.skip(document, "read")
             else:
+                document.source = number if len(raws) > 1 else None
                 yield from _take(document, content, settings, steps, is_new, tally)
             job.report_progress(done_bytes + document.place.read_bytes, total_bytes, "bytes")
         done_bytes += path.stat().st_size
     job.report_progress(total_bytes, total_bytes, "bytes")
     summary |= steps.summary()
+
+
+def _files(raw: Path) -> list[Path]:
+    return sorted(path for path in (raw / "files").rglob("*") if path.is_file())
 
 
 def _take(
@@ -167,7 +176,8 @@ def _take(
 def _staged(
     document: Document, sha256: bytes, fields: dict[str, Json], size_bytes: int, is_validation: bool
 ) -> StagedDocument:
-    line = ENCODER.encode({"id": sha256[:ID_BYTES].hex(), **fields}).encode() + b"\n"
+    source: dict[str, Json] = {} if document.source is None else {"source": document.source}
+    line = ENCODER.encode({"id": sha256[:ID_BYTES].hex(), **source, **fields}).encode() + b"\n"
     return StagedDocument(
         id=sha256[:ID_BYTES],
         line=line,

@@ -1,16 +1,19 @@
 """Pack documents into rows of tokens for training: text and chats through one packer."""
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from llm.artifact import ArtifactWriter, Json
-from llm.config import PackConfig, read_section
+from llm.config import PackConfig, ShareConfig, read_section
 from llm.data.chat import render_chats
 from llm.data.document_file import SPLITS, Document, DocumentFile, read_content
+from llm.data.mixture import Size, SourceTally, mix
 from llm.data.packing import EncodedDocument, make_packer
 from llm.data.permutation import permute
 from llm.data.rows import RowLayout, RowWriter, SplitInfo, write_pack_json
@@ -45,64 +48,148 @@ def pack(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     _refuse_empty(files.values())
     infos: dict[str, SplitInfo] = {}
     num_left_out: Counter[str] = Counter()
+    mixture = Mixture(config.shares, files["train"]) if config.shares else None
     done_bytes, total_bytes = 0, sum(documents.size_bytes for documents in files.values())
     for split, documents in files.items():
         seed = derive_seed(job.seed, "document order", split)
+        batches = (
+            _batches(documents, np.arange(len(documents)), seed, tokenizer)
+            if mixture is None or split != "train"  # validation is each document once
+            else _mixed_batches(documents, mixture, seed, tokenizer)
+        )
         with RowWriter(writer, split, layout, tokenizer.token_bytes) as rows:
-            for size_bytes, num_documents in _pack_documents(documents, seed, tokenizer, rows):
-                done_bytes += size_bytes
-                num_left_out[split] += num_documents
+            for batch in _pack_batches(batches, rows):
+                done_bytes = min(done_bytes + batch.size_bytes, total_bytes)
+                num_left_out[split] += batch.num_left_out
                 job.report_progress(done_bytes, total_bytes, "bytes")
         infos[split] = rows.info()
         _refuse_too_little(infos[split], layout, documents.path)
-    write_pack_json(writer, layout, infos)
+    sources = mixture.report() if mixture else []
+    write_pack_json(writer, layout, infos, sources)
     summary: dict[str, Json] = {"content": layout.content, "vocab_size": layout.vocab_size}
     for split, info in infos.items():
         counts = {name: n for name, n in asdict(info).items() if isinstance(n, int)}
         summary |= {f"{split}_{name.removeprefix('num_')}": n for name, n in counts.items()}
         if num_left_out[split]:  # by a vocabulary of characters without byte fallback alone
             summary[f"{split}_documents_with_unknown_characters"] = num_left_out[split]
+    for number, source in enumerate(sources):
+        summary |= {f"source_{number}_{name}": figure for name, figure in source.items()}
     return summary
 
 
-def _pack_documents(
-    documents: DocumentFile, seed: int, tokenizer: Tokenizer, rows: RowWriter
-) -> Iterator[tuple[int, int]]:
-    """Pack all documents in a seeded order, but those that the vocabulary cannot say.
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """Documents that are encoded and laid into rows together."""
 
-    Yield the bytes read and the documents left out, batch by batch.
-    """
+    documents: list[Document] = field(default_factory=list[Document])
+    encoded: list[EncodedDocument] = field(default_factory=list[EncodedDocument])
+    size_bytes: int = 0
+    """Of their lines, those left out included."""
+    num_left_out: int = 0
+    """Documents that the vocabulary cannot say."""
+
+
+class Mixture:
+    """The shares of several sources, which documents are whose, and what became of them."""
+
+    def __init__(self, shares: Sequence[ShareConfig], documents: DocumentFile) -> None:
+        self.shares = shares
+        self.tallies = [SourceTally() for _ in shares]
+        self._numbers = documents.source_numbers()  # (num_documents,)
+
+    def ordinals(self, number: int) -> npt.NDArray[np.int64]:
+        """Return the documents of one source."""
+        return np.flatnonzero(self._numbers == number)
+
+    def report(self) -> list[dict[str, Json]]:
+        """Say what each source gave. Unused is what its caps or the vocabulary did not allow."""
+        num_tokens = sum(tally.num_tokens for tally in self.tallies)
+        weight = sum(share.weight for share in self.shares)
+        return [
+            {
+                "asked_share": round(share.weight / weight, 6),
+                "share": round(tally.num_tokens / num_tokens, 6),
+                "tokens": tally.num_tokens,
+                "documents": tally.num_documents,
+                "distinct_documents": tally.num_distinct_documents,
+                "unused_documents": len(self.ordinals(number)) - tally.num_distinct_documents,
+                "epochs": tally.num_epochs,
+            }
+            for number, (share, tally) in enumerate(zip(self.shares, self.tallies, strict=True))
+        ]
+
+
+def _pack_batches(batches: Iterable[Batch], rows: RowWriter) -> Iterator[Batch]:
+    """Lay batch after batch into rows, and yield each when it is done."""
     packer = make_packer(rows)
-    num_tokens = num_bytes = num_left_out = 0
-    for read in _batches(documents, seed):
-        batch = [d for d in read if all(map(tokenizer.can_encode, d.texts))]
-        num_left_out += len(read) - len(batch)
-        encoded = _encode(batch, tokenizer)
-        packer.add(encoded)
-        num_tokens += sum(len(document.tokens) for document in encoded)
-        num_bytes += sum(map(_num_target_bytes, batch))
-        yield sum(document.size_bytes for document in read), len(read) - len(batch)
+    num_documents = num_tokens = num_bytes = 0
+    for batch in batches:
+        packer.add(batch.encoded)
+        num_documents += len(batch.encoded)
+        num_tokens += sum(len(document.tokens) for document in batch.encoded)
+        num_bytes += sum(map(_num_target_bytes, batch.documents))
+        yield batch
     packer.finish()
     info = rows.info()
     found, expected = (info.num_tokens, info.num_bytes), (num_tokens, num_bytes)
     assert found == expected, f"wrote {found} tokens and target bytes of {expected}"
-    assert info.num_documents == len(documents) - num_left_out
+    assert info.num_documents == num_documents
 
 
-def _batches(documents: DocumentFile, seed: int) -> Iterator[list[Document]]:
-    """Yield all documents in a seeded order, about BATCH_BYTES at a time."""
-    batch: list[Document] = []
+def _batches(
+    documents: DocumentFile, ordinals: npt.NDArray[np.int64], seed: int, tokenizer: Tokenizer
+) -> Iterator[Batch]:
+    """Yield these documents in a seeded order, about BATCH_BYTES at a time, and encoded."""
+    read: list[Document] = []
     size_bytes = 0
-    for start in range(0, len(documents), ORDER_DOCUMENTS):
-        places = np.arange(start, min(start + ORDER_DOCUMENTS, len(documents)))
-        for document in documents.read(permute(places, len(documents), seed)):
-            batch.append(document)
+    for start in range(0, len(ordinals), ORDER_DOCUMENTS):
+        places = np.arange(start, min(start + ORDER_DOCUMENTS, len(ordinals)))
+        for document in documents.read(ordinals[permute(places, len(ordinals), seed)]):
+            read.append(document)
             size_bytes += document.size_bytes
             if size_bytes >= BATCH_BYTES:
-                yield batch
-                batch, size_bytes = [], 0
-    if batch:
+                yield _encoded(read, size_bytes, tokenizer)
+                read, size_bytes = [], 0
+    if read:
+        yield _encoded(read, size_bytes, tokenizer)
+
+
+def _encoded(read: Sequence[Document], size_bytes: int, tokenizer: Tokenizer) -> Batch:
+    known = [document for document in read if all(map(tokenizer.can_encode, document.texts))]
+    return Batch(
+        documents=known,
+        encoded=_encode(known, tokenizer),
+        size_bytes=size_bytes,
+        num_left_out=len(read) - len(known),
+    )
+
+
+def _mixed_batches(
+    documents: DocumentFile, mixture: Mixture, seed: int, tokenizer: Tokenizer
+) -> Iterator[Batch]:
+    """Yield the documents of several sources as they are mixed, each source in a seeded order."""
+
+    def read(number: int) -> Iterator[tuple[Document, EncodedDocument]]:
+        for part in _batches(documents, mixture.ordinals(number), seed + number, tokenizer):
+            yield from zip(part.documents, part.encoded, strict=True)
+
+    batch = Batch()
+    sources = [functools.partial(read, number) for number in range(len(mixture.shares))]
+    for document, encoded in mix(mixture.shares, sources, _size_of, mixture.tallies):
+        batch.documents.append(document)
+        batch.encoded.append(encoded)
+        batch.size_bytes += document.size_bytes
+        if batch.size_bytes >= BATCH_BYTES:
+            yield batch
+            batch = Batch()
+    if batch.documents:
         yield batch
+
+
+def _size_of(item: tuple[Document, EncodedDocument]) -> Size:
+    document, encoded = item
+    num_bytes = sum(len(text.encode()) for text in document.texts)
+    return Size(num_tokens=len(encoded.tokens), num_bytes=num_bytes)
 
 
 def _encode(batch: Sequence[Document], tokenizer: Tokenizer) -> list[EncodedDocument]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from llm.errors import ArtifactError
 
 SPLITS = ("train", "validation")
 SCAN_BYTES = 1 << 22
+HEAD_BYTES = 80
+SOURCE_NUMBER = re.compile(rb'\{"id":"[0-9a-f]{32}","source":(\d{1,9}),')
 
 Content = Literal["text", "chats"]
 
@@ -67,6 +70,24 @@ class DocumentFile:
     def size_bytes(self) -> int:
         """Length of the file."""
         return int(self._offsets[-1])
+
+    def source_numbers(self) -> npt.NDArray[np.int64]:
+        """Return which of several sources each document is from, (num_documents,).
+
+        Raises:
+            ArtifactError: a line does not say.
+        """
+        numbers = np.zeros(len(self), dtype=np.int64)
+        with self.path.open("rb", buffering=0) as file:
+            for ordinal, start in enumerate(self._offsets[:-1].tolist()):
+                head = SOURCE_NUMBER.match(os.pread(file.fileno(), HEAD_BYTES, start))
+                if head is None:
+                    raise ArtifactError(
+                        f"{self.path}:{ordinal + 1}: does not say which source it is from; run"
+                        " clean again"
+                    )
+                numbers[ordinal] = int(head[1])
+        return numbers
 
     def read(self, ordinals: Iterable[int]) -> Iterator[Document]:
         """Yield the documents on the given lines, counted from 0.

@@ -30,6 +30,8 @@ class Document:
     kind: str = "chat"
     group: str | None = None
     """Chats with the same group stay on one side of the split."""
+    source: int | None = None
+    """Which of several sources it is from."""
     num_decode_errors: int = 0
 
 

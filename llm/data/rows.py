@@ -25,7 +25,7 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from llm.artifact import ArtifactWriter
+from llm.artifact import ArtifactWriter, Json
 from llm.data.permutation import permute
 from llm.errors import ArtifactError
 from llm.seeds import derive_seed
@@ -173,12 +173,19 @@ class RowWriter:
 
 
 def write_pack_json(
-    writer: ArtifactWriter, layout: RowLayout, splits: Mapping[str, SplitInfo]
+    writer: ArtifactWriter,
+    layout: RowLayout,
+    splits: Mapping[str, SplitInfo],
+    sources: Sequence[Mapping[str, Json]] = (),
 ) -> None:
-    """Write `pack.json`, by which `Rows` reads the other files."""
+    """Write `pack.json`, by which `Rows` reads the other files.
+
+    `sources` says of a mixture, for people, what each of its sources gave to the training rows.
+    """
     head = {"format": FORMAT, "version": VERSION, "dtype": layout.dtype}
     infos = {split: asdict(info) for split, info in splits.items()}
-    writer.write_json(PACK_JSON, head | asdict(layout) | {"splits": infos})
+    mixture = {"sources": list(sources)} if sources else {}
+    writer.write_json(PACK_JSON, head | asdict(layout) | {"splits": infos} | mixture)
 
 
 class Rows:

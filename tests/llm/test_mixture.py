@@ -1,15 +1,22 @@
 """Mixtures: shares by tokens within one document, every document used, the same every time."""
 
+import json
 from collections import Counter
+from collections.abc import Callable, Mapping
 from itertools import islice
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm.artifact import Json, read_manifest
+from llm.clean import clean
 from llm.config import ShareConfig
 from llm.data.mixture import Size, SourceTally, mix
+from llm.data.rows import Rows
 from llm.errors import DataError
+from llm.pack import pack
 
 Item = tuple[int, int, int]  # source, place in it, tokens
 LENGTHS = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=12), min_size=1, max_size=4)
@@ -94,3 +101,58 @@ def test_a_source_that_gives_nothing_is_an_error_that_names_it(
 ) -> None:
     with pytest.raises(DataError, match=r"sources\.1: no document of it is left"):
         run([[1], lengths], [ShareConfig(), ShareConfig(max_tokens=cap)])
+
+
+def raw_folder(folder: Path, texts: list[str]) -> Path:
+    """What `download` leaves of a source of `texts`."""
+    (folder / "files").mkdir(parents=True)
+    source = {"kind": "files", "content": "text", "text_key": "text"}
+    (folder / "source.json").write_text(json.dumps(source))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (folder / "files/a.jsonl").write_text(lines)
+    return folder
+
+
+def test_sources_of_a_mixture_come_out_of_pack_with_their_shares(
+    tmp_path: Path,
+    run_stage: Callable[..., tuple[Path, Mapping[str, Json]]],
+    tokenizer_folder: Path,
+) -> None:
+    many = [f"number {n} of many, which says something of its own" for n in range(400)]
+    few = [f"one of few: {n}" for n in range(40)]
+    raws = {
+        "raw_0": raw_folder(tmp_path / "raw_0", many),
+        "raw_1": raw_folder(tmp_path / "raw_1", [*few, many[0]]),
+    }
+    documents, summary = run_stage(clean, {"validation_fraction": 0.1}, out="clean", **raws)
+    assert summary["skipped"] == {"duplicate": 1}, "the sources are cleaned as one"
+    assert json.loads((documents / "documents.json").read_bytes())["num_sources"] == 2
+    train = [json.loads(line) for line in (documents / "train.jsonl").read_bytes().splitlines()]
+    by_source = [{d["id"] for d in train if d["source"] == number} for number in range(2)]
+    inputs = {"documents": documents, "tokenizer": tokenizer_folder}
+
+    def packed(weights: list[float], out: str) -> tuple[Path, Mapping[str, Json]]:
+        shares: list[Json] = [{"weight": weight} for weight in weights]
+        return run_stage(pack, {"seq_len": 32, "shares": shares}, out=out, **inputs)
+
+    folder, summary = packed([3, 1], "a")
+    assert read_manifest(folder).digest == read_manifest(packed([3, 1], "b")[0]).digest
+    report = json.loads((folder / "pack.json").read_bytes())["sources"]
+    assert [source["asked_share"] for source in report] == [0.75, 0.25]
+    assert [source["share"] for source in report] == pytest.approx([0.75, 0.25], abs=0.01)
+    assert report[0]["epochs"] == 1 and report[1]["epochs"] == summary["source_1_epochs"] > 2
+    ids = (folder / "train.document_ids.bin").read_bytes()
+    found = Counter(ids[place : place + 16].hex() for place in range(0, len(ids), 16))
+    assert set(found) == by_source[0] | by_source[1]
+    assert {found[one] for one in by_source[0]} == {1}
+    times = {found[one] for one in by_source[1]}
+    assert (
+        max(times) - min(times) == 1
+        and sum(found[one] for one in by_source[1]) == (report[1]["documents"])
+    )
+    rows = Rows(folder, "train")
+    assert rows.info.num_documents == sum(found.values())
+    assert rows.info.num_tokens == sum(source["tokens"] for source in report)
+    assert Rows(folder, "validation").info.num_documents == summary["validation_documents"]
+    with pytest.raises(DataError, match="pack.shares|sources"):
+        packed([3, 1, 1], "c")
