@@ -1,5 +1,6 @@
 """Learn the vocabulary from a sample of the training documents."""
 
+import dataclasses
 import hashlib
 import heapq
 import re
@@ -9,12 +10,16 @@ from pathlib import Path
 from llm.artifact import ArtifactWriter, Json
 from llm.config import TrainTokenizerConfig, read_section
 from llm.data.document_file import DocumentFile
+from llm.data.fetch import fetch
 from llm.errors import DataError
 from llm.job import Job, run_job
 from llm.seeds import derive_seed
 from llm.tokenizer.base import Tokenizer
-from llm.tokenizer.bpe import ByteLevelBPE, split_text
+from llm.tokenizer.bpe import ByteLevelBPE
 from llm.tokenizer.characters import ByteTokenizer, CharacterTokenizer
+from llm.tokenizer.gpt2 import GPT2_FILES, GPT2_URL, load_gpt2
+from llm.tokenizer.sentencepiece import SentencePieceTokenizer
+from llm.tokenizer.splitting import split_text
 
 VALIDATION_SAMPLE_BYTES = 1_000_000
 # The library needs about 75 bytes of memory for each byte of a distinct word, so random
@@ -30,19 +35,25 @@ def train_tokenizer(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     says so.
 
     Raises:
-        DataError: there is no training text.
+        DataError: there is no training text, or files of a published vocabulary are others.
+        ConfigError: the vocabulary is too small for the text, or a library is missing.
+        ConnectionError: the network failed; another try may succeed.
     """
     config = read_section(TrainTokenizerConfig, job.settings)
     folder = Path(job.inputs["documents"])
     seed = derive_seed(job.seed, "tokenizer sample")
-    documents = DocumentFile(folder, "train")
-    sample = draw_sample(documents, seed, config.sample_bytes, job.report_progress)
-    if config.kind == "bpe":
-        sample = limit_words(sample, MAX_WORD_BYTES)
-    if not any(sample):
-        raise DataError(f"{documents.path}: no text to learn a tokenizer from; give more data")
-    job.report_progress(0, 0, "merges")  # one library call, during which nothing can be asked
-    tokenizer = learn((text.decode() for text in sample), config)
+    sample: list[bytes] = []
+    if config.kind not in ("gpt2", "bytes"):
+        documents = DocumentFile(folder, "train")
+        sample = draw_sample(documents, seed, config.sample_bytes, job.report_progress)
+        if config.kind in ("bpe", "sentencepiece"):
+            sample = limit_words(sample, MAX_WORD_BYTES)
+        if not any(sample):
+            raise DataError(f"{documents.path}: no text to learn a tokenizer from; give more data")
+    job.report_progress(0, 0, config.kind)  # one library call, during which nothing can be asked
+    if config.kind == "gpt2" and not config.path:
+        config = dataclasses.replace(config, path=str(_fetch_gpt2(job)))
+    tokenizer = make_tokenizer(config, (text.decode() for text in sample))
     job.raise_if_stopping()
     for name, data in tokenizer.to_files().items():
         writer.write_bytes(name, data)
@@ -52,24 +63,36 @@ def train_tokenizer(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     num_bytes = sum(len(text.encode()) for text in texts)
     num_tokens = sum(map(len, tokenizer.encode_arrays(texts)))
     return {
-        "kind": tokenizer.kind,
+        "kind": config.kind,
         "vocab_size": tokenizer.vocab_size,
-        "asked_vocab_size": config.vocab_size if config.kind == "bpe" else None,
+        "asked_vocab_size": config.vocab_size if config.kind in ("bpe", "sentencepiece") else None,
         "bytes_per_token": num_bytes / num_tokens if num_tokens else None,
         "sampled_bytes": sum(map(len, sample)),
         "sampled_documents": len(sample),
     }
 
 
-def learn(texts: Iterable[str], config: TrainTokenizerConfig) -> Tokenizer:
-    """Return the tokenizer that `config` asks for, learned from `texts`."""
+def make_tokenizer(config: TrainTokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """Learn from `texts` what `config` asks for."""
     match config.kind:
         case "bpe":
-            return ByteLevelBPE.train(texts, config.vocab_size)
+            return ByteLevelBPE.train(texts, config.vocab_size, config.splitting, config.max_digits)
+        case "gpt2":
+            return load_gpt2(Path(config.path))
+        case "sentencepiece":
+            return SentencePieceTokenizer.train(texts, config.vocab_size, config.algorithm)
         case "characters":
             return CharacterTokenizer.train(texts, config.has_byte_fallback)
         case "bytes":
             return ByteTokenizer()
+
+
+def _fetch_gpt2(job: Job) -> Path:
+    for name, sha256 in GPT2_FILES.items():
+        setting = "train_tokenizer.kind gpt2"
+        for done_bytes, total_bytes in fetch(GPT2_URL + name, sha256, job.work / name, setting):
+            job.report_progress(done_bytes, total_bytes, f"bytes of {name}")
+    return job.work
 
 
 def draw_sample(

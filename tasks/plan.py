@@ -11,7 +11,7 @@ from llm.code import code_digests
 from llm.config import MixtureConfig, RunConfig, ShareConfig, SourceConfig, flatten
 from llm.data.sources import fingerprint
 from llm.errors import ArtifactError, ConfigError
-from tasks.stages import DOWNLOAD, PACK, STAGES, Stage, Step
+from tasks.stages import DOWNLOAD, PACK, STAGES, TRAIN_TOKENIZER, Stage, Step
 from tasks.store import KeyParts, KeyRecord, Store, library_versions
 
 PLACES = ("path", "url")  # where a source's bytes lie; the bytes count, by its fingerprint
@@ -132,13 +132,18 @@ def key_parts(
         source = source_of(step, config)
         settings = {name: value for name, value in settings.items() if name not in PLACES}
         inputs = {"source": fingerprint(source, step.role, store.root / "sources.json")}
+    libraries = list(stage.libraries)
+    if stage is TRAIN_TOKENIZER:
+        del settings["path"]  # its files have one sha256 wherever they lie
+    if "tokenizers" in libraries and config.train_tokenizer.kind == "sentencepiece":
+        libraries.append("sentencepiece")
     return KeyParts(
         stage=stage.name,
         role=step.role,
         settings=settings,
         seed=config.seed if stage.has_seed else None,
         inputs=inputs,
-        libraries=library_versions(stage.libraries),
+        libraries=library_versions(libraries),
         code=code_digests(stage.name),
     )
 

@@ -243,10 +243,16 @@ class Store:
 
 
 def library_versions(libraries: Sequence[str]) -> dict[str, str]:
-    """Return the installed version of each library, from its metadata alone."""
+    """Return the installed version of each library, or `none`, from its metadata alone."""
     from importlib import metadata  # 30 ms that only some callers need
 
-    return {library: metadata.version(library) for library in libraries}
+    def version(library: str) -> str:
+        try:
+            return metadata.version(library)
+        except metadata.PackageNotFoundError:  # the stage itself says how to install it
+            return "none"
+
+    return {library: version(library) for library in libraries}
 
 
 def _stamp(path: Path) -> list[int]:

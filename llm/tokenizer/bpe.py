@@ -1,11 +1,11 @@
 """Byte-level BPE: text to token ids and back, exact on any text, learned and run by `tokenizers`.
 
-Every one of the 256 bytes is a token, so no text is unknown. The control tokens hold the first ids.
+Every one of the 256 bytes is a token, so no text is unknown. The control tokens hold the first ids;
+in GPT-2's published vocabulary the last (llm/tokenizer/gpt2.py).
 """
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
@@ -21,21 +21,16 @@ from llm.tokenizer.base import (
     Tokenizer,
     refuse_lone_surrogates,
 )
-
-# GPT-2's splitting with three changes for code: a word with the space before it, underscores being
-# letters; numbers in groups of up to three digits, as GPT-4's; punctuation; and runs of whitespace,
-# so that an indentation can be one token. Merges never cross a split. GPT-4's own lets a word take
-# the sign before it: `(self` and `self` would share nothing, and a model could not copy one from
-# the other.
-SPLITTING = (
-    r" ?[\p{L}_]+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}_]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from llm.tokenizer.splitting import (
+    MAX_DIGITS,
+    SPLITTINGS,
+    library_pattern,
+    split_text,
+    word_finder,
 )
-# The library needs over 100 bytes a token while it encodes, so a long text goes through in pieces:
-# so many characters in a piece, and in one call.
-PIECE_CHARACTERS = 32_768
-CALL_CHARACTERS = 1_048_576
-_LINE_START = re.compile(r"\n(?=\S)")
+from llm.tokenizer.words import WordCache, encode_in_pieces
+
+GPT2_CONTROL_TOKENS = ("<|endoftext|>", *CONTROL_TOKENS[1:])
 
 
 class ByteLevelBPE(Tokenizer):
@@ -43,16 +38,23 @@ class ByteLevelBPE(Tokenizer):
 
     kind: ClassVar[str] = "bpe"
 
-    def __init__(self, tokenizer: LibraryTokenizer) -> None:
+    def __init__(self, tokenizer: LibraryTokenizer, splitting: str, max_digits: int) -> None:
         tokenizer.encode_special_tokens = True  # the library neither defaults to it nor saves it
         assert tokenizer.encode_special_tokens
-        self._tokenizer = tokenizer
-        super().__init__(tokenizer.get_vocab_size(with_added_tokens=True))
+        self._tokenizer, self._splitting = tokenizer, splitting
+        self._find_words = word_finder(splitting, max_digits)
+        self._words = WordCache(self._encode_by_library)
+        super().__init__(
+            tokenizer.get_vocab_size(with_added_tokens=True),
+            sorted(tokenizer.get_added_tokens_decoder()),
+        )
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "ByteLevelBPE":
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, splitting: str = "code", max_digits: int = 3
+    ) -> "ByteLevelBPE":
         """Learn at most `vocab_size` tokens; fewer where the texts repeat nothing more."""
-        tokenizer = _untrained()
+        tokenizer = make_library_tokenizer(models.BPE(), splitting, max_digits)
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,  # what occurs once is memorized, not learned
@@ -60,7 +62,7 @@ class ByteLevelBPE(Tokenizer):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # else unseen bytes would vanish
             special_tokens=[AddedToken(token, special=True) for token in CONTROL_TOKENS],
         )
-        pieces = (piece for text in texts for piece in split_text(text))
+        pieces = (piece for text in texts for piece in split_text(text, splitting))
         tokenizer.train_from_iterator(pieces, trainer)
         return cls.from_json(tokenizer.to_str().encode())
 
@@ -75,56 +77,46 @@ class ByteLevelBPE(Tokenizer):
             tokenizer = LibraryTokenizer.from_str(data.decode("utf-8"))
         except Exception as error:  # the library raises the bare class
             raise ArtifactError(f"the library cannot read it ({error})") from error
-        if problem := _difference(tokenizer):
+        splitting, max_digits = _find_splitting(tokenizer)
+        if problem := _difference(tokenizer, splitting, max_digits):
             raise ArtifactError(problem)
-        return cls(tokenizer)
+        return cls(tokenizer, splitting, max_digits)
 
     def to_files(self) -> dict[str, bytes]:
         return {TOKENIZER_JSON: self._tokenizer.to_str(pretty=True).encode() + b"\n"}
 
     def encode_arrays(self, texts: Sequence[str]) -> list[Ids]:
-        pieces = [(index, piece) for index, text in enumerate(texts) for piece in split_text(text)]
-        parts: list[list[Ids]] = [[] for _ in texts]
-        for call in _calls(pieces):
-            try:
-                encodings = self._tokenizer.encode_batch_fast(
-                    [piece for _, piece in call], add_special_tokens=False
-                )
-            except TypeError:
-                refuse_lone_surrogates(texts)
-                raise
-            for (index, _), encoding in zip(call, encodings, strict=True):
-                parts[index].append(np.array(encoding.ids, dtype=np.uint32))
-        empty = np.zeros(0, dtype=np.uint32)
-        return [
-            part[0] if len(part) == 1 else np.concatenate(part) if part else empty for part in parts
-        ]
+        try:
+            return encode_in_pieces(
+                texts, lambda text: split_text(text, self._splitting), self._encode_pieces
+            )
+        except TypeError:
+            refuse_lone_surrogates(texts)
+            raise
+
+    def _encode_pieces(self, pieces: Sequence[str]) -> list[Ids]:
+        """Encode by words where Python's engine splits as the library's does, else all there."""
+        split = [self._find_words(piece) for piece in pieces]
+        by_words = iter(self._words.encode([words for words in split if words is not None]))
+        by_library = iter(
+            self._encode_by_library(
+                [piece for piece, words in zip(pieces, split, strict=True) if words is None]
+            )
+        )
+        return [next(by_library if words is None else by_words) for words in split]
+
+    def _encode_by_library(self, texts: Sequence[str]) -> list[Ids]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     @cached_property
     def bytes_of_token(self) -> list[bytes]:
         byte_of_character = {character: byte for byte, character in enumerate(byte_characters())}
         table = [b""] * self.vocab_size
         for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            if index >= len(CONTROL_TOKENS):
+            if index not in self.control_ids:
                 table[index] = bytes(byte_of_character[character] for character in token)
         return table
-
-
-def split_text(text: str) -> Iterator[str]:
-    """Yield `text` in pieces of about PIECE_CHARACTERS, cut where a line starts unindented.
-
-    No token crosses such a place, so the pieces' tokens are the text's. Where there is none in
-    twice that length the cut falls between any two characters: the round trip is still exact, in
-    slightly other tokens.
-    """
-    start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        place = _LINE_START.search(text, start + PIECE_CHARACTERS - 1, start + 2 * PIECE_CHARACTERS)
-        end = place.end() if place else start + PIECE_CHARACTERS
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
 
 
 def byte_characters() -> list[str]:
@@ -137,56 +129,70 @@ def byte_characters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def _untrained() -> LibraryTokenizer:
-    tokenizer = LibraryTokenizer(models.BPE())
-    splitting = pre_tokenizers.Split(Regex(SPLITTING), behavior="isolated")
+def make_library_tokenizer(
+    model: models.BPE, splitting: str = "code", max_digits: int = 0
+) -> LibraryTokenizer:
+    """Put the parts around `model` that make it byte-level; control tokens are yet to be added."""
+    tokenizer = LibraryTokenizer(model)
+    pattern = Regex(library_pattern(splitting, max_digits))
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([splitting, to_bytes])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(pattern, behavior="isolated"), to_bytes]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _difference(tokenizer: LibraryTokenizer) -> str | None:
-    """Say in what a loaded tokenizer is not one that `train` makes, or return None."""
-    found, expected = _parts(tokenizer), _parts(_untrained())
-    vocabulary: dict[str, int] = found["model"]["vocab"]
-    for part in expected:
-        if part in ("model", "added_tokens"):
-            continue
+def _find_splitting(tokenizer: LibraryTokenizer) -> tuple[str, int]:
+    """Return the splitting and digits that a loaded tokenizer was made with.
+
+    Raises:
+        ArtifactError: it splits in another way.
+    """
+    found = _parts(tokenizer)["pre_tokenizer"]
+    for splitting in SPLITTINGS:
+        for max_digits in range(MAX_DIGITS + 1):
+            made = make_library_tokenizer(models.BPE(), splitting, max_digits)
+            if _parts(made)["pre_tokenizer"] == found:
+                return splitting, max_digits
+    raise ArtifactError("its pre_tokenizer is another")
+
+
+def _difference(tokenizer: LibraryTokenizer, splitting: str, max_digits: int) -> str | None:
+    """Say in what a loaded tokenizer is not one that is made here, or return None."""
+    found = _parts(tokenizer)
+    expected = _parts(make_library_tokenizer(models.BPE(), splitting, max_digits))
+    for part in expected.keys() - {"model", "added_tokens"}:
         if found[part] != expected[part]:
             return f"its {part} is another"
-    learned = ("vocab", "merges")
-    if any(
-        found["model"][key] != expected["model"][key]
-        for key in found["model"]
-        if key not in learned
-    ):
+    settings = found["model"].keys() - {"vocab", "merges"}
+    if any(found["model"][key] != expected["model"][key] for key in settings):
         return "its model has other settings"
-    added = [(token["id"], token["content"], token["special"]) for token in found["added_tokens"]]
-    if added != [(index, token, True) for index, token in enumerate(CONTROL_TOKENS)]:
+    return _vocabulary_problem(found)
+
+
+def _vocabulary_problem(parts: Mapping[str, Any]) -> str | None:
+    vocabulary: dict[str, int] = dict(parts["model"]["vocab"])
+    added = [(token["id"], token["content"], token["special"]) for token in parts["added_tokens"]]
+    vocabulary |= {token: index for index, token, _ in added}
+    end = len(vocabulary)
+    if added not in (
+        [(index, token, True) for index, token in enumerate(CONTROL_TOKENS)],
+        [
+            (end - len(added) + index, token, True)
+            for index, token in enumerate(GPT2_CONTROL_TOKENS)
+        ],
+    ):
         return f"its control tokens are {added}"
-    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+    if sorted(vocabulary.values()) != list(range(end)):
         return "its ids have gaps"
-    if strange := set("".join(vocabulary)) - set(byte_characters()):
+    tokens = vocabulary.keys() - {token for _, token, _ in added}
+    if strange := set("".join(tokens)) - set(byte_characters()):
         return f"its vocabulary holds {sorted(strange)}, which stand for no byte"
-    if missing := [
-        token for token in (*CONTROL_TOKENS, *byte_characters()) if token not in vocabulary
-    ]:
-        return f"its vocabulary lacks {missing}"
+    if missing := set(byte_characters()) - tokens:
+        return f"its vocabulary lacks {sorted(missing)}"
     return None
 
 
 def _parts(tokenizer: LibraryTokenizer) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(tokenizer.to_str()))
-
-
-def _calls(pieces: Sequence[tuple[int, str]]) -> Iterator[Sequence[tuple[int, str]]]:
-    """Yield slices of `pieces` of about CALL_CHARACTERS each."""
-    start, characters = 0, 0
-    for end, (_, piece) in enumerate(pieces, start=1):
-        characters += len(piece)
-        if characters >= CALL_CHARACTERS:
-            yield pieces[start:end]
-            start, characters = end, 0
-    if start < len(pieces):
-        yield pieces[start:]

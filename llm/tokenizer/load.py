@@ -9,6 +9,7 @@ from llm.tokenizer.base import TOKENIZER_JSON, Tokenizer
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.tokenizer.characters import ByteTokenizer, CharacterTokenizer
 from llm.tokenizer.imported import ImportedBPE
+from llm.tokenizer.sentencepiece import SentencePieceTokenizer
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -43,6 +44,8 @@ def _from_files(folder: Path, data: bytes, fields: dict[str, Any]) -> Tokenizer:
             return ByteTokenizer.from_json(fields)
         case CharacterTokenizer.kind:
             return CharacterTokenizer.from_json(fields)
+        case SentencePieceTokenizer.kind:
+            return SentencePieceTokenizer.load(folder, fields)
         case ImportedBPE.kind:
             return ImportedBPE.from_json(fields)
         case kind:

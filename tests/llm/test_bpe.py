@@ -2,7 +2,6 @@
 
 import json
 import random
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.errors import ArtifactError, DataError
-from llm.tokenizer import bpe
+from llm.tokenizer import bpe, splitting, words
 from llm.tokenizer.base import CONTROL_TOKENS, TOKENIZER_JSON, Tokenizer
-from llm.tokenizer.bpe import ByteLevelBPE, split_text
+from llm.tokenizer.bpe import ByteLevelBPE
 from llm.tokenizer.load import load_tokenizer
+from llm.tokenizer.splitting import PIECE_CHARACTERS, split_text
 
 FRAGMENTS = (
     *CONTROL_TOKENS, "<|", "|>", "<", "|", "bos", "end", " ", "\n", "  \n ", "\t", "a", "é", "漢",
@@ -115,42 +115,20 @@ def test_no_texts_and_empty_texts_encode_to_nothing(tokenizer: ByteLevelBPE) -> 
     assert tokenizer.decode([]) == ""
 
 
-@fast
-@given(lines=st.lists(st.text(alphabet=" \n\r\t\x0b\x1c\x85\xa0\u2028ab1é漢.'s", max_size=9)))
-def test_long_texts_are_cut_where_no_token_crosses(
-    tokenizer: ByteLevelBPE, lines: list[str]
-) -> None:
-    text = "\n".join(lines)
-    (whole,) = tokenizer.encode_batch([text])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe, "PIECE_CHARACTERS", 8)
-        patch.setattr(bpe, "CALL_CHARACTERS", 20)
-        pieces = list(split_text(text))
-        (cut,) = tokenizer.encode_batch([text])
-    assert "".join(pieces) == text
-    assert tokenizer.decode(cut) == text
-    if all(is_line_start(before, after) for before, after in pairwise(pieces)):
-        assert cut == whole
-
-
-def is_line_start(before: str, after: str) -> bool:
-    return before.endswith("\n") and not after[0].isspace()
-
-
 def test_blank_lines_at_a_cut_keep_their_tokens(
     corpus: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "a\n \n  b\n\n\nc\n" * 50
     tokenizer = ByteLevelBPE.train([*corpus, text], 1000)
     (whole,) = tokenizer.encode_batch([text])
-    monkeypatch.setattr(bpe, "PIECE_CHARACTERS", 16)
+    monkeypatch.setattr(splitting, "PIECE_CHARACTERS", 16)
     assert len(list(split_text(text))) > 20
     assert tokenizer.encode_batch([text]) == [whole]
 
 
 def test_a_text_without_lines_is_cut_to_bounded_pieces(tokenizer: ByteLevelBPE) -> None:
-    text = "é" * (3 * bpe.PIECE_CHARACTERS + 5)
-    assert max(map(len, split_text(text))) == bpe.PIECE_CHARACTERS
+    text = "é" * (3 * PIECE_CHARACTERS + 5)
+    assert max(map(len, split_text(text))) == PIECE_CHARACTERS
     assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
 
 
@@ -158,7 +136,7 @@ def test_many_texts_keep_their_order_and_their_ids(
     tokenizer: ByteLevelBPE, corpus: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one_by_one = [tokenizer.encode_batch([text])[0] for text in corpus]
-    monkeypatch.setattr(bpe, "CALL_CHARACTERS", 1000)
+    monkeypatch.setattr(words, "CALL_CHARACTERS", 1000)
     assert tokenizer.encode_batch(corpus) == one_by_one
     assert [list(ids) for ids in tokenizer.encode_arrays(corpus)] == one_by_one
     assert tokenizer.encode_arrays(corpus)[0].dtype == np.uint32

@@ -13,7 +13,7 @@ from llm.artifact import Json, read_manifest
 from llm.data.document_file import DocumentFile, Message
 from llm.errors import ConfigError, DataError
 from llm.job import Interrupted, Job, write_job
-from llm.tokenizer import bpe
+from llm.tokenizer import splitting
 from llm.tokenizer.load import load_tokenizer
 from llm.train_tokenizer import draw_sample, limit_words, train_tokenizer
 
@@ -84,10 +84,10 @@ def test_the_sample_ends_where_its_distinct_words_pass_the_limit(
     assert limit_words(texts, 12) == texts  # "one", " ", "two", "three"
     assert limit_words(texts, 11) == texts[:2]
     assert limit_words(texts, 6) == []
-    monkeypatch.setattr(bpe, "PIECE_CHARACTERS", 6)
+    monkeypatch.setattr(splitting, "PIECE_CHARACTERS", 6)
     long = b"alpha\nbeta\nalpha\ngamma\n"
     assert limit_words([long], 100) == [long]
-    assert limit_words([long], 12) == [b"alpha\nbeta\nalpha\n"], "alpha, beta and the line's end"
+    assert limit_words([long], 12) == [b"alpha\nbeta\nalpha"], "alpha, beta and the line's end"
 
 
 def test_the_words_of_chats_are_learned_from(

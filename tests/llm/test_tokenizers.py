@@ -1,0 +1,301 @@
+"""Every kind of tokenizer: exact on any text, no control ids from it, the same bytes always."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm.config import TrainTokenizerConfig
+from llm.errors import ArtifactError, ConfigError, DataError
+from llm.tokenizer.base import CONTROL_TOKENS, TOKENIZER_JSON, Tokenizer
+from llm.tokenizer.bpe import ByteLevelBPE
+from llm.tokenizer.characters import ByteTokenizer, CharacterTokenizer
+from llm.tokenizer.gpt2 import load_gpt2
+from llm.tokenizer.load import load_tokenizer
+from llm.tokenizer.sentencepiece import MODEL_FILE, SentencePieceTokenizer
+
+DATA = Path(__file__).parents[2] / "../shared/data"
+ROOT = Path(__file__).parents[2]
+FRAGMENTS = (
+    *CONTROL_TOKENS, "<|endoftext|>", "<unk>", "<s>", "</s>", "<0x41>", "\u2581", "\u2581the",
+    "\u2047", "<|", "|>", "bos", " ", "  ", "\n", "\r\n", "\t", "\0", "a", "the", "é", "漢", "🎉",
+    "7", "'s", "\ufeff", "\ufffd", "\ufdd0", "\U0010ffff", "e\u0301", "\u00a0", "\u3000", "\uff21",
+)  # fmt: skip
+nasty_text = st.text() | st.lists(st.sampled_from(FRAGMENTS)).map("".join)
+fast = settings(max_examples=300, deadline=None)
+
+MAKERS: dict[str, Callable[[list[str]], Tokenizer]] = {
+    "bpe code": lambda texts: ByteLevelBPE.train(texts, 600),
+    "bpe gpt2": lambda texts: ByteLevelBPE.train(texts, 600, "gpt2", 0),
+    "bpe gpt4": lambda texts: ByteLevelBPE.train(texts, 600, "gpt4", 1),
+    "characters": CharacterTokenizer.train,
+    "bytes": lambda texts: ByteTokenizer(),
+    "unigram": lambda texts: SentencePieceTokenizer.train(texts, 600, "unigram"),
+    "sentencepiece bpe": lambda texts: SentencePieceTokenizer.train(texts, 600, "bpe"),
+}
+
+
+@pytest.fixture(scope="module", params=list(MAKERS))
+def made(request: pytest.FixtureRequest, corpus: list[str]) -> Tokenizer:
+    if request.param in ("unigram", "sentencepiece bpe"):
+        pytest.importorskip("sentencepiece")
+    return MAKERS[request.param](corpus)
+
+
+@pytest.fixture(scope="module")
+def loaded(made: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return save_and_load(made, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
+    if not (DATA / "gpt2").is_dir():
+        pytest.skip(f"{DATA / 'gpt2'} is not there")
+    return load_gpt2(DATA / "gpt2")
+
+
+def save_and_load(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    for name, data in tokenizer.to_files().items():
+        (folder / name).write_bytes(data)
+    return load_tokenizer(folder)
+
+
+def examples(count: int) -> Iterator[str]:
+    generator = random.Random(0)
+    for _ in range(count):
+        yield "".join(generator.choices(FRAGMENTS, k=5))
+
+
+def test_round_trip_is_exact_on_any_text_before_and_after_save_and_load(
+    made: Tokenizer, loaded: Tokenizer
+) -> None:
+    @fast
+    @given(text=nasty_text)
+    def check(text: str) -> None:
+        (ids,) = made.encode_batch([text])
+        assert loaded.encode_batch([text]) == [ids]
+        assert loaded.decode_bytes(ids) == text.encode()
+        assert loaded.decode(ids) == text
+        assert int(loaded.token_bytes[ids].sum()) == len(text.encode())
+
+    check()
+    assert loaded.to_files() == made.to_files()
+
+
+def test_control_tokens_typed_by_a_user_never_become_control_ids(loaded: Tokenizer) -> None:
+    texts = [*FRAGMENTS, *examples(20_000)]
+    for text, ids in zip(texts, loaded.encode_batch(texts), strict=True):
+        assert not set(ids) & set(loaded.control_ids)
+        assert loaded.decode(ids) == text
+
+
+def test_control_tokens_have_the_first_ids_and_stand_for_no_bytes(loaded: Tokenizer) -> None:
+    assert loaded.control_ids == tuple(range(7))
+    assert (loaded.bos_id, loaded.end_id, loaded.pad_id, loaded.mask_id) == (0, 4, 5, 6)
+    assert loaded.decode_bytes(loaded.control_ids) == b""
+    assert set(loaded.token_bytes[7:]) > {0} or min(loaded.token_bytes[7:]) >= 1
+
+
+def test_every_id_has_the_bytes_that_decoding_gives(loaded: Tokenizer) -> None:
+    every = range(loaded.vocab_size)
+    pieces = [loaded.decode_bytes([index]) for index in every]
+    assert b"".join(pieces) == loaded.decode_bytes(every)
+    assert [len(piece) for piece in pieces] == loaded.token_bytes.tolist()
+    with pytest.raises(ValueError, match="expected 0 to"):
+        loaded.decode_bytes([loaded.vocab_size])
+
+
+def test_lone_surrogates_are_refused_with_their_place(loaded: Tokenizer) -> None:
+    assert not loaded.can_encode("ab\udc80") and loaded.can_encode("ab\ufffd")
+    with pytest.raises(DataError, match=r"text 1: character 2 is the lone surrogate U\+DC80"):
+        loaded.encode_batch(["fine", "ab\udc80"])
+
+
+def test_texts_keep_their_order_and_arrays_are_the_lists(
+    loaded: Tokenizer, corpus: list[str]
+) -> None:
+    one_by_one = [loaded.encode_batch([text])[0] for text in corpus]
+    assert loaded.encode_batch(corpus) == one_by_one
+    arrays = loaded.encode_arrays([*corpus, ""])
+    assert [ids.tolist() for ids in arrays] == [*one_by_one, []]
+    assert {ids.dtype for ids in arrays} == {np.dtype(np.uint32)}
+    assert loaded.encode_batch([]) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TrainTokenizerConfig(kind="bpe", vocab_size=1000),
+        TrainTokenizerConfig(kind="characters"),
+        TrainTokenizerConfig(kind="sentencepiece", vocab_size=1000),
+        TrainTokenizerConfig(kind="sentencepiece", vocab_size=1000, algorithm="bpe"),
+    ],
+    ids=["bpe", "characters", "unigram", "sentencepiece bpe"],
+)
+def test_training_is_the_same_with_one_thread_and_two_and_again(
+    settings: TrainTokenizerConfig, tmp_path: Path, corpus: list[str]
+) -> None:
+    if settings.kind == "sentencepiece":
+        pytest.importorskip("sentencepiece")
+    (tmp_path / "corpus.json").write_text(json.dumps(corpus))
+    program = (
+        "import hashlib, json, sys; from llm.config import TrainTokenizerConfig;"
+        "from llm.train_tokenizer import make_tokenizer;"
+        "texts = json.load(open(sys.argv[1]));"
+        "settings = TrainTokenizerConfig(**json.loads(sys.argv[2]));"
+        "files = make_tokenizer(settings, texts).to_files();"
+        "print({name: hashlib.sha256(data).hexdigest() for name, data in files.items()})"
+    )
+    given = json.dumps(
+        {"kind": settings.kind, "vocab_size": settings.vocab_size, "algorithm": settings.algorithm}
+    )
+    found: set[bytes] = set()
+    for threads, hash_seed in (("1", "0"), ("2", "1"), ("2", "2")):
+        environment = {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": hash_seed}
+        command = [sys.executable, "-c", program, str(tmp_path / "corpus.json"), given]
+        found.add(
+            subprocess.run(
+                command, check=True, env=os.environ | environment, cwd=ROOT, capture_output=True
+            ).stdout
+        )
+    assert len(found) == 1
+
+
+def test_characters_are_those_of_the_training_text_in_order() -> None:
+    tokenizer = CharacterTokenizer.train(["cab", "é\n"], has_byte_fallback=False)
+    assert tokenizer.vocab_size == 7 + 5
+    assert tokenizer.encode_batch(["\nabcé"]) == [[7, 8, 9, 10, 11]]
+
+
+def test_an_unknown_character_is_written_by_its_bytes_or_refused() -> None:
+    tokenizer = CharacterTokenizer.train(["ab"])
+    assert tokenizer.vocab_size == 7 + 2 + 256
+    assert tokenizer.encode_batch(["aéb"]) == [[7, 9 + 0xC3, 9 + 0xA9, 8]]
+    narrow = CharacterTokenizer.train(["ab"], has_byte_fallback=False)
+    assert narrow.can_encode("ba") and not narrow.can_encode("bé")
+    with pytest.raises(DataError, match=r"text 1: character 1, 'é', is not among the 2 characters"):
+        narrow.encode_batch(["ab", "aéb"])
+
+
+def test_no_piece_of_sentencepiece_ends_a_line_or_crosses_a_blank(corpus: list[str]) -> None:
+    pytest.importorskip("sentencepiece")
+    tokenizer = SentencePieceTokenizer.train(corpus, 800, "unigram")
+    pieces = [tokenizer.decode([index]) for index in range(7 + 256, tokenizer.vocab_size)]
+    assert all(piece.strip(" ") == "" or " " not in piece[1:] for piece in pieces)
+    assert not any(set(piece) & set("\0\t\r\n\u2581") for piece in pieces)
+    assert max(map(len, pieces)) > 5, "words are learned"
+    (ids,) = tokenizer.encode_batch(["\n    return self._parser"])
+    assert len(ids) < 12
+
+
+def test_sentencepiece_word_by_word_is_the_librarys_own(corpus: list[str]) -> None:
+    """But for the order of blanks in a run: unigram scores those as equal, to the last bit."""
+    pytest.importorskip("sentencepiece")
+    for algorithm in ("unigram", "bpe"):
+        tokenizer = SentencePieceTokenizer.train(corpus, 800, algorithm)
+        for text, ids in zip(corpus, tokenizer.encode_batch(corpus), strict=True):
+            expected = [6 + index for index in tokenizer._processor.encode(text)]
+            if algorithm == "bpe":
+                assert ids == expected
+            blanks = {index for index in ids if not tokenizer.decode([index]).strip(" ")}
+            assert [i for i in ids if i not in blanks] == [i for i in expected if i not in blanks]
+            assert sorted(ids) == sorted(expected)
+
+
+def test_sentencepiece_says_why_it_learns_nothing() -> None:
+    pytest.importorskip("sentencepiece")
+    with pytest.raises(
+        ConfigError, match=r"train_tokenizer\.vocab_size: found 264, .* smaller than"
+    ):
+        SentencePieceTokenizer.train(["".join(map(chr, range(32, 127)))] * 3, 264, "unigram")
+    with pytest.raises(DataError, match="only blanks"):
+        SentencePieceTokenizer.train(["\n\n"], 300, "unigram")
+
+
+def test_gpt2_has_the_published_ids(gpt2: Tokenizer) -> None:
+    """Ids and counts from the published encoder, as many have printed them."""
+    assert gpt2.encode_batch(["Hello, I am building an LLM."]) == [
+        [15496, 11, 314, 716, 2615, 281, 27140, 44, 13]
+    ]
+    text = (DATA / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    end = int(len(text) * 0.9)
+    assert list(map(len, gpt2.encode_arrays([text[:end], text[end:]]))) == [301_966, 36_059]
+    assert gpt2.bos_id == 50_256 and gpt2.control_ids[1:] == tuple(range(50_257, 50_263))
+    assert gpt2.vocab_size == 50_263
+
+
+def test_gpt2_gives_the_ids_of_transformers(
+    gpt2: Tokenizer, corpus: list[str], tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    for ours, theirs in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        (tmp_path / theirs).write_bytes((DATA / "gpt2" / ours).read_bytes())
+    oracle = transformers.GPT2Tokenizer.from_pretrained(str(tmp_path))
+    # without control tokens, which the oracle takes out of texts
+    texts = [text for text in [*corpus, *examples(2000)] if "<|endoftext|>" not in text]
+    assert gpt2.encode_batch(texts) == oracle(texts)["input_ids"]
+
+
+def test_gpt2_survives_saving_and_keeps_its_promises(gpt2: Tokenizer, tmp_path: Path) -> None:
+    loaded = save_and_load(gpt2, tmp_path)
+    assert loaded.control_ids == gpt2.control_ids and loaded.to_files() == gpt2.to_files()
+    texts = [*FRAGMENTS, *examples(5000)]
+    encoded = loaded.encode_batch(texts)
+    assert encoded == gpt2.encode_batch(texts)
+    for text, ids in zip(texts, encoded, strict=True):
+        assert max(ids) < 50_256 and loaded.decode(ids) == text
+
+
+def test_other_files_than_gpt2s_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "encoder.json").write_text("{}")
+    with pytest.raises(DataError, match="sha256") as caught:
+        load_gpt2(tmp_path)
+    assert "encoder.json" in str(caught.value) and "vocab.bpe: no file" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "other"}, "the kind 'other' is unknown"),
+        ({"kind": "bytes", "more": 1}, "found the fields"),
+        ({"kind": "characters", "characters": "ba", "has_byte_fallback": True}, "not in order"),
+        ({"kind": "characters", "characters": "\ud800", "has_byte_fallback": True}, "surrogate"),
+        ({"kind": "characters", "characters": "ab"}, "found the fields"),
+        ({"kind": "characters", "characters": 3, "has_byte_fallback": True}, "found the fields"),
+        ({"kind": "sentencepiece", "sha256": "0"}, "tokenizer.model: not there"),
+        ([], "no JSON object"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_refused(fields: object, message: str, tmp_path: Path) -> None:
+    (tmp_path / TOKENIZER_JSON).write_text(json.dumps(fields))
+    with pytest.raises(ArtifactError, match=message) as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path / TOKENIZER_JSON) in str(caught.value)
+
+
+def test_a_damaged_model_of_sentencepiece_is_refused(tmp_path: Path, corpus: list[str]) -> None:
+    library = pytest.importorskip("sentencepiece")
+    made = SentencePieceTokenizer.train(corpus, 600, "bpe")
+    save_and_load(made, tmp_path)
+    data = made.to_files()[MODEL_FILE]
+    (tmp_path / MODEL_FILE).write_bytes(data[:-9] + b"\0" * 9)
+    with pytest.raises(ArtifactError, match="sha256"):
+        load_tokenizer(tmp_path)
+    for bad in (b"", b"x" * 100, data[: len(data) // 2]):
+        with pytest.raises(ArtifactError, match=MODEL_FILE):
+            SentencePieceTokenizer(bad)
+    (tmp_path / "corpus.txt").write_text("\n".join(corpus))
+    library.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "other"),
+        vocab_size=600, byte_fallback=True, unk_id=0, bos_id=-1, eos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(ArtifactError, match="it normalizes text"):
+        SentencePieceTokenizer((tmp_path / "other.model").read_bytes())
