@@ -34,9 +34,10 @@ from llm.training.processes import make_accelerator
 from llm.training.throughput import TERA, flops_per_token, peak_flops, peak_memory_bytes
 from llm.training.validation import Validation, validate
 
-# The logits of a micro-batch, in fp32, are its largest tensor, and their gradient is another. On a
-# CPU 64 MiB of them keep a small model near 1 GiB, and 128 MiB were 10 % slower a step.
-LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 4 << 30}
+# What a micro-batch may keep for its backward pass. On a CPU more does not make a step faster; on a
+# GPU it is a share of the memory.
+ACTIVATION_BYTES = 512 << 20
+ACTIVATION_SHARE = 1 / 3
 GIGA = 1e9
 
 
@@ -295,7 +296,15 @@ def _check_rows_per_step(stage: str, config: OptimizationConfig, accelerator: Ac
 def _micro_batch_rows(
     model: Transformer, accelerator: Accelerator, config: OptimizationConfig
 ) -> int:
-    """Return as many rows as a process has in a step, or as their logits in fp32 have room for."""
-    row_bytes = 4 * model.seq_len * model.vocab_size
-    fitting = max(1, LOGITS_BYTES[accelerator.device.type] // row_bytes)
-    return min(config.rows_per_step // accelerator.num_processes, fitting)
+    """Return as many rows as a process has in a step, or as there is room for.
+
+    A layer keeps about 10 tensors of the model's width and 4 of the feed-forward's; what it keeps
+    in 16 bits is taken for 32. Logits do not count: they never stand in memory whole.
+    """
+    shape = model.config
+    row_bytes = 4 * model.seq_len * shape.num_layers * (10 * shape.d_model + 4 * shape.d_ff)
+    room_bytes = ACTIVATION_BYTES
+    if accelerator.device.type == "cuda":
+        memory_bytes = torch.cuda.get_device_properties(accelerator.device).total_memory
+        room_bytes = int(ACTIVATION_SHARE * memory_bytes)
+    return min(config.rows_per_step // accelerator.num_processes, max(1, room_bytes // row_bytes))
