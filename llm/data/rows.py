@@ -264,6 +264,7 @@ def _read_pack_json(folder: Path) -> tuple[RowLayout, dict[str, SplitInfo]]:
             info["kinds"] = tuple(info["kinds"])
             infos[split] = SplitInfo(**info)
         dtype = data.pop("dtype")
+        data.pop("sources", None)  # of a mixture, for people
         layout = RowLayout(**data)
         if layout.dtype != dtype:
             raise ValueError(f"dtype {dtype} for a vocabulary of {layout.vocab_size}")
