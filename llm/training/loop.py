@@ -28,6 +28,7 @@ from llm.training.processes import sum_on_devices, sum_over_processes
 from llm.training.schedules import learning_rate_factor
 
 UPDATE_NORM_EVERY_STEPS = 10  # it costs a copy of the weights
+STEPS_AHEAD = {"cpu": 0, "cuda": 1}  # given to the device while one is not known to be done
 
 
 @dataclass(kw_only=True, slots=True)
@@ -120,7 +121,7 @@ def training_steps(
     training.model.train()
     worker = _Worker(training, state)
     batches = worker.batches()
-    max_under_way = 0 if training.accelerator.device.type == "cpu" else 1
+    num_ahead = STEPS_AHEAD[training.accelerator.device.type]
     under_way: deque[_StepUnderWay] = deque()
     last = training.config.num_steps
     for number in range(state.step, last):
@@ -134,7 +135,7 @@ def training_steps(
             break
         under_way.append(worker.start(number, micro_batches, int(num_targets), started_at))
         is_awaited = number + 1 == last or is_looked_at(number + 1)
-        while len(under_way) > (0 if is_awaited else max_under_way):
+        while len(under_way) > (0 if is_awaited else num_ahead):
             yield worker.finish(under_way.popleft(), state)
     while under_way:
         yield worker.finish(under_way.popleft(), state)

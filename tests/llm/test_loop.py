@@ -15,9 +15,11 @@ from llm.config import OptimizationConfig
 from llm.data.rows import Rows
 from llm.errors import DataError, StageError
 from llm.model.loss import ModelWithLoss
+from llm.model.masking import Masking
 from llm.model.transformer import Transformer
 from llm.tokenizer.bpe import ByteLevelBPE
-from llm.training.batches import NextToken, sample_rows
+from llm.training import loop
+from llm.training.batches import MaskedTokens, NextToken, batches_of_steps, sample_rows
 from llm.training.loop import Step, Training, TrainState, training_steps
 from llm.training.optimizers import make_optimizer
 from llm.training.validation import Validation, validate
@@ -68,8 +70,16 @@ def run(
         seed=3,
         micro_batch_rows=micro_batch_rows,
     )
-    is_stopping = more.pop("is_stopping", lambda: False)
-    return training_steps(training, state or TrainState(), is_stopping=is_stopping)
+    more = {"is_stopping": lambda: False, **more}
+    return training_steps(training, state or TrainState(), **more)
+
+
+def masked_tokens(tokenizer: ByteLevelBPE) -> MaskedTokens:
+    """Fill in three tokens of ten."""
+    masking = Masking(
+        seed=5, fraction=0.3, mask_id=tokenizer.mask_id, is_text=tokenizer.token_bytes > 0
+    )
+    return MaskedTokens(is_document_masked=False, masking=masking)
 
 
 def check(model: Transformer, rows: Rows, tokenizer: ByteLevelBPE, **more: Any) -> Validation:
@@ -134,6 +144,220 @@ def test_micro_batches_give_the_gradient_of_one_batch(
     for step in found[1:]:
         assert step.loss == pytest.approx(found[0].loss, rel=1e-6)
         assert step.gradient_norm == pytest.approx(found[0].gradient_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["next", "masked"])
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+def test_training_in_micro_batches_gives_the_weights_of_whole_batches(
+    chats: Path, tokenizer: ByteLevelBPE, objective: str, optimizer_name: Any
+) -> None:
+    rows = Rows(chats, "train")
+    config = replace(CONFIG, optimizer=optimizer_name)
+    learned = NEXT_TOKEN if objective == "next" else masked_tokens(tokenizer)
+    models = [tiny_model(is_causal=objective == "next") for _ in range(3)]
+    for model, micro_batch_rows in zip(models, (8, 4, 1), strict=True):
+        for _ in run(model, rows, config, micro_batch_rows, objective=learned):
+            pass
+    whole, *others = (
+        torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models
+    )
+    # The same sums in another order. AdamW divides by the root of gradients that are near zero, and
+    # Muon stretches, in bf16, directions in which there is hardly a gradient.
+    tolerance = {"adamw": 1e-5, "muon": 2e-2}[optimizer_name]
+    for parts in others:
+        assert float((parts - whole).norm() / whole.norm()) < tolerance
+
+
+def test_a_masked_training_equals_one_written_with_plain_torch(
+    text: Path, tokenizer: ByteLevelBPE
+) -> None:
+    rows, objective = Rows(text, "train"), masked_tokens(tokenizer)
+    model, reference = tiny_model(is_causal=False), tiny_model(is_causal=False)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.0)
+    first = next(run(model, rows, micro_batch_rows=3, objective=objective))
+    samples = np.arange(8)
+    arrays = rows.read(sample_rows(3, samples, rows.num_rows))
+    tokens = arrays.tokens[:, :-1]
+    inputs, targets = objective.masking.hide(tokens, arrays.mask[:, :-1], samples)
+    is_target = targets != -100
+    assert (inputs[~is_target] == tokens[~is_target]).all() and not is_target[:, 0].any()
+    logits = reference(torch.from_numpy(inputs))
+    loss = F.cross_entropy(logits[is_target], torch.from_numpy(targets[is_target]))
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+    optimizer.step()
+    assert first.num_targets == is_target.sum() > 0
+    assert first.loss == pytest.approx(loss.item(), rel=1e-5)  # sums in another order
+    assert first.gradient_norm == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_what_is_masked_does_not_depend_on_the_number_of_processes(
+    text: Path, tokenizer: ByteLevelBPE
+) -> None:
+    rows, objective = Rows(text, "train"), masked_tokens(tokenizer)
+
+    def read(process: int, num_processes: int, first_step: int) -> list[torch.Tensor]:
+        batches = batches_of_steps(
+            rows,
+            objective,
+            CONFIG,
+            seed=3,
+            first_step=first_step,
+            process=process,
+            num_processes=num_processes,
+            micro_batch_rows=2,
+        )
+        return [torch.cat([batch.inputs for batch in step]) for step in batches]
+
+    whole = read(0, 1, 0)
+    halves = [torch.cat(parts) for parts in zip(read(0, 2, 0), read(1, 2, 0), strict=True)]
+    assert len(whole) == 6 and all(map(torch.equal, whole, halves))
+    assert all(map(torch.equal, whole[4:], read(0, 1, 4))), "nor on where training resumes"
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+def test_norms_of_update_and_weights_are_those_of_the_tenth_step(
+    text: Path, optimizer_name: Any
+) -> None:
+    config = replace(CONFIG, num_steps=11, optimizer=optimizer_name)
+    model = tiny_model()
+    weights: list[torch.Tensor] = []
+    steps: list[Step] = []
+    for step in run(model, Rows(text, "train"), config):
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]).double())
+        steps.append(step)
+    measured = [step.step for step in steps if step.update_norm is not None]
+    assert measured == [10]
+    # differences of fp32 weights, added up in fp32
+    assert steps[9].update_norm == pytest.approx(float((weights[9] - weights[8]).norm()), rel=1e-4)
+    assert steps[9].weight_norm == pytest.approx(float(weights[9].norm()), rel=1e-5)
+
+
+def test_dropout_drops_the_same_after_a_resume_and_other_things_in_other_steps(text: Path) -> None:
+    rows = Rows(text, "train")
+    model, resumed = tiny_model(dropout=0.3), tiny_model(dropout=0.3)
+    optimizer = make_optimizer(resumed, CONFIG)
+    whole = [step.loss for step in run(model, rows, micro_batch_rows=3)]
+    state = TrainState()
+    first = run(resumed, rows, micro_batch_rows=3, state=state, optimizer=optimizer)
+    losses = [next(first).loss for _ in range(2)]
+    torch.manual_seed(99)  # whatever the generators did meanwhile
+    rest = run(resumed, rows, micro_batch_rows=3, state=state, optimizer=optimizer)
+    losses += [step.loss for step in rest]
+    assert losses == whole
+    assert all(map(torch.equal, model.parameters(), resumed.parameters()))
+    still = replace(CONFIG, learning_rate=1e-30, rows_per_step=rows.num_rows)
+    every_row = [step.loss for step in run(tiny_model(dropout=0.3), rows, still, 100)]
+    assert len(set(every_row)) == len(every_row), "the same rows and weights, dropped differently"
+
+
+def test_a_step_ahead_gives_the_same_steps_and_the_state_of_the_step_yielded(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Rows(text, "train")
+    model, ahead = tiny_model(), tiny_model()
+    states: list[tuple[int, float | None, torch.Tensor]] = []
+    for step in run(model, rows):
+        states.append((step.step, step.loss, model.norm.weight.detach().clone()))
+    monkeypatch.setitem(loop.STEPS_AHEAD, "cpu", 1)
+    state, looked_at = TrainState(), {3, 6}
+    for step in run(ahead, rows, state=state, is_looked_at=looked_at.__contains__):
+        expected_step, loss, weight = states[step.step - 1]
+        assert (state.step, state.loss) == (step.step, step.loss) == (expected_step, loss)
+        place = step.step - (step.step in looked_at)  # elsewhere the weights are a step further
+        assert torch.equal(ahead.norm.weight, states[place][2])
+        assert torch.equal(weight, ahead.norm.weight) == (step.step in looked_at)
+    assert state.step == 6
+
+
+def test_a_stop_while_a_step_is_under_way_yields_that_step(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(loop.STEPS_AHEAD, "cpu", 1)
+    asked: list[int] = []
+    state = TrainState()
+    steps = run(
+        tiny_model(),
+        Rows(text, "train"),
+        state=state,
+        is_looked_at=lambda step: False,
+        is_stopping=lambda: asked.append(1) or len(asked) > 4,
+    )
+    assert [step.step for step in steps] == [1, 2, 3, 4]
+    assert state.step == 4
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+def test_a_failure_found_a_step_later_leaves_weights_and_optimizer_as_before_it(
+    text: Path, optimizer_name: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(loop.STEPS_AHEAD, "cpu", 1)
+    config = replace(CONFIG, optimizer=optimizer_name)
+    model = tiny_model()
+    optimizer = make_optimizer(model, config)
+    steps = run(
+        model, Rows(text, "train"), config, optimizer=optimizer, is_looked_at=lambda step: step == 2
+    )
+    next(steps), next(steps)
+    weights = [parameter.clone() for parameter in model.parameters()]
+    moments = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
+    calls: list[int] = []
+
+    def poison_once(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return output * float("nan") if len(calls) == 1 else output
+
+    model.norm.register_forward_hook(poison_once)  # the step after it would be a sound one
+    with pytest.raises(StageError, match="step 3 of 6 gave a loss of nan"):
+        next(steps)
+    assert len(calls) == 2
+    assert all(map(torch.equal, weights, model.parameters()))
+    assert all(torch.equal(moments[name], t) for name, t in optimizer.state_dict().items())
+
+
+@pytest.fixture
+def fp16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute in fp16 here, slowly, as a GPU would."""
+    for module in ("llm.training.loop", "llm.model.precision"):
+        monkeypatch.setattr(f"{module}.computed_precision", lambda asked, device_type: asked)
+
+
+def test_fp16_skips_what_overflows_halves_its_scale_and_learns(
+    text: Path, fp16_on_a_cpu: None
+) -> None:
+    rows, config = Rows(text, "train"), replace(CONFIG, precision="fp16")
+    state = TrainState(loss_scale=2.0**40)
+    model = tiny_model()
+    steps: list[Step] = []
+    weights = [parameter.clone() for parameter in model.parameters()]
+    for step in run(model, rows, replace(config, num_steps=40), state=state):
+        steps.append(step)
+        if math.isfinite(step.gradient_norm):
+            break
+        assert all(map(torch.equal, weights, model.parameters()))
+    assert state.skipped_steps == len(steps) - 1 > 0
+    assert [step.loss_scale for step in steps] == [2.0 ** (40 - n) for n in range(len(steps))]
+    assert (state.loss_scale, state.loss_scale_steps) == (2.0 ** (41 - len(steps)), 1)
+    assert not all(map(torch.equal, weights, model.parameters()))
+
+
+def test_fp16_learns_what_fp32_learns(text: Path, fp16_on_a_cpu: None) -> None:
+    rows = Rows(text, "train")
+    wide = list(run(tiny_model(), rows))
+    narrow = list(run(tiny_model(), rows, replace(CONFIG, precision="fp16")))
+    for mine, theirs in zip(narrow, wide, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=5e-3)  # 10 bits of fraction
+        assert mine.gradient_norm == pytest.approx(theirs.gradient_norm, rel=3e-2)
+
+
+def test_fp16_that_overflows_at_any_scale_is_a_failure(text: Path, fp16_on_a_cpu: None) -> None:
+    model = tiny_model()
+    model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    state = TrainState(loss_scale=4.0)
+    steps = run(model, Rows(text, "train"), replace(CONFIG, precision="fp16"), state=state)
+    assert [next(steps).loss_scale for _ in range(2)] == [4.0, 2.0]
+    with pytest.raises(StageError, match=r"step 3 of 6 .*pretrain.precision=fp32"):
+        next(steps)
 
 
 def test_every_row_is_read_once_an_epoch_and_steps_flow_over_its_end() -> None:

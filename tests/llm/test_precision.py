@@ -1,0 +1,54 @@
+"""Precision: what a processor has, what is set and set back, and the scale of fp16."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from llm.model.precision import (
+    FIRST_LOSS_SCALE,
+    STEPS_TO_DOUBLE,
+    LossScale,
+    autocast,
+    computed_precision,
+    fp32_products,
+)
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_a_cpu_computes_in_fp32_what_it_does_not_have(
+    has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
+    found = {asked: computed_precision(asked, "cpu") for asked in ("fp32", "tf32", "bf16", "fp16")}
+    assert found.pop("bf16") == ("bf16" if has_bf16 else "fp32")
+    assert set(found.values()) == {"fp32"}
+    assert autocast("fp16", "cpu")._enabled is False
+
+
+@pytest.mark.parametrize("asked", ["fp32", "tf32", "bf16", "fp16"])
+def test_a_gpu_computes_in_what_is_asked_for(asked: Any) -> None:
+    assert computed_precision(asked, "cuda") == asked
+
+
+@pytest.mark.parametrize("asked", ["fp32", "tf32", "bf16"])
+def test_fp32_products_are_rounded_as_asked_and_left_as_they_were(asked: Any) -> None:
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    with pytest.raises(RuntimeError, match="on the way"), fp32_products(asked, "cuda"):
+        assert products.fp32_precision == ("tf32" if asked == "tf32" else "ieee")
+        raise RuntimeError("on the way")
+    assert products.fp32_precision == before
+
+
+def test_the_loss_scale_moves_as_torchs_scaler_does() -> None:
+    mine = LossScale(FIRST_LOSS_SCALE, STEPS_TO_DOUBLE - 5, torch.device("cpu"))
+    scale, count = torch.tensor(FIRST_LOSS_SCALE), torch.tensor(STEPS_TO_DOUBLE - 5).int()
+    generator = random.Random(1)
+    for step in range(3 * STEPS_TO_DOUBLE):
+        has_overflow = torch.tensor(float(step < 100 and generator.random() < 0.1))
+        mine.update(has_overflow)
+        torch._amp_update_scale_(scale, count, has_overflow, 2.0, 0.5, STEPS_TO_DOUBLE)
+        assert (float(mine.scale), float(mine.num_steps)) == (float(scale), float(count))
+    assert float(scale) != FIRST_LOSS_SCALE
