@@ -21,6 +21,7 @@ from tasks.journal import (
     StageStarted,
     Status,
 )
+from tasks.mlflow_funnel import log_funnel, without_funnel
 from tasks.mlflow_models import ModelRuns
 from tasks.mlflow_store import (
     DIGEST_TAG,
@@ -76,9 +77,10 @@ class PipelineRuns:
         """End a child with what the stage says of its artifact."""
         name = f"stage/{event.stage} {event.role}".strip()
         run_id = self._book.run_ids[name]
-        figures, texts = split_summary(event.summary)
+        figures, texts = split_summary(without_funnel(event.summary))
         self._store.log_metrics(run_id, {"seconds": event.seconds, **figures}, at_ms)
         self._store.set_tags(run_id, {**texts, DIGEST_TAG: event.digest})
+        log_funnel(self._store, run_id, f"{event.stage} {event.role}".strip(), event.summary)
         self._book.end(name, event.status, at_ms)
 
     def note_cached(self, event: StageCached) -> None:
