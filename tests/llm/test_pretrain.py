@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from safetensors.torch import load_file
 from llm.errors import DataError, StageError
 from llm.job import EXIT_INTERRUPTED
 from llm.model.store import load_model
+from llm.model.transformer import Block
 from llm.pretrain import pretrain
 from llm.tokenizer.base import TOKENIZER_JSON
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.training.validation import Validation
 from tests.llm.training_setup import (
     SEQ_LEN,
+    TINY,
     points,
     run_inside,
     start,
@@ -30,6 +33,11 @@ from tests.llm.training_setup import (
     write_job_file,
     write_text_rows,
 )
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "muon": {"optimizer": "muon", "model": replace(TINY, dropout=0.2)},
+}
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +79,11 @@ def steps_saved(folder: Path) -> list[int]:
 def undisturbed(
     tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Path]
 ) -> dict[str, Path]:
-    """A whole training with each optimizer."""
+    """A whole training with each optimizer, Muon's with dropout."""
     folders = {}
-    for optimizer in ("adamw", "muon"):
+    for optimizer, settings in SETTINGS.items():
         folders[optimizer] = tmp_path_factory.mktemp(optimizer)
-        code, errors = run(folders[optimizer], inputs, {"optimizer": optimizer})
+        code, errors = run(folders[optimizer], inputs, settings)
         assert code == 0, errors
     return folders
 
@@ -108,6 +116,8 @@ def test_it_leaves_a_model_that_learned_something_and_its_curves(
     assert figures["val_bits_per_byte"] == validations[-1]["metrics"]["val/bits_per_byte"]
     assert figures["train_loss"] == trained[-1]["metrics"]["train/loss"]
     assert figures["num_parameters"] == model.num_parameters()
+    assert figures["throughput_flops_per_token"] > 6 * 0.9 * model.num_parameters()
+    assert figures["throughput_peak_teraflops"] == "unknown"
     assert steps_saved(folder) == [6, 8]
 
 
@@ -116,7 +126,7 @@ def test_sigkill_at_any_moment_gives_the_bits_of_an_undisturbed_run(
     optimizer: str, tmp_path: Path, inputs: dict[str, Path], undisturbed: dict[str, Path]
 ) -> None:
     generator = random.Random(optimizer)
-    job = write_job_file(tmp_path, "pretrain", tiny_pretrain(optimizer=optimizer), inputs)
+    job = write_job_file(tmp_path, "pretrain", tiny_pretrain(**SETTINGS[optimizer]), inputs)
     metrics = tmp_path / "work" / "metrics.jsonl"
     for kill_at_line in (3, 7):  # then some milliseconds more, anywhere in a step or a save
         process = start(job, "pretrain")
@@ -164,6 +174,42 @@ def test_a_polite_stop_saves_the_step_it_is_in_and_says_so(
     assert run(tmp_path, inputs, checkpoint_every_steps=100)[0] == 0
     assert digest(tmp_path) == digest(undisturbed["adamw"])
     assert points(tmp_path) == points(undisturbed["adamw"])
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_every_optimizer_and_schedule_resumes_to_the_same_bits(
+    schedule: str, optimizer: str, is_causal: bool, tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    model = replace(TINY, dropout=0.2, is_causal=is_causal)
+    settings = tiny_pretrain(schedule=schedule, optimizer=optimizer, model=model)
+    job = write_job_file(tmp_path, "pretrain", settings, inputs, micro_batch_rows=3)
+    expected = run_inside(pretrain, job), points(tmp_path)
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "work" / "checkpoints" / "step-00000008")
+    assert steps_saved(tmp_path) == [6]
+    torch.manual_seed(1234)
+    assert (run_inside(pretrain, job), points(tmp_path)) == expected
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+
+
+def test_activations_computed_twice_give_the_bits_of_those_kept(
+    tmp_path: Path, inputs: dict[str, Path], undisturbed: dict[str, Path]
+) -> None:
+    settings = tiny_pretrain(**SETTINGS["muon"])
+    job = write_job_file(tmp_path, "pretrain", settings, inputs, recomputes_activations=True)
+    calls: list[int] = []
+    forward = Block.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Block, "forward", lambda *given: calls.append(1) or forward(*given))
+        run_inside(pretrain, job)
+    num_validations = 3
+    num_layers, num_steps = TINY.num_layers, settings.num_steps
+    assert len(calls) == num_layers * (2 * num_steps + num_validations)
+    weights = (undisturbed["muon"] / "out" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    assert points(tmp_path) == points(undisturbed["muon"])
 
 
 def test_a_damaged_newest_checkpoint_costs_steps_and_no_bits(
