@@ -90,9 +90,10 @@ def _run(
     environment = dict(os.environ)
     source = str(Path(llm.__file__).parents[1])
     paths = [source, *filter(None, [environment.get("PYTHONPATH")])]
-    # Threads that wait for work sleep. Where others use the cores too, spinning made products of
-    # two threads 2 to 8 times slower (docs/log.md).
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # How long a thread that waits for work spins before it sleeps. A hundred times as long, the
+    # default, is three times slower where others use the cores too; not at all is two times slower
+    # for a small model where nobody does (docs/log.md).
+    environment.setdefault("GOMP_SPINCOUNT", "3000")
     environment |= {
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",

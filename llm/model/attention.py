@@ -4,7 +4,9 @@ B  rows                  H  query heads         C  model width
 T  positions in a row    K  key/value heads     D  head width
 """
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from llm.config import ModelConfig
 from llm.model.cache import KeyValueCache
@@ -41,15 +43,20 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(D, config.norm_eps) if config.has_qk_norm else nn.Identity()
         self.turn = POSITIONS[config.positions].turn
 
+    def _joined(self) -> tuple[Tensor, Tensor | None]:
+        """Return weights and biases of query, key and value as one: one product instead of three."""
+        parts = (self.query, self.key, self.value)
+        bias = torch.cat([part.bias for part in parts]) if self.query.bias is not None else None
+        return torch.cat([part.weight for part in parts]), bias
+
     def forward(self, x: Tensor, reach: Reach, cache: KeyValueCache | None) -> Tensor:
         """Mix positions of (B, T, C) within `reach`; with a cache, also with the positions it
         holds.
         """
         B, T, _ = x.shape
         H, K, D = self.num_heads, self.num_kv_heads, self.head_dim
-        q = self.query(x).view(B, T, H, D).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
-        k = self.key(x).view(B, T, K, D).transpose(1, 2)  # (B, T, C) -> (B, K, T, D)
-        v = self.value(x).view(B, T, K, D).transpose(1, 2)  # (B, T, C) -> (B, K, T, D)
+        qkv = F.linear(x, *self._joined()).view(B, T, H + 2 * K, D).transpose(1, 2)
+        q, k, v = qkv.split((H, K, K), dim=1)  # (B, H + 2 K, T, D) -> (B, H, T, D), 2 (B, K, T, D)
         q = self.turn(self.query_norm(q), *reach.rotation)
         k = self.turn(self.key_norm(k), *reach.rotation)
         if cache is not None:

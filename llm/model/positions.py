@@ -66,7 +66,6 @@ class RotaryPositions(nn.Module):
         super().__init__()
         frequencies = SCALINGS[config.rope_scaling](_frequencies(config), config)  # (D/2,)
         angles = torch.arange(seq_len, dtype=torch.float32)[:, None] * frequencies  # (T, D/2)
-        angles = torch.cat((angles, angles), dim=-1)  # (T, D/2) -> (T, D): both halves turn alike
         self.register_buffer("cosine", angles.cos(), persistent=False)
         self.register_buffer("sine", angles.sin(), persistent=False)
 
@@ -79,15 +78,16 @@ class RotaryPositions(nn.Module):
         return x
 
     def rotation(self, places: Tensor) -> tuple[Tensor, ...]:
-        """Return cosine and sine for `places` (B or 1, T), (B or 1, 1, T, D) each to fit heads."""
+        """Return cosine and sine for `places` (B or 1, T), (B or 1, 1, T, D/2) each to fit heads."""
         return self.cosine[places].unsqueeze(1), self.sine[places].unsqueeze(1)
 
     @staticmethod
     def turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         """Turn each pair of channels of (B, heads, T, D) by its position's angle."""
+        cosine, sine = cosine.to(x.dtype), sine.to(x.dtype)  # (B or 1, 1, T, D/2)
         first, second = x.chunk(2, dim=-1)  # (B, heads, T, D) -> 2 x (B, heads, T, D/2)
-        turned = torch.cat((-second, first), dim=-1)  # a quarter turn of every pair
-        return (x * cosine + turned * sine).to(x.dtype)
+        turned = (first * cosine - second * sine, second * cosine + first * sine)
+        return torch.cat(turned, dim=-1)  # 2 x (B, heads, T, D/2) -> (B, heads, T, D)
 
 
 def _frequencies(config: ModelConfig) -> Tensor:

@@ -35,8 +35,12 @@ class Optimizer:
     def step(self, is_void: Tensor | None = None) -> None:
         """Update the weights from their gradients; where `is_void` is 1, leave everything as it is.
 
-        It is a number on the device, which decides: the host does not wait to know it.
+        It is a number on the device, and a GPU decides by it without the host waiting to know.
         """
+        if is_void is not None and is_void.device.type == "cpu":
+            if is_void:
+                return
+            is_void = None
         for part in self._parts.values():
             part.__dict__["found_inf"] = is_void  # where torch's fused AdamW looks for it, and Muon
             part.step()
