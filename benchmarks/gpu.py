@@ -1,0 +1,271 @@
+"""Train GPT-2 124M on one GPU, from the plainest way to the project's, and print what each step
+up brings.
+
+    python benchmarks/gpu.py [--seconds 15] [--rows-per-step 128] [--micro-batch-rows 16]
+
+Context 1024, random tokens: speed does not depend on them. Every rung keeps what the ones before it
+gained. The plain rungs are a loop written here, which reads the loss after every step; the last is
+the project's own, with kernels that add in a fixed order. Tokens/s is over whole steps after a
+warm-up; MFU is defined in llm/training/throughput.py, the peak being that of the rung's precision.
+Needs torch, accelerate, safetensors, tokenizers, numpy, yaml and a CUDA device, nothing else.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from llm.artifact import ArtifactWriter
+from llm.config import ModelConfig, OptimizationConfig, RuntimeConfig
+from llm.data.rows import RowLayout, Rows, RowWriter, write_pack_json
+from llm.model.loss import ModelWithLoss
+from llm.model.precision import Precision, autocast, fp32_products
+from llm.model.transformer import Transformer
+from llm.training.batches import NextToken
+from llm.training.loop import Training, TrainState, training_steps
+from llm.training.optimizers import make_optimizer
+from llm.training.processes import make_accelerator
+from llm.training.throughput import TERA, flops_per_token, peak_flops
+
+WARM_UP_STEPS = 3
+NUM_ROWS = 4096
+GPT2_124M = ModelConfig(
+    num_layers=12,
+    d_model=768,
+    num_heads=12,
+    num_kv_heads=12,
+    d_ff=3072,
+    positions="learned",
+    norm="layernorm",
+    mlp="gelu",
+    has_biases=True,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """What is trained, and how much of it at once."""
+
+    shape: ModelConfig = GPT2_124M
+    vocab_size: int = 50_257
+    seq_len: int = 1024
+    rows_per_step: int = 128
+    micro_batch_rows: int = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rung:
+    """One way to train; each differs from the one before in one thing."""
+
+    name: str
+    precision: Precision = "fp32"
+    has_attention_kernel: bool = False
+    """Attention without its scores in memory."""
+    is_fused: bool = False
+    """AdamW as one kernel over all weights."""
+    is_compiled: bool = False
+    has_chunked_loss: bool = False
+    """Logits and loss chunk by chunk, and so a micro-batch twice as large."""
+    is_project: bool = False
+    """The project's loop: the host is a step ahead of the device."""
+
+
+def ladder() -> list[Rung]:
+    """Return all rungs, the plainest first."""
+    rungs = [Rung(name="fp32, plain attention, AdamW in a loop")]
+    for name, change in (
+        ("products in tf32", {"precision": "tf32"}),
+        ("products in bf16", {"precision": "bf16"}),
+        ("attention as one kernel", {"has_attention_kernel": True}),
+        ("AdamW as one kernel", {"is_fused": True}),
+        ("torch.compile", {"is_compiled": True}),
+        ("chunked loss, twice the micro-batch", {"has_chunked_loss": True}),
+        ("the project's loop", {"is_project": True}),
+    ):
+        rungs.append(replace(rungs[-1], name=name, **change))
+    return rungs
+
+
+class WholeLoss(nn.Module):
+    """A model with the loss of torch, over all logits at once."""
+
+    def __init__(self, model: Transformer) -> None:
+        """Wrap `model`."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> Tensor:
+        """Return the loss at each position of (B, T), in a line."""
+        logits = self.model(inputs, document_ids)  # (B, T) -> (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+
+
+def plain_steps(rung: Rung, size: Size, rows: Rows, device: torch.device) -> Iterator[float]:
+    """Train with a loop as tutorials write it; yield the loss of every step."""
+    model = make_model(size).to(device)
+    module = ModelWithLoss(model) if rung.has_chunked_loss else WholeLoss(model)
+    if rung.is_compiled:
+        module.compile()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, weight_decay=0.1, foreach=False, fused=rung.is_fused
+    )
+    step = 0
+    while True:
+        first = step * size.rows_per_step % (NUM_ROWS - size.rows_per_step + 1)
+        tokens = torch.from_numpy(rows.read(first + np.arange(size.rows_per_step)).tokens)
+        total = torch.zeros((), device=device)
+        with nullcontext() if rung.has_attention_kernel else sdpa_kernel(SDPBackend.MATH):
+            for batch in tokens.split(micro_batch_rows(rung, size)):
+                local = batch.to(device)  # (B, T + 1)
+                with autocast(rung.precision, device.type):
+                    losses = module(local[:, :-1].contiguous(), local[:, 1:].contiguous(), None)
+                loss = losses.sum() / (size.rows_per_step * size.seq_len)
+                loss.backward()
+                total += loss.detach()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        yield total.item()
+
+
+def project_steps(rung: Rung, size: Size, rows: Rows, device: torch.device) -> Iterator[float]:
+    """Train with the project's loop; yield the loss of every step."""
+    config = OptimizationConfig(
+        num_steps=1_000_000, rows_per_step=size.rows_per_step, precision=rung.precision
+    )
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    accelerator = make_accelerator(RuntimeConfig(device=kind, num_processes=1), config)
+    model = make_model(size)
+    module = ModelWithLoss(model)
+    if rung.is_compiled:
+        module.compile()
+    prepared = accelerator.prepare_model(module)
+    training = Training(
+        accelerator=accelerator,
+        model=prepared,
+        optimizer=make_optimizer(model, config),
+        rows=rows,
+        objective=NextToken(is_document_masked=False),
+        config=config,
+        stage="pretrain",
+        seed=1,
+        micro_batch_rows=micro_batch_rows(rung, size),
+    )
+    steps = training_steps(
+        training,
+        TrainState(),
+        is_stopping=lambda: False,
+        is_looked_at=lambda step: False,
+    )
+    for step in steps:
+        yield step.loss
+
+
+def micro_batch_rows(rung: Rung, size: Size) -> int:
+    """Return the rows of one forward pass."""
+    return size.micro_batch_rows * (2 if rung.has_chunked_loss else 1)
+
+
+def make_model(size: Size) -> Transformer:
+    """Return the model with its first weights."""
+    model = Transformer(size.shape, size.vocab_size, size.seq_len)
+    model.initialize(torch.Generator().manual_seed(1))
+    return model
+
+
+def make_rows(folder: Path, size: Size) -> Rows:
+    """Write rows of random tokens."""
+    layout = RowLayout(
+        seq_len=size.seq_len, vocab_size=size.vocab_size, content="text", bos_id=0, pad_id=5
+    )
+    shape = (NUM_ROWS, size.seq_len + 1)
+    tokens = np.random.default_rng(1).integers(10, size.vocab_size, shape, dtype=np.uint32)
+    tokens[:, 0] = layout.bos_id
+    writer = ArtifactWriter(folder)
+    with RowWriter(writer, "train", layout, np.ones(size.vocab_size, dtype=np.int64)) as rows:
+        rows.write_rows(tokens, None, np.arange(NUM_ROWS))
+        rows.write_documents([(bytes(16), "")] * NUM_ROWS)
+        info = rows.info()
+    write_pack_json(writer, layout, {"train": info})
+    return Rows(folder, "train")
+
+
+def tokens_per_second(
+    rung: Rung, size: Size, rows: Rows, device: torch.device, seconds: float
+) -> float:
+    """Take steps for about so many seconds after a warm-up, in which compiling falls."""
+    synchronize: Callable[[], None] = (
+        torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    )
+    with fp32_products(rung.precision, device.type):
+        make_steps = project_steps if rung.is_project else plain_steps
+        steps = make_steps(rung, size, rows, device)
+        for _ in range(WARM_UP_STEPS):
+            next(steps)
+        synchronize()
+        started_at, num_steps = time.perf_counter(), 0
+        while time.perf_counter() - started_at < seconds:
+            next(steps)
+            num_steps += 1
+        synchronize()
+        passed = time.perf_counter() - started_at
+        steps.close()
+    return num_steps * size.rows_per_step * size.seq_len / passed
+
+
+def main() -> None:
+    """Climb the ladder and print a line a rung."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--rows-per-step", type=int, default=128)
+    parser.add_argument("--micro-batch-rows", type=int, default=16)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/gpu.py measures a GPU, and torch sees no CUDA device here")
+    device = torch.device("cuda")
+    size = Size(rows_per_step=options.rows_per_step, micro_batch_rows=options.micro_batch_rows)
+    with torch.device("meta"):
+        per_token = flops_per_token(Transformer(size.shape, size.vocab_size, size.seq_len))
+    print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}", flush=True)
+    print(
+        f"{per_token / 1e6:.1f} MFLOP a token; {size.rows_per_step} rows of {size.seq_len} a step"
+    )
+    print(f"{'':<38}{'tokens/s':>12}{'gain':>8}{'in all':>8}{'peak TFLOP/s':>14}{'MFU':>8}")
+    before = first = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        rows = make_rows(Path(folder) / "rows", size)
+        for rung in ladder():
+            torch.cuda.empty_cache()
+            torch.compiler.reset()
+            try:
+                speed = tokens_per_second(rung, size, rows, device, options.seconds)
+            except torch.OutOfMemoryError:
+                print(f"{rung.name:<38}{'out of memory; try --micro-batch-rows 4':>50}", flush=True)
+                continue
+            before, first = before or speed, first or speed
+            peak = peak_flops(device, rung.precision)
+            shown_peak = f"{peak / TERA:.1f}" if peak else "unknown"
+            share = f"{speed * per_token / peak:.1%}" if peak else "unknown"
+            print(
+                f"{rung.name:<38}{speed:>12,.0f}{speed / before:>7.2f}x{speed / first:>7.2f}x"
+                f"{shown_peak:>14}{share:>8}",
+                flush=True,
+            )
+            before = speed
+
+
+if __name__ == "__main__":
+    main()
