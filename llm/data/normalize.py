@@ -1,10 +1,9 @@
 """Write what looks the same in the same way: line ends and composed characters."""
 
-import re
 import unicodedata
 from typing import Literal
 
-LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
+LINE_ENDS = ("\r\n", "\r", "\x0b", "\x0c", "\x85", "\u2028", "\u2029")
 
 LineEnds = Literal["as_is", "lf"]
 UnicodeForm = Literal["as_is", "nfc"]
@@ -17,7 +16,8 @@ def normalize(text: str, line_ends: LineEnds, unicode_form: UnicodeForm) -> str:
     one that a later Unicode adds is left alone by an older Python.
     """
     if line_ends == "lf":
-        text = LINE_ENDS.sub("\n", text)
+        for line_end in LINE_ENDS:
+            text = text.replace(line_end, "\n")
     if unicode_form == "nfc":
         text = unicodedata.normalize("NFC", text)
     return text

@@ -5,10 +5,15 @@ from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 EMAIL_MASK, IP_MASK = "[email]", "[ip]"
-# Bounded repeats, as RFC 5321 bounds them: a long run that is no address is read once
-EMAIL = re.compile(r"[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,63}", re.ASCII)
-IPV4 = re.compile(r"(?<![\w.])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?!\.?\w)", re.ASCII)
-IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34}(?![\w:])", re.ASCII)
+# Repeats are bounded, as in RFC 5321, and start at the beginning of a run: a long one is read once.
+# What follows an address must not be one when the mask stands before it.
+EMAIL = re.compile(
+    r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,63}(?![\w.%+-]{0,64}@)",
+    re.ASCII,
+)
+# The first digit before what must not stand before it: a search for a digit is ten times as fast
+IPV4 = re.compile(r"[0-9](?<![\w.].)[0-9]{0,2}\.(?:[0-9]{1,3}\.){2}[0-9]{1,3}(?!\.?\w)", re.ASCII)
+IPV6 = re.compile(r"[23](?<![\w:.].)[0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34}(?![\w:])", re.ASCII)
 PUBLIC_IPV6 = IPv6Network("2000::/3")
 NOT_PUBLIC_IPV4 = tuple(  # IANA's special-purpose registry and multicast
     map(
