@@ -15,6 +15,7 @@ from functools import cache as remember
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from llm.config import ModelConfig
 from llm.model.shape import window_of
@@ -228,9 +229,6 @@ class Flex:
     def __init__(
         self, rule: Rule, num_rows: int, num_positions: int, device: torch.device, cap: float
     ) -> None:
-        # imported here: a second of start-up that only a GPU wins back
-        from torch.nn.attention.flex_attention import create_block_mask
-
         self._mask = create_block_mask(
             rule, num_rows, None, num_positions, num_positions, device=device
         )
@@ -238,7 +236,9 @@ class Flex:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         assert not dropout, "Sight chooses another way where there is dropout"
-        return _compiled_flex_attention()(
+        # inside a compiled model it is compiled with the rest
+        attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+        return attend(
             q,
             k,
             v,
@@ -262,6 +262,4 @@ def _capped_scores(cap: float) -> Callable[..., Tensor]:
 
 @remember
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
     return torch.compile(flex_attention)  # uncompiled it writes all scores out
