@@ -1,4 +1,6 @@
-"""The command line: `fromscratch run | up | down | chat | doctor`, also `python -m flows.cli`.
+"""The command line, `fromscratch` or `python -m flows.cli`.
+
+    run | up | down | chat | export | import | doctor
 
 A run whose plan finds nothing to build imports neither prefect nor mlflow and needs no server.
 """
@@ -75,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--seed", type=int, default=0)
     _add_artifacts(chat)
     chat.set_defaults(command=_chat)
+    _add_exchange(commands)
     doctor = commands.add_parser("doctor", help="say what is wrong with this machine")
     doctor.add_argument("--verify", action="store_true", help="hash every file of every artifact")
     _add_artifacts(doctor)
@@ -107,6 +110,22 @@ def _add_run(commands: Any) -> None:
         run.add_argument(option, metavar="STAGE", action="append", default=[], help=text)
     run.add_argument("--json", action="store_true", help="end with one JSON object on stdout")
     run.set_defaults(command=_run)
+
+
+def _add_exchange(commands: Any) -> None:
+    export = commands.add_parser("export", help="write a model for transformers or llama.cpp")
+    export.add_argument("model", nargs="?", default="", help="its folder; default: the newest one")
+    export.add_argument("--format", choices=("hf", "gguf"), default="hf", help="default: hf")
+    export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of weights"
+    )
+    _add_artifacts(export)
+    export.set_defaults(command=_export)
+    importing = commands.add_parser("import", help="make a model of transformers one of ours")
+    importing.add_argument("folder", type=Path, help="as `save_pretrained` writes it")
+    importing.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    importing.set_defaults(command=_import)
 
 
 def _add_artifacts(parser: argparse.ArgumentParser) -> None:
@@ -281,6 +300,25 @@ def _chat(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
     )
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    folder = Path(options.model) if options.model else _newest_chat_model(options.artifacts)
+    if options.format == "gguf":
+        from llm.model.gguf import export_gguf as export
+    else:
+        from llm.model.hub import export_model as export
+    export(folder, options.to, dtype=options.dtype)
+    print(options.to)
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from llm.model.hub import import_model
+
+    import_model(options.folder, options.to)
+    print(options.to)
     return 0
 
 
