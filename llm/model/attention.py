@@ -34,7 +34,7 @@ class Attention(nn.Module):
         C, H, K, D = config.d_model, config.num_heads, config.num_kv_heads, head_dim_of(config)
         self.layer, self.window = layer, window_of(config, layer)
         self.num_heads, self.num_kv_heads, self.head_dim = H, K, D
-        self.dropout = config.dropout
+        self.dropout, self.has_biases = config.dropout, config.has_biases
         self.query = nn.Linear(C, H * D, bias=config.has_biases)
         self.key = nn.Linear(C, K * D, bias=config.has_biases)
         self.value = nn.Linear(C, K * D, bias=config.has_biases)
@@ -44,9 +44,9 @@ class Attention(nn.Module):
         self.turn = POSITIONS[config.positions].turn
 
     def _joined(self) -> tuple[Tensor, Tensor | None]:
-        """Return weights and biases of query, key and value as one: one product instead of three."""
+        """Return weights and biases of query, key and value as one: one product, not three."""
         parts = (self.query, self.key, self.value)
-        bias = torch.cat([part.bias for part in parts]) if self.query.bias is not None else None
+        bias = torch.cat([part.bias for part in parts]) if self.has_biases else None
         return torch.cat([part.weight for part in parts]), bias
 
     def forward(self, x: Tensor, reach: Reach, cache: KeyValueCache | None) -> Tensor:
