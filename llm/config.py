@@ -54,11 +54,17 @@ class SourceConfig:
     hub_split: str = "train"
     """hub: the split to read."""
     hub_revision: str = ""
-    """hub: the commit, 40 hexadecimal characters, so that the bytes never change. Required."""
+    """hub: the commit, 40 hexadecimal characters, so that the bytes never change. A branch or a tag
+    is looked up for every plan, and its commit is what counts and is recorded. Required.
+    """
+    is_hub_streamed: bool = False
+    """hub: read records over the network, instead of fetching whole files first. Less disk, but
+    nothing to go on from after a kill.
+    """
     text_key: str = "text"
     """Corpus records (json, jsonl, hub): the key that holds the text."""
     max_documents: Count = 0
-    """stdlib and hub: stop after this many documents; 0 takes all."""
+    """stdlib and hub: stop after this many documents; 0 takes all, and of the hub whole files."""
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: MixedSourceConfig has those of another base
@@ -444,6 +450,14 @@ class EvaluateConfig:
     """Longest answer or continuation."""
     temperature: NonNegativeFloat = 0.8
     """Of the samples; 0 takes the likeliest token. Answers to instructions are always greedy."""
+    top_k: Count = 0
+    """Samples are drawn from so many likeliest tokens; 0 draws from all."""
+    top_p: Annotated[float, Range(above=0, maximum=1)] = 1.0
+    """Samples are drawn from the fewest likeliest tokens with this probability together."""
+    min_p: Fraction = 0.0
+    """Samples are drawn from tokens at least this share as likely as the likeliest."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Above 1, tokens already in a sample or its prompt become less likely."""
     num_instructions: Positive = 200
     """Held-out instructions answered for the exact-match figure."""
 
@@ -752,9 +766,9 @@ def _source_problems(source: SourceConfig, dotted: str) -> list[str]:
             problems.append(
                 f"{dotted}.hub_name: empty, expected owner/name since {dotted}.kind is hub"
             )
-        if not is_hexadecimal(source.hub_revision, 40):
+        if not source.hub_revision:
             problems.append(
-                f"{dotted}.hub_revision: found {source.hub_revision!r},"
-                f" expected a commit of 40 hex characters"
+                f"{dotted}.hub_revision: found '', expected a commit of 40 hex characters, or a"
+                " branch or tag to look it up"
             )
     return problems

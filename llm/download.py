@@ -1,17 +1,30 @@
 """Bring a source here as it is: the standard library, local files, a URL or a hub dataset."""
 
+import contextlib
+import dataclasses
+import functools
 import hashlib
 import heapq
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
 from llm.artifact import ArtifactWriter, Json
-from llm.config import SourceConfig, read_section
+from llm.config import ReadingConfig, SourceConfig, read_section
 from llm.data.fetch import fetch, file_name
-from llm.data.formats import content_of, refuse_name
-from llm.data.hub import hub_records
+from llm.data.formats import content_of, keys_of, refuse_name
+from llm.data.hub import (
+    HubFile,
+    authorization,
+    digest_of,
+    hub_files,
+    open_hub_file,
+    resolve_commit,
+)
+from llm.data.reading import read_stream
+from llm.data.records import Skip
 from llm.data.sources import files_fingerprint, fingerprint, local_files
 from llm.data.stdlib import corpus_documents
 from llm.data.stdlib_chats import chat_records
@@ -19,6 +32,8 @@ from llm.errors import DataError
 from llm.job import Job, run_job
 
 COPY_BLOCK_BYTES = 1 << 20
+TEXT_DOCUMENT_BYTES = 1 << 20
+"""Text files of the hub of which only so many documents are taken are cut into pieces so long."""
 
 
 def download(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
@@ -56,8 +71,74 @@ def _write_stdlib(job: Job, source: SourceConfig, writer: ArtifactWriter) -> dic
 
 
 def _write_hub(job: Job, source: SourceConfig, writer: ArtifactWriter) -> dict[str, Json]:
-    records = islice(hub_records(source, job.role), source.max_documents or None)
-    return _write_records(job, map(_json_line, records), "files/hub.jsonl", writer)
+    commit = resolve_commit(source, job.role)
+    pinned = dataclasses.replace(source, hub_revision=commit)
+    _refuse_change(job, fingerprint(pinned, job.role, None), f"{source.hub_revision} on the hub")
+    files = hub_files(source, job.role, commit)
+    if source.max_documents == 0 and not source.is_hub_streamed:
+        summary = _write_hub_files(job, files, writer)
+    else:
+        skipped: Counter[str] = Counter()
+        records = _hub_records(job, source, commit, files, skipped)
+        lines = islice(map(_json_line, records), source.max_documents or None)
+        summary = _write_records(job, lines, "files/hub.jsonl", writer)
+        summary["skipped"] = dict(sorted(skipped.items()))
+    return {"commit": commit, **summary}
+
+
+def _write_hub_files(job: Job, files: Sequence[HubFile], writer: ArtifactWriter) -> dict[str, Json]:
+    """Bring all files here as they are."""
+    before_bytes, total_bytes = 0, sum(file.size_bytes for file in files)
+    for file in files:
+        partial = _fetch_hub_file(job, file, before_bytes, total_bytes)
+        _copy_file(job, partial, f"files/{file.path}", writer)
+        before_bytes += file.size_bytes
+    return {"num_files": len(files), "num_bytes": total_bytes}
+
+
+def _fetch_hub_file(job: Job, file: HubFile, before_bytes: int, total_bytes: int) -> Path:
+    partial = job.work / f"{file.digest[:40]}.partial"
+    fetching = fetch(
+        file.url,
+        file.digest,
+        partial,
+        f"download.{job.role}.hub_name",
+        authorization=authorization(),
+        digest_of=functools.partial(digest_of, file),
+    )
+    for done_bytes, _ in fetching:
+        job.report_progress(before_bytes + done_bytes, total_bytes, "bytes")
+    return partial
+
+
+def _hub_records(
+    job: Job, source: SourceConfig, commit: str, files: Sequence[HubFile], skipped: Counter[str]
+) -> Iterator[dict[str, Json]]:
+    """Yield the records of the files, one file after another, and count those that are none."""
+    keys = keys_of(content_of(job.role), source.text_key)
+    for file in files:
+        with contextlib.ExitStack() as stack:
+            if source.is_hub_streamed:
+                opened = stack.enter_context(open_hub_file(source, job.role, commit, file))
+            else:
+                opened = stack.enter_context(_fetch_hub_file(job, file, 0, 0).open("rb"))
+            for record in read_stream(
+                opened,
+                file.size_bytes,
+                file.path,
+                keys=keys,
+                policy="replace",
+                text_document_bytes=TEXT_DOCUMENT_BYTES,
+                limits=ReadingConfig(),
+                scratch=job.work,
+            ):
+                if isinstance(record, Skip):
+                    skipped[record.reason] += 1
+                elif isinstance(record.value, str):
+                    yield {source.text_key: record.value}
+                else:
+                    value = record.value
+                    yield {key: value[key] for key in keys if key in value}
 
 
 def _fetch_url(job: Job, source: SourceConfig, writer: ArtifactWriter) -> dict[str, Json]:
@@ -86,7 +167,12 @@ def _limited(lines: Iterator[bytes], max_documents: int) -> Iterator[bytes]:
 
 
 def _json_line(record: Mapping[str, Json]) -> bytes:
-    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    """Return a line of JSON; what JSON has no type for is null, as wrong a type for a text."""
+    text = json.dumps(record, ensure_ascii=False, default=lambda _: None)
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair, which clean will meet and count
+        return json.dumps(record, default=lambda _: None).encode() + b"\n"
 
 
 def _copy_files(job: Job, source: SourceConfig, writer: ArtifactWriter) -> dict[str, Json]:

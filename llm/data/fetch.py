@@ -7,6 +7,7 @@ Nothing but http and https is spoken, also across redirects. The caller sees pro
 import base64
 import contextlib
 import http.client
+import ipaddress
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -60,27 +61,37 @@ class _Fault(Exception):
 
 
 def fetch(
-    url: str, sha256: str, partial: Path, setting: str, limits: FetchLimits | None = None
+    url: str,
+    sha256: str,
+    partial: Path,
+    setting: str,
+    limits: FetchLimits | None = None,
+    *,
+    authorization: str = "",
+    digest_of: Callable[[Path], str] = file_sha256,
 ) -> Iterator[tuple[int, int]]:
     """Bring the bytes of `url` into the file `partial`, yielding (bytes there, bytes in all or 0).
 
-    When the iterator ends, `partial` is whole and has the sha256.
+    When the iterator ends, `partial` is whole and has the sha256, or what else `digest_of` takes.
+    `authorization` is told to the server of `url` alone, never to one it redirects to.
 
     Raises:
         DataError: the bytes are others, the address or the answer is of no use; names `setting`.
         ConnectionError: the network or the server failed, `max_tries` times in a row.
     """
     limits = limits or FetchLimits()
-    if partial.is_file() and file_sha256(partial) == sha256:
+    if partial.is_file() and digest_of(partial) == sha256:
         return
     num_failures, most_bytes, has_restarted = 0, _size(partial), False
     while True:
         resumed_at_bytes = _size(partial)
         try:
             total_bytes = 0
-            for done_bytes, total_bytes in _fetch_rest(url, partial, setting, limits):
+            for done_bytes, total_bytes in _fetch_rest(
+                url, partial, setting, limits, authorization
+            ):
                 yield done_bytes, total_bytes
-            found = file_sha256(partial)
+            found = digest_of(partial)
             if found == sha256:
                 return
             partial.unlink()
@@ -114,13 +125,15 @@ def file_name(url: str) -> str:
 
 
 def _fetch_rest(
-    url: str, partial: Path, setting: str, limits: FetchLimits
+    url: str, partial: Path, setting: str, limits: FetchLimits, authorization: str
 ) -> Iterator[tuple[int, int]]:
     """Ask for what `partial` lacks and append it; start over when it cannot be continued."""
     marks = partial.with_name(f"{partial.name}.etag.json")
     offset_bytes = _size(partial)
     etag = json.loads(marks.read_bytes())["etag"] if offset_bytes and marks.is_file() else ""
     headers = {"Accept-Encoding": "identity", "User-Agent": "fromscratch", "Connection": "close"}
+    if authorization:
+        headers["Authorization"] = authorization
     if offset_bytes:
         headers["Range"] = f"bytes={offset_bytes}-"
         if etag:
@@ -192,6 +205,7 @@ def _open(
     url: str, headers: dict[str, str], setting: str, limits: FetchLimits
 ) -> Generator[http.client.HTTPResponse]:
     """Ask for `url`, follow redirects, and give the answer: 200, 206 or 416."""
+    first_url = url
     for _ in range(MAX_REDIRECTS + 1):
         connection, target, more_headers = _connection(url, setting, limits)
         try:
@@ -211,7 +225,10 @@ def _open(
                 _refuse_useless(response, url, setting)
                 yield response
                 return
-            url = _redirected(url, response.headers.get("Location", ""), setting)
+            location = response.headers.get("Location", "")
+            url = redirect_target(url, location, first_url, setting)
+            if _origin(url) != _origin(first_url):
+                headers.pop("Authorization", None)
         finally:
             response.close()
             connection.close()
@@ -276,11 +293,44 @@ def _deadline(connection: http.client.HTTPConnection, seconds: float) -> Generat
         raise TimeoutError(f"not answered within {seconds:g} seconds")
 
 
-def _redirected(url: str, location: str, setting: str) -> str:
+def redirect_target(url: str, location: str, first_url: str, setting: str) -> str:
+    """Return where `url` sends on to.
+
+    Raises:
+        DataError: to no address; from https to http, where anyone on the way may change the answer;
+        or from the public network into this machine's own, which may hold what is not public.
+    """
     try:
-        return urllib.parse.urljoin(url, location)
+        target = urllib.parse.urljoin(url, location)
+        before, after, first = map(urllib.parse.urlsplit, (url, target, first_url))
+        hosts = after.hostname or "", first.hostname or ""
     except ValueError as error:
         raise DataError(f"{setting}: {_shown(url)} redirects to no valid address") from error
+    if before.scheme == "https" and after.scheme == "http":
+        raise DataError(
+            f"{setting}: {_shown(url)} redirects from https to {_shown(target)}; name an address"
+            " that stays with https"
+        )
+    if hosts[0] != hosts[1] and is_internal(hosts[0]) and not is_internal(hosts[1]):
+        raise DataError(
+            f"{setting}: {_shown(url)} redirects into the private network, to {_shown(target)};"
+            " name that address itself if you trust it"
+        )
+    return target
+
+
+def is_internal(host: str) -> bool:
+    """Tell whether a host is this machine or one in its private network."""
+    try:
+        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
+        return any(not ipaddress.ip_address(address).is_global for address in found)
+    except (OSError, ValueError):
+        return False  # nobody, or one that a proxy alone knows: connecting will tell
+
+
+def _origin(url: str) -> tuple[str, str]:
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme, parts.netloc
 
 
 def _refuse_useless(response: http.client.HTTPResponse, url: str, setting: str) -> None:

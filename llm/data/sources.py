@@ -18,6 +18,7 @@ from typing import cast
 from llm.artifact import digest, file_sha256, write_json_atomically
 from llm.config import SourceConfig
 from llm.data.formats import content_of, endings, is_readable, refuse_name
+from llm.data.hub import resolve_commit
 from llm.data.stdlib import library_files
 from llm.errors import DataError
 
@@ -42,12 +43,13 @@ def fingerprint(source: SourceConfig, role: str, cache_file: Path | None) -> str
 
     Raises:
         DataError: a local file is missing or cannot be read; the message names the setting.
+        ConnectionError: the hub cannot be asked which commit a branch is.
     """
     if source.kind == "url":
         return digest(["url", content_of(role), source.sha256])
     if source.kind == "hub":
-        parts = (source.hub_name, source.hub_config, source.hub_split, source.hub_revision)
-        return digest(["hub", content_of(role), *parts])
+        parts = (source.hub_name, source.hub_config, source.hub_split)
+        return digest(["hub", content_of(role), *parts, resolve_commit(source, role)])
     try:
         files = library_files() if source.kind == "stdlib" else local_files(source, role).files
         return files_fingerprint(source, role, _hash_files(files, cache_file))

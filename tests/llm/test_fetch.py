@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.data.fetch import FetchLimits, fetch, file_name
+from llm.data.fetch import FetchLimits, fetch, file_name, is_internal, redirect_target
 from llm.errors import DataError
 from tests.llm.http_server import Answer, HostileServer, answer, redirect, serve_ranges
 
@@ -141,6 +141,58 @@ def test_redirects_are_followed_but_not_for_ever(tmp_path: Path) -> None:
     assert requests[1].startswith("GET /there?a=b HTTP/1.1")
     with pytest.raises(DataError, match="more than 10 redirects"):
         fetch_all([redirect("/round")], tmp_path / "q")
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True), ("127.1", True), ("2130706433", True), ("0x7f.1", True),
+        ("localhost", True), ("0.0.0.0", True), ("10.1.2.3", True), ("172.16.0.1", True),
+        ("192.168.0.1", True), ("169.254.169.254", True), ("100.64.0.1", True), ("::1", True),
+        ("fe80::1", True), ("fd00::1", True), ("::ffff:127.0.0.1", True),
+        ("8.8.8.8", False), ("2001:4860:4860::8888", False),
+    ],
+)  # fmt: skip
+def test_this_machine_and_its_network_are_known_however_they_are_written(
+    host: str, expected: bool
+) -> None:
+    assert is_internal(host) == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "url", "location", "is_refused"),
+    [
+        ("https://8.8.8.8/a", "https://8.8.8.8/a", "http://8.8.8.8/a", True),
+        ("http://8.8.8.8/a", "https://8.8.4.4/a", "http://8.8.8.8/a", True),
+        ("http://8.8.8.8/a", "http://8.8.8.8/a", "https://8.8.4.4/a", False),
+        ("http://8.8.8.8/a", "http://8.8.8.8/a", "http://127.0.0.1/a", True),
+        ("http://8.8.8.8/a", "http://8.8.8.8/a", "//localhost/a", True),
+        ("http://8.8.8.8/a", "http://8.8.8.8/a", "http://169.254.169.254/latest", True),
+        ("http://8.8.8.8/a", "http://8.8.4.4/a", "http://[::1]/a", True),
+        ("http://10.0.0.1/a", "http://10.0.0.1/a", "http://10.0.0.2/a", False),
+        ("http://127.0.0.1/a", "http://127.0.0.1/a", "http://8.8.8.8/a", False),
+        ("http://127.0.0.1/a", "http://8.8.8.8/a", "http://127.0.0.1:9/a", False),
+        ("http://8.8.8.8/a", "http://8.8.8.8/a", "/b", False),
+    ],
+)
+def test_a_redirect_neither_leaves_https_nor_leads_into_a_private_network(
+    first: str, url: str, location: str, is_refused: bool
+) -> None:
+    if is_refused:
+        with pytest.raises(DataError, match=rf"{SETTING}: http.* redirects "):
+            redirect_target(url, location, first, SETTING)
+    else:
+        assert redirect_target(url, location, first, SETTING).startswith("http")
+
+
+def test_who_one_is_is_told_to_the_first_server_alone(tmp_path: Path) -> None:
+    with HostileServer([answer(BODY)]) as other:
+        address = other.url.replace("127.0.0.1", "localhost")
+        with HostileServer([redirect("/again"), redirect(f"{address}/x")]) as server:
+            url, partial = server.url, tmp_path / "p"
+            list(fetch(url, sha256(BODY), partial, SETTING, LIMITS, authorization="Bearer secret"))
+    assert all("Authorization: Bearer secret" in request for request in server.requests)
+    assert "Authorization" not in other.requests[0]
 
 
 def test_an_endless_body_is_cut_off(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from llm.config import SourceConfig
 from llm.data import sources
 from llm.data.sources import fingerprint, local_files
 from llm.errors import DataError
+from tests.llm.hub_server import COMMIT, NAME, HubServer
 
 
 def files(path: Path | str) -> SourceConfig:
@@ -144,3 +145,22 @@ def test_urls_and_hub_datasets_count_by_what_pins_them() -> None:
         for name, revision in [("a/b", "0"), ("a/c", "0"), ("a/b", "1")]
     ]
     assert len({fingerprint(source, "corpus", None) for source in hub}) == 3
+
+
+def test_a_branch_of_the_hub_counts_by_the_commit_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setenv("no_proxy", "*")
+    with HubServer({"a.jsonl": b"{}"}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        branch = SourceConfig(kind="hub", hub_name=NAME, hub_revision="main")
+        pinned = SourceConfig(kind="hub", hub_name=NAME, hub_revision=COMMIT)
+        before = fingerprint(branch, "corpus", None)
+        assert before == fingerprint(pinned, "corpus", None)
+        hub.commit = "f" * 40
+        assert fingerprint(branch, "corpus", None) != before
+        gone = SourceConfig(kind="hub", hub_name=NAME, hub_revision="gone")
+        with pytest.raises(DataError, match=r"download\.corpus: the dataset owner/name at gone"):
+            fingerprint(gone, "corpus", None)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match="cannot be reached"):
+        fingerprint(branch, "corpus", None)
