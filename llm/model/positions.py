@@ -78,7 +78,7 @@ class RotaryPositions(nn.Module):
         return x
 
     def rotation(self, places: Tensor) -> tuple[Tensor, ...]:
-        """Return cosine and sine for `places` (B or 1, T), each (B or 1, 1, T, D/2), as heads are."""
+        """Return cosine and sine for `places` (B or 1, T), each (B or 1, 1, T, D/2)."""
         return self.cosine[places].unsqueeze(1), self.sine[places].unsqueeze(1)
 
     @staticmethod
