@@ -1,175 +1,258 @@
-"""The hub: the real client against a hub on 127.0.0.1; the bytes are those of one commit."""
+"""Folders that go out to transformers and come back: AutoTokenizer and generate are the oracles."""
 
-import importlib.util
-import io
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Generator
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llm.artifact import Json, load_artifact
-from llm.data.hub import HubFile, digest_of
-from llm.job import Job, write_job
-from tests.llm.hub_server import COMMIT, NAME, HubServer
+from llm.artifact import ArtifactWriter
+from llm.config import ModelConfig
+from llm.data.chat import render_chat, render_prompt
+from llm.data.document_file import Message
+from llm.errors import ArtifactError, ConfigError, DataError
+from llm.inference.generate import generate
+from llm.model.hub import export_model, import_model, load_both
+from llm.model.store import load_model, save_model
+from llm.model.transformer import Transformer
+from llm.tokenizer.base import CONTROL_TOKENS, Tokenizer
+from llm.tokenizer.bpe import ByteLevelBPE
+from llm.tokenizer.characters import ByteTokenizer, CharacterTokenizer
+from llm.tokenizer.hub import MARK, hub_files
 
-needs_client = pytest.mark.skipif(
-    importlib.util.find_spec("datasets") is None, reason="needs the package datasets"
+transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
+
+CONTROL_PIECES = [*CONTROL_TOKENS, "<|", "|>", "end", " \n", "é", "\U0001f600", "_a 12", "\ufffd"]
+UNMARKED = st.characters(exclude_characters=MARK, exclude_categories=["Cs"])
+TEXTS = st.lists(st.sampled_from(CONTROL_PIECES) | st.text(UNMARKED, max_size=8), max_size=6).map(
+    "".join
 )
-ROWS = [{"text": f"Row {n} of a dataset.", "n": n} for n in range(60)]
-README = b"---\nconfigs:\n- config_name: lines\n  default: true\n  data_files:\n  - split: train\n    path: lines/*.jsonl\n- config_name: tables\n  data_files: tables/*.parquet\n---\n"  # fmt: skip  # noqa: E501
+LLAMA = ModelConfig(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=64)
 
 
-def lines(rows: list[dict[str, object]]) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+def make_model(folder: Path, tokenizer: Tokenizer, config: ModelConfig = LLAMA) -> Path:
+    """Save a drawn model with `tokenizer`."""
+    model = Transformer(config, tokenizer.vocab_size, 64)
+    model.initialize(torch.Generator().manual_seed(1))
+    save_model(ArtifactWriter(folder), model, tokenizer.to_files())
+    return folder
 
 
 @pytest.fixture(scope="module")
-def files() -> dict[str, bytes]:
-    """Two configurations of one dataset, of lines and of tables."""
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = importlib.import_module("pyarrow.parquet")
-    table = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(ROWS), table, row_group_size=20)
-    odd = b'{"text": 3}\n{"text": null}\nno json\n{"other": 1}\n'
+def kinds(tokenizer: ByteLevelBPE, corpus: list[str]) -> dict[str, Tokenizer]:
+    """A tokenizer of each kind."""
     return {
-        "README.md": README,
-        "lines/a.jsonl": lines(ROWS[:40]),
-        "lines/b.jsonl": lines(ROWS[40:]) + odd,
-        "tables/t.parquet": table.getvalue(),
+        "bpe": tokenizer,
+        "bytes": ByteTokenizer(),
+        "characters": CharacterTokenizer.train(corpus),
     }
 
 
-@pytest.fixture
-def hub(files: dict[str, bytes]) -> Generator[HubServer]:
-    """A hub with these."""
-    with HubServer(files) as server:
-        yield server
+@pytest.fixture(scope="module")
+def theirs(kinds: dict[str, Tokenizer], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same tokenizers as AutoTokenizer loads them, after one more save and load there."""
+    loaded: dict[str, Any] = {}
+    for kind, tokenizer in kinds.items():
+        folder = tmp_path_factory.mktemp(kind)
+        for name, data in hub_files(tokenizer, 64).items():
+            (folder / name).write_bytes(data)
+        transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder / "again")
+        loaded[kind] = transformers.AutoTokenizer.from_pretrained(folder / "again")
+    return loaded
 
 
-def download(
-    folder: Path, hub: HubServer, *, token: str = "", planned: str = "", **settings: Json
-) -> subprocess.CompletedProcess[str]:
-    """Run the stage as it is run: in a process of its own, which reads the environment."""
-    chosen: dict[str, Json] = {"kind": "hub", "hub_name": NAME, "hub_revision": COMMIT, **settings}
-    job = Job(stage="download", role="corpus", settings=chosen)
-    job.out, job.work = folder / "out", folder / "work"
-    job.input_digests = {"source": planned} if planned else {}
-    folder.mkdir(exist_ok=True)
-    write_job(folder / "job.json", job)
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_TOKEN": token,
-        "no_proxy": "*", "HF_HUB_DISABLE_TELEMETRY": "1",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "llm.download", str(folder / "job.json")]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+KINDS = pytest.mark.parametrize("kind", ["bpe", "bytes", "characters"])
 
 
-def failure(folder: Path) -> tuple[str, str]:
-    found = json.loads((folder / "work/error.json").read_bytes())
-    return found["type"], found["message"]
-
-
-@needs_client
-def test_the_files_of_a_split_come_as_they_are_from_the_commit_a_branch_is(
-    tmp_path: Path, hub: HubServer, files: dict[str, bytes]
+@KINDS
+@settings(max_examples=60, deadline=None)
+@given(text=TEXTS)
+def test_ids_of_any_text_are_ours_and_come_back(
+    kinds: dict[str, Tokenizer], theirs: dict[str, Any], kind: str, text: str
 ) -> None:
-    for revision in (COMMIT, "main"):
-        result = download(tmp_path / revision, hub, hub_revision=revision)
-        assert result.returncode == 0, result.stderr
-        artifact = load_artifact(tmp_path / revision / "out")
-        assert artifact.summary["commit"] == COMMIT
-        found = {
-            path.relative_to(artifact.path / "files").as_posix(): path.read_bytes()
-            for path in (artifact.path / "files").rglob("*") if path.is_file()
-        }  # fmt: skip
-        assert found == {name: files[name] for name in ("lines/a.jsonl", "lines/b.jsonl")}
-    served = [line for line in hub.requests if "GET" in line and "/resolve/" in line]
-    assert served and all(f"/resolve/{COMMIT}/" in line for line in served)
+    ids = theirs[kind](text)["input_ids"]
+    assert ids == kinds[kind].encode_batch([text])[0]
+    assert not set(ids) & set(kinds[kind].control_ids)
+    assert theirs[kind].decode(ids) == text
 
 
-@needs_client
-@pytest.mark.parametrize(("config", "is_streamed"), [("tables", True), ("lines", False)])
-def test_the_first_documents_are_the_same_streamed_or_not(
-    tmp_path: Path, hub: HubServer, config: str, is_streamed: bool
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXTS}
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@KINDS
+@settings(max_examples=60, deadline=None)
+@given(messages=MESSAGES)
+def test_the_chat_template_gives_our_ids_whatever_a_user_types(
+    kinds: dict[str, Tokenizer], theirs: dict[str, Any], kind: str, messages: list[Message]
 ) -> None:
-    settings: dict[str, Json] = {"hub_config": config, "is_hub_streamed": is_streamed}
-    result = download(tmp_path, hub, max_documents=50, **settings)
-    assert result.returncode == 0, result.stderr
-    artifact = load_artifact(tmp_path / "out")
-    found = (artifact.path / "files/hub.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in found] == [{"text": row["text"]} for row in ROWS[:50]]
+    ours, template = kinds[kind], theirs[kind].apply_chat_template
+    assert template(messages, return_dict=False) == render_chat(messages, ours).ids
+    prompt = template(messages, add_generation_prompt=True, return_dict=False)
+    assert prompt == render_prompt(messages, ours)
 
 
-@needs_client
-def test_wrong_types_are_kept_as_they_are_and_what_is_no_record_is_counted(
-    tmp_path: Path, hub: HubServer
+@KINDS
+def test_the_names_control_tokens_go_out_by_give_no_control_id_in_a_chat(
+    kinds: dict[str, Tokenizer], theirs: dict[str, Any], kind: str
 ) -> None:
-    result = download(tmp_path, hub, is_hub_streamed=True)
-    assert result.returncode == 0, result.stderr
-    artifact = load_artifact(tmp_path / "out")
-    found = (artifact.path / "files/hub.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in found[60:]] == [{"text": 3}, {"text": None}, {}]
-    assert artifact.summary["skipped"] == {"malformed JSON": 1}
-
-
-@needs_client
-def test_a_token_is_shown_to_the_hub_and_written_nowhere(
-    tmp_path: Path, files: dict[str, bytes]
-) -> None:
-    with HubServer(files, token="hf_secret") as hub:
-        result = download(tmp_path / "with", hub, token="hf_secret")
-        assert result.returncode == 0, result.stderr
-        assert "hf_secret" not in result.stdout + result.stderr
-        assert download(tmp_path / "without", hub).returncode == 1
-    kind, message = failure(tmp_path / "without")
-    assert kind == "DataError" and NAME in message
-    everything = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert b"hf_secret" not in everything
-
-
-@needs_client
-def test_what_is_not_there_is_an_error_that_names_it(tmp_path: Path, hub: HubServer) -> None:
-    wrong: list[tuple[str, Json, str]] = [
-        ("hub_name", "owner/other", "owner/other"),
-        ("hub_revision", "branch", "branch"),
-        ("hub_config", "other", "other"),
-        ("hub_split", "test", "has no split test; it has train"),
+    names = sorted(theirs[kind].get_added_vocab())
+    assert names == sorted(MARK + token for token in CONTROL_TOKENS)
+    typed = "".join(names)
+    ids = theirs[kind].apply_chat_template([{"role": "user", "content": typed}], return_dict=False)
+    ours = kinds[kind]
+    assert [index for index in ids if index in ours.control_ids] == [
+        ours.bos_id,
+        ours.user_id,
+        ours.end_id,
     ]
-    for setting, value, expected in wrong:
-        folder = tmp_path / setting
-        assert download(folder, hub, **{setting: value}).returncode == 1
-        kind, message = failure(folder)
-        assert kind == "DataError" and expected in message, message
+    split = theirs[kind](typed, split_special_tokens=True)["input_ids"]
+    assert not set(split) & set(ours.control_ids)
 
 
-@needs_client
-def test_other_bytes_than_the_commit_has_are_an_error(
-    tmp_path: Path, hub: HubServer, files: dict[str, bytes]
+def test_a_role_of_none_of_ours_is_refused_by_the_template(theirs: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match="a role other than system, user, assistant"):
+        theirs["bpe"].apply_chat_template([{"role": "tool", "content": "x"}])
+
+
+def test_a_character_outside_the_vocabulary_is_an_error_there_as_here(tmp_path: Path) -> None:
+    tokenizer = CharacterTokenizer.train(["abc"], has_byte_fallback=False)
+    for name, data in hub_files(tokenizer, 64).items():
+        (tmp_path / name).write_bytes(data)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("cab")["input_ids"] == tokenizer.encode_batch(["cab"])[0]
+    with pytest.raises(Exception, match="UNK"):
+        theirs("cad")
+    with pytest.raises(DataError):
+        tokenizer.encode_batch(["cad"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"has_qk_norm": True},
+        {"mlp": "geglu", "is_embedding_scaled": True},
+        {
+            "positions": "learned",
+            "norm": "layernorm",
+            "mlp": "gelu",
+            "has_biases": True,
+            "num_kv_heads": 4,
+        },
+    ],
+    ids=["llama", "qwen3", "gemma", "gpt2"],
+)
+def test_an_exported_folder_answers_a_chat_as_ours_does(
+    tmp_path: Path, tokenizer: ByteLevelBPE, change: dict[str, Any]
 ) -> None:
-    for path in ("lines/a.jsonl", "lines/b.jsonl"):
-        hub.served = {path: files[path].replace(b"Row", b"Raw")}
-        folder = tmp_path / path[6]
-        assert download(folder, hub).returncode == 1
-        kind, message = failure(folder)
-        assert kind == "DataError" and "expected" in message, message
-        left = [one for one in (folder / "out").rglob("*") if one.is_file()]
-        assert not any(b"Raw" in one.read_bytes() for one in left)
+    config = ModelConfig(**{name: getattr(LLAMA, name) for name in SHAPE} | change)
+    source = make_model(tmp_path / "ours", tokenizer, config)
+    export_model(source, tmp_path / "theirs")
+    names = {path.name for path in (tmp_path / "theirs").iterdir()}
+    assert names == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    controls = (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert controls == (tokenizer.bos_id, tokenizer.end_id, tokenizer.pad_id)
+    assert model.generation_config.eos_token_id == [tokenizer.end_id, tokenizer.bos_id]
+    messages: list[Message] = [{"role": "user", "content": "What does parse_args return?"}]
+    prompt = theirs.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**prompt, max_new_tokens=20)[0, prompt["input_ids"].shape[1] :]
+    expected = generate(
+        load_model(source),
+        [render_prompt(messages, tokenizer)],
+        max_new_tokens=20,
+        stop_ids=(tokenizer.end_id, tokenizer.bos_id),
+    )[0]
+    kept = [index for index in answer.tolist() if index not in (tokenizer.end_id, tokenizer.bos_id)]
+    assert kept == expected
 
 
-@needs_client
-def test_a_branch_that_moved_after_the_plan_is_an_error(tmp_path: Path, hub: HubServer) -> None:
-    result = download(tmp_path, hub, hub_revision="main", planned="0" * 32)
-    assert result.returncode == 1
-    assert "main on the hub changed after the run began" in failure(tmp_path)[1]
+SHAPE = ("num_layers", "d_model", "num_heads", "num_kv_heads", "d_ff")
 
 
-def test_a_small_file_is_known_by_its_id_in_git(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"hello\n")
-    file = HubFile(path="a", size_bytes=6, sha256="", blob_id="", url="")
-    assert digest_of(file, tmp_path / "a") == "ce013625030ba8dba906f756967f9e9ca394464a"
+def test_an_exported_folder_comes_back_as_it_was(tmp_path: Path, tokenizer: ByteLevelBPE) -> None:
+    source = make_model(tmp_path / "ours", tokenizer)
+    export_model(source, tmp_path / "theirs")
+    import_model(tmp_path / "theirs", tmp_path / "back")
+    for name in ("tokenizer.json", "model.safetensors"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+    model, _ = load_both(tmp_path / "back")
+    assert model.config.d_model == 32
+
+
+def test_nothing_is_overwritten_and_nothing_half_written_stays(
+    tmp_path: Path, tokenizer: ByteLevelBPE
+) -> None:
+    source = make_model(tmp_path / "ours", tokenizer)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ConfigError, match="there: already there; name a folder that is not"):
+        export_model(source, tmp_path / "there")
+    with pytest.raises(ConfigError, match="already there"):
+        import_model(source, tmp_path / "there")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        export_model(source, tmp_path / "file" / "model")
+    odd = make_model(tmp_path / "odd", tokenizer, ModelConfig(d_model=32, mlp="relu2", d_ff=64))
+    with pytest.raises(ConfigError, match="no layout"):
+        export_model(odd, tmp_path / "theirs")
+    assert {path.name for path in tmp_path.iterdir()} == {"ours", "there", "file", "odd"}
+
+
+def test_a_model_with_another_tokenizer_is_refused(tmp_path: Path, tokenizer: ByteLevelBPE) -> None:
+    source = make_model(tmp_path / "ours", tokenizer)
+    (source / "tokenizer.json").write_bytes(ByteTokenizer().to_files()["tokenizer.json"])
+    with pytest.raises(ArtifactError, match="found a tokenizer of 263 tokens, expected the model"):
+        export_model(source, tmp_path / "theirs")
+
+
+def test_a_folder_without_a_fast_tokenizer_is_refused(
+    tmp_path: Path, tokenizer: ByteLevelBPE
+) -> None:
+    export_model(make_model(tmp_path / "ours", tokenizer), tmp_path / "theirs")
+    (tmp_path / "theirs" / "tokenizer.json").unlink()
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: not there"):
+        import_model(tmp_path / "theirs", tmp_path / "back")
+    shutil.rmtree(tmp_path / "theirs")
+    with pytest.raises(ArtifactError):
+        import_model(tmp_path / "theirs", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(
+    tmp_path: Path, tokenizer: ByteLevelBPE
+) -> None:
+    export_model(make_model(tmp_path / "small", ByteTokenizer()), tmp_path / "theirs")
+    export_model(make_model(tmp_path / "large", tokenizer), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "tokenizer.json", tmp_path / "theirs" / "tokenizer.json")
+    with pytest.raises(ArtifactError, match="the tokenizer's ids 263 to 599 have no vector"):
+        import_model(tmp_path / "theirs", tmp_path / "back")
+
+
+def test_the_card_says_what_holds_for_control_tokens(
+    tmp_path: Path, tokenizer: ByteLevelBPE
+) -> None:
+    export_model(make_model(tmp_path / "ours", tokenizer), tmp_path / "theirs", dtype="bfloat16")
+    card = (tmp_path / "theirs" / "README.md").read_text()
+    assert "U+FDD0" in card and "bfloat16" in card and "LlamaForCausalLM" in card
+    config = json.loads((tmp_path / "theirs" / "tokenizer_config.json").read_text())
+    assert config["split_special_tokens"] is False
