@@ -5,6 +5,7 @@ import hashlib
 import heapq
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from llm.artifact import ArtifactWriter, Json
@@ -18,6 +19,7 @@ from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.tokenizer.characters import ByteTokenizer, CharacterTokenizer
 from llm.tokenizer.gpt2 import GPT2_FILES, GPT2_URL, load_gpt2
+from llm.tokenizer.report import REPORT_JSON, measure_tokenizer
 from llm.tokenizer.sentencepiece import SentencePieceTokenizer
 from llm.tokenizer.splitting import split_text
 
@@ -59,14 +61,20 @@ def train_tokenizer(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
         writer.write_bytes(name, data)
     validation = DocumentFile(folder, "validation")
     held_out = draw_sample(validation, seed, VALIDATION_SAMPLE_BYTES, job.report_progress)
-    texts = [text for text in map(bytes.decode, held_out) if tokenizer.can_encode(text)]
-    num_bytes = sum(len(text.encode()) for text in texts)
-    num_tokens = sum(map(len, tokenizer.encode_arrays(texts)))
+    report, speed = measure_tokenizer(tokenizer, [text.decode() for text in held_out])
+    writer.write_json(REPORT_JSON, asdict(report))
+    print(  # to the stage's log: of this machine, not of the tokenizer
+        f"encodes {speed.encode_megabytes_per_second:.1f} and decodes"
+        f" {speed.decode_megabytes_per_second:.1f} MB a second of processor time"
+    )
     return {
         "kind": config.kind,
         "vocab_size": tokenizer.vocab_size,
         "asked_vocab_size": config.vocab_size if config.kind in ("bpe", "sentencepiece") else None,
-        "bytes_per_token": num_bytes / num_tokens if num_tokens else None,
+        "bytes_per_token": report.bytes_per_token if report.num_tokens else None,
+        "tokens_per_word": report.tokens_per_word if report.num_words else None,
+        "single_byte_share": report.single_byte_share if report.num_tokens else None,
+        "round_trip_failures": report.num_round_trip_failures,
         "sampled_bytes": sum(map(len, sample)),
         "sampled_documents": len(sample),
     }

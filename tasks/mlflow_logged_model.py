@@ -64,12 +64,13 @@ def _save(path: Path, model: "LoggedModel", folder: Path, *, is_chat: bool) -> N
     from mlflow import pyfunc
     from mlflow.models import Model
 
+    optional = ["sentencepiece"] if (folder / "tokenizer.model").is_file() else []
     pyfunc.save_model(
         path,
         python_model=str(CODE),
         artifacts={"model": str(folder)},
         code_paths=[str(Path(llm.__file__).parent)],
-        pip_requirements=[_pinned(name) for name in REQUIREMENTS],
+        pip_requirements=[_pinned(name) for name in (*REQUIREMENTS, *optional)],
         signature=_signature(),
         input_example=pandas.DataFrame({"prompt": ["Once upon a time"]}),
         model_config={"is_chat": is_chat},
@@ -94,6 +95,9 @@ def _signature() -> "ModelSignature":
                 ParamSpec("max_new_tokens", "long", 64),
                 ParamSpec("temperature", "double", 0.0),
                 ParamSpec("top_k", "long", 0),
+                ParamSpec("top_p", "double", 1.0),
+                ParamSpec("min_p", "double", 0.0),
+                ParamSpec("repetition_penalty", "double", 1.0),
                 ParamSpec("seed", "long", 0),
             ]
         ),

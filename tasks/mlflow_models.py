@@ -177,8 +177,8 @@ class ModelRuns:
         links = run.data.tags.get(NOTE, "").partition("Model:")[0].rstrip()
         note = f"{links}\n\nModel: `{folder}`"
         self._store.set_tags(run_id, {**texts, DIGEST_TAG: event.digest, NOTE: note})
-        for file in ("tokenizer.json", "model.json"):
-            client.log_artifact(run_id, str(folder / file))
+        for file in (folder / "model.json", *sorted(folder.glob("tokenizer.*"))):
+            client.log_artifact(run_id, str(file))
         points = PointFile(folder / METRICS_FILE).read_new()
         client.log_figure(run_id, draw_losses(points, title), "loss.png")
         last_step = points[-1].step if points else 0

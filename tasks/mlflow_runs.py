@@ -34,6 +34,8 @@ from tasks.mlflow_store import (
     one_line,
     split_summary,
 )
+from tasks.mlflow_tokenizer import log_tokenizer_report
+from tasks.store import Store
 
 log = logging.getLogger("fromscratch")
 
@@ -81,6 +83,9 @@ class PipelineRuns:
         self._store.log_metrics(run_id, {"seconds": event.seconds, **figures}, at_ms)
         self._store.set_tags(run_id, {**texts, DIGEST_TAG: event.digest})
         log_funnel(self._store, run_id, f"{event.stage} {event.role}".strip(), event.summary)
+        if event.stage == "train_tokenizer" and event.digest:
+            folder = Store(self._artifacts_dir).folder(event.stage, event.digest)
+            log_tokenizer_report(self._store, run_id, folder)
         self._book.end(name, event.status, at_ms)
 
     def note_cached(self, event: StageCached) -> None:
