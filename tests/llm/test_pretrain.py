@@ -256,6 +256,24 @@ def test_a_diverging_training_says_what_to_try(tmp_path: Path, inputs: dict[str,
     assert "try a lower pretrain.learning_rate (now 1e+30)" in str(caught.value)
 
 
+def test_utilization_is_of_the_peak_of_all_devices_and_memory_and_updates_are_shown(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm.training.run.peak_flops", lambda device, precision: 1e12)
+    job = write_job_file(tmp_path, "pretrain", tiny_pretrain(num_steps=10), inputs)
+    found = run_inside(pretrain, job)
+    assert found["throughput_peak_teraflops"] == 1.0
+    lines = (tmp_path / "work" / "metrics.jsonl").read_text().splitlines()
+    measured = [json.loads(line)["metrics"] for line in lines if "train/loss" in line]
+    per_token = float(found["throughput_flops_per_token"])
+    for point in measured:
+        share = point["throughput/tokens_per_second"] * per_token / 1e12
+        assert point["throughput/mfu"] == pytest.approx(share, abs=5e-5)  # four digits are shown
+    assert [name in measured[-1] for name in ("update_norm", "memory/peak_gb")] == [True, True]
+    assert 0 < measured[-1]["update_norm_relative"] < 1
+    assert measured[-1]["memory/peak_gb"] > 0.05  # torch alone is more
+
+
 def test_a_validation_that_is_not_finite_stops_before_it_is_written(
     tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
