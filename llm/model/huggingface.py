@@ -5,8 +5,7 @@ What comes in as fp32, bf16 or fp16 becomes fp32. Pickled weights are refused: t
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,24 +27,19 @@ READABLE_TYPES = ("F32", "BF16", "F16")
 WRITABLE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Stored:
-    """One tensor of an open safetensors file, not read yet."""
+    """One tensor of a safetensors file, not read yet."""
 
-    file: Any
-    name: str
     source: Path
-
-    @property
-    def shape(self) -> list[int]:
-        return self.file.get_slice(self.name).get_shape()
-
-    @property
-    def type_name(self) -> str:
-        return self.file.get_slice(self.name).get_dtype()
+    name: str
+    shape: Sequence[int]
+    type_name: str
 
     def read(self) -> Tensor:
-        return self.file.get_tensor(self.name)
+        # the file is mapped anew for each tensor: what was read before leaves memory
+        with cast(Any, safe_open(self.source, framework="pt")) as file:
+            return file.get_tensor(self.name)
 
 
 class LayoutTensors(Mapping[str, Tensor]):
@@ -122,15 +116,10 @@ def read_model(folder: Path, min_vocab_size: int = 0) -> Transformer:
         )
     layout = LAYOUTS[name]
     shape = read_shape(layout, config, str(folder / CONFIG))
-    with ExitStack() as stack:
-        stored = _open_weights(folder, layout, stack)
-        _check_weights(layout, shape, stored, folder)
-        try:
-            grown = shape._replace(vocab_size=max(shape.vocab_size, min_vocab_size))
-            model = Transformer(*grown)
-        except ConfigError as error:
-            raise ArtifactError(f"{folder / CONFIG}: {error}") from error
-        _copy_weights(layout, model, stored)
+    stored = _find_weights(folder, layout)
+    _check_weights(layout, shape, stored, folder)
+    model = Transformer(shape.config, max(shape.vocab_size, min_vocab_size), seq_len=shape.seq_len)
+    _copy_weights(layout, model, stored)
     return model
 
 
@@ -151,24 +140,33 @@ def read_json(path: Path) -> dict[str, object]:
     return cast(dict[str, object], data)
 
 
-def _open_weights(folder: Path, layout: Layout, stack: ExitStack) -> dict[str, _Stored]:
-    """Open every weights file and return its tensors under the layout's full names."""
+def _find_weights(folder: Path, layout: Layout) -> dict[str, _Stored]:
+    """Return every stored tensor under the layout's full name."""
     stored: dict[str, _Stored] = {}
     for path in _weight_files(folder):
-        try:
-            file = stack.enter_context(cast(Any, safe_open(path, framework="pt")))
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{path}: no readable safetensors file ({error})") from error
-        for name in sorted(file.keys()):
-            if name in stored:
-                raise ArtifactError(f"{path}: {name}: found in {stored[name].source.name} too")
-            stored[name] = _Stored(file, name, path)
+        for tensor in _tensors_in(path):
+            if tensor.name in stored:
+                other = stored[tensor.name].source.name
+                raise ArtifactError(f"{path}: {tensor.name}: found in {other} too")
+            stored[tensor.name] = tensor
     is_whole = any(name.startswith(layout.prefix) for name in stored)
     return {
         name if is_whole or name == HEAD else layout.prefix + name: tensor
         for name, tensor in stored.items()
         if not layout.ignored.fullmatch(name)
     }
+
+
+def _tensors_in(path: Path) -> list[_Stored]:
+    try:
+        with cast(Any, safe_open(path, framework="pt")) as file:
+            found = {name: file.get_slice(name) for name in sorted(file.keys())}
+            return [
+                _Stored(source=path, name=name, shape=part.get_shape(), type_name=part.get_dtype())
+                for name, part in found.items()
+            ]
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path}: no readable safetensors file ({error})") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -77,7 +77,7 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_kv_heads": 4, "positions": "learned", "norm": "layernorm", "mlp": "gelu"}
         | {"has_biases": True, "dropout": 0.1},
     ),
-    "llama": ("llama", ROPE_OURS | {"num_kv_heads": 1, "residual_init": "zero"}),
+    "llama": ("llama", ROPE_OURS | {"num_kv_heads": 1, "init": "zero"}),
     "llama-stretched": (
         "llama",
         ROPE_OURS
