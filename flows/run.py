@@ -117,7 +117,7 @@ def pipeline(
         recipe=config.name,
         outcomes=[builder.outcomes[step] for step in steps],
         mlflow_run_id=tracker.pipeline_run_id,
-        addresses=addresses(config, store.root) | {"Prefect": _prefect_url()},
+        addresses=addresses(config.runtime, store.root) | {"Prefect": _prefect_url()},
     )
 
 

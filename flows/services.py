@@ -35,8 +35,8 @@ from flows.processes import (
     stop,
 )
 from llm.artifact import write_json_atomically
-from llm.config import RunConfig
-from tasks.tracking import models_page
+from llm.config import RuntimeConfig
+from tasks.mlflow_store import tracking_uri, without_password
 
 Name = Literal["prefect", "mlflow", "worker"]
 Say = Callable[[str], None]
@@ -64,15 +64,6 @@ class Services:
     def mlflow_url(self) -> str:
         """MLflow's pages."""
         return f"http://{HOST}:{self.mlflow.port}"
-
-    def models_page(self, project: str = "fromscratch") -> str:
-        """Return the page that compares the project's models; MLflow's first where none is yet."""
-        name = urllib.parse.quote(f"{project}/models")
-        path = f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}"
-        found = fetch(self.mlflow_url + path)
-        if found is None:
-            return self.mlflow_url
-        return models_page(self.mlflow_url, json.loads(found)["experiment"]["experiment_id"])
 
 
 def up(artifacts_dir: Path, say: Say | None = None) -> Services:
@@ -149,12 +140,33 @@ def environment(artifacts_dir: Path) -> dict[str, str]:
     return client_environment(artifacts_dir.absolute(), prefect.port)
 
 
-def addresses(config: RunConfig, artifacts_dir: Path) -> dict[str, str]:
+def addresses(runtime: RuntimeConfig, artifacts_dir: Path) -> dict[str, str]:
     """Return where to look at runs and models, or how to start the pages."""
     found = status(artifacts_dir)
+    prefect = mlflow = "fromscratch up"
+    if found is not None:
+        prefect, mlflow = found.prefect_url, found.mlflow_url
+    uri = tracking_uri(runtime.tracking_uri, artifacts_dir)
+    if uri.startswith(("http://", "https://")):  # a server of the user's own
+        mlflow = without_password(uri)
+    if mlflow != "fromscratch up":
+        mlflow = _models_page(mlflow, runtime.project)
+    return {"MLflow": mlflow, "Prefect": prefect}
+
+
+def _models_page(server_url: str, project: str) -> str:
+    """Return the page that lays the curves of the project's models over each other; MLflow's first
+    where there is none yet.
+    """
+    name = urllib.parse.quote(f"{project}/models")
+    path = f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}"
+    found = fetch(server_url.rstrip("/") + path)
     if found is None:
-        return {"MLflow": "fromscratch up", "Prefect": "fromscratch up"}
-    return {"MLflow": found.models_page(config.runtime.project), "Prefect": found.prefect_url}
+        return server_url
+    page = f"#/experiments/{json.loads(found)['experiment']['experiment_id']}/runs"
+    # without the query MLflow shows traces of conversations
+    query = "workflowType=machine_learning&compareRunsMode=CHART"
+    return f"{server_url.rstrip('/')}/{page}?{query}"
 
 
 class TemporaryPrefectServer:

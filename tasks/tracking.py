@@ -166,17 +166,6 @@ class Tracker:
         """Return the MLflow run of the model that `stage` makes, also when it was cached."""
         return self._delivery.run_ids.get(f"model/{stage}", "") if self._delivery else ""
 
-    def address(self, server_url: str = "") -> str:
-        """Return the page that compares models, on the MLflow server at `server_url` or at the
-        tracking URI; or, where there is no server, the command that starts one.
-        """
-        if self._uri.startswith(("http://", "https://")):
-            server_url = without_password(self._uri)
-        experiment_id = self._delivery.models_experiment_id if self._delivery else ""
-        if not server_url:
-            return "fromscratch up"
-        return models_page(server_url, experiment_id) if experiment_id else server_url
-
     def _tell(self, event: Event) -> None:
         try:
             with self._lock:
@@ -194,7 +183,6 @@ class Delivery:
     def __init__(self, journal: Journal, uri: str, artifacts_dir: Path) -> None:
         """Start to tell what earlier runs left, and then what `journal` will hold."""
         self.run_ids: Mapping[str, str] = {}
-        self.models_experiment_id = ""
         self._journal = journal
         self._uri = uri
         self._artifacts_dir = artifacts_dir
@@ -265,8 +253,6 @@ class Delivery:
                 kind = type(entry.event).__name__
                 if not self._insist(store, functools.partial(runs.apply, entry), kind):
                     return False
-                if is_own:
-                    self.models_experiment_id = store.experiment_id("models")
                 journal.acknowledge()
                 if isinstance(entry.event, PipelineFinished):
                     return True
@@ -322,14 +308,6 @@ class Delivery:
                 one_line(error),
             )
         self._is_away = True
-
-
-def models_page(server_url: str, experiment_id: str) -> str:
-    """Return the page that lays the models' curves over each other. Without the query MLflow shows
-    traces of conversations.
-    """
-    page = f"{server_url.rstrip('/')}/#/experiments/{experiment_id}/runs"
-    return f"{page}?workflowType=machine_learning&compareRunsMode=CHART"
 
 
 def _shown(settings: Mapping[str, object]) -> dict[str, object]:

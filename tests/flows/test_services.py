@@ -16,15 +16,17 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from flows.processes import ID_VARIABLE, ServiceError, start, stop
+from flows.processes import ID_VARIABLE, ServiceError, fetch, start, stop
 from flows.services import (
     Services,
+    addresses,
     down,
     environment,
     status,
     temporary_prefect_server,
     up,
 )
+from llm.config import RuntimeConfig
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +129,22 @@ def test_the_environment_points_a_client_at_the_server(services: Services, artif
     found = environment(artifacts)
     assert found["PREFECT_API_URL"] == f"{services.prefect_url}/api"
     assert found["PREFECT_HOME"] == str(artifacts / "prefect")
+
+
+def test_the_pages_are_those_of_up_or_of_the_users_own_mlflow(
+    services: Services, artifacts: Path
+) -> None:
+    found = addresses(RuntimeConfig(), artifacts)
+    assert found == {"MLflow": services.mlflow_url, "Prefect": services.prefect_url}
+    body = json.dumps({"name": "fromscratch/models"}).encode()
+    made = fetch(f"{services.mlflow_url}/api/2.0/mlflow/experiments/create", body)
+    assert made is not None
+    page = f"#/experiments/{json.loads(made)['experiment_id']}/runs"
+    page += "?workflowType=machine_learning&compareRunsMode=CHART"
+    assert addresses(RuntimeConfig(), artifacts)["MLflow"] == f"{services.mlflow_url}/{page}"
+    own = RuntimeConfig(tracking_uri=f"{services.mlflow_url}/")
+    elsewhere = addresses(own, artifacts / "none")
+    assert elsewhere == {"MLflow": f"{services.mlflow_url}/{page}", "Prefect": "fromscratch up"}
 
 
 def test_a_server_that_died_is_started_again_on_its_port(

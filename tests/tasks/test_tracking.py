@@ -51,7 +51,7 @@ def test_a_whole_run_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> N
     child = pipelines["pack corpus"]
     assert child.data.tags["mlflow.parentRunId"] == tracker.pipeline_run_id
     assert child.data.metrics == {"seconds": 2.5, "rows": 3, "skipped.too long_ 9_": 2}
-    assert child.data.params == {"pack.seq_len": "256"}
+    assert child.data.params == {"pack.seq_len": "256", "pack.shares": "[]"}
 
     models = place.runs("models")
     assert sorted(models) == ["tiny base 3.2M lr=1", "tiny chat 3.2M lr=1"]
@@ -257,17 +257,6 @@ def test_two_runs_at_once_make_one_pair_of_experiments(place: Place) -> None:
     assert sorted(place.runs("pipelines")) == ["run 0", "run 1", "run 2"]
     names = [found.name for found in place.client.search_experiments()]
     assert sorted(names) == ["Default", "fromscratch/models", "fromscratch/pipelines"]
-
-
-def test_the_address_is_the_page_that_compares_models(place: Place) -> None:
-    tracker = place.start()
-    tracker.close()
-    found = place.client.get_experiment_by_name("fromscratch/models").experiment_id
-    assert tracker.address("http://127.0.0.1:5000/") == (
-        f"http://127.0.0.1:5000/#/experiments/{found}/runs?workflowType=machine_learning"
-        "&compareRunsMode=CHART"
-    )
-    assert tracker.address() == "fromscratch up"
 
 
 def test_importing_tracking_imports_no_mlflow() -> None:
