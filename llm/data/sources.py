@@ -42,14 +42,19 @@ def fingerprint(source: SourceConfig, role: str, cache_file: Path | None) -> str
     `cache_file` remembers the sha256 of files that have not changed since; None reads them all.
 
     Raises:
-        DataError: a local file is missing or cannot be read; the message names the setting.
-        ConnectionError: the hub cannot be asked which commit a branch is.
+        DataError: a local file is missing or cannot be read, or the hub cannot say which commit a
+        branch is; the message names the setting.
     """
     if source.kind == "url":
         return digest(["url", content_of(role), source.sha256])
     if source.kind == "hub":
         parts = (source.hub_name, source.hub_config, source.hub_split)
-        return digest(["hub", content_of(role), *parts, resolve_commit(source, role)])
+        try:
+            return digest(["hub", content_of(role), *parts, resolve_commit(source, role)])
+        except ConnectionError as error:
+            raise DataError(
+                f"{error}; to plan without the hub, set download.{role}.hub_revision to a commit"
+            ) from error
     try:
         files = library_files() if source.kind == "stdlib" else local_files(source, role).files
         return files_fingerprint(source, role, _hash_files(files, cache_file))

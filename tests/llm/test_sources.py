@@ -162,5 +162,5 @@ def test_a_branch_of_the_hub_counts_by_the_commit_it_is(monkeypatch: pytest.Monk
         with pytest.raises(DataError, match=r"download\.corpus: the dataset owner/name at gone"):
             fingerprint(gone, "corpus", None)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ConnectionError, match="cannot be reached"):
+    with pytest.raises(DataError, match=r"cannot be reached.*hub_revision to a commit"):
         fingerprint(branch, "corpus", None)
