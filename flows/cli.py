@@ -14,18 +14,23 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from flows.pipeline import language_model
-from llm.config import RunConfig, load_config, recipe_names
+from llm.config import RunConfig, RuntimeConfig, load_config, recipe_names
 from llm.errors import ArtifactError, ConfigError, FromscratchError, Interrupted
+from llm.inference.chat import add_options, talk_as_asked
 from llm.job import EXIT_INTERRUPTED
 from tasks.plan import PlannedStep, Selection, make_plan
 from tasks.stages import STAGES, in_order
 from tasks.store import Store
+
+if TYPE_CHECKING:
+    from tasks.cached import Outcome
 
 EXIT_FAILED = 1
 EXIT_BAD_SETTINGS = 2  # as argparse's own
@@ -63,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
+    _add_sweep(commands)
     for name, command, text in (
         ("up", _up, "start Prefect server, worker and MLflow on 127.0.0.1"),
         ("down", _down, "stop what `up` started"),
@@ -72,9 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         adding.set_defaults(command=command)
     chat = commands.add_parser("chat", help="talk to a chat model in the terminal")
     chat.add_argument("model", nargs="?", default="", help="its folder; default: the newest one")
-    chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    chat.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
-    chat.add_argument("--seed", type=int, default=0)
+    add_options(chat)
     _add_artifacts(chat)
     chat.set_defaults(command=_chat)
     _add_exchange(commands)
@@ -128,6 +132,18 @@ def _add_exchange(commands: Any) -> None:
     importing.set_defaults(command=_import)
 
 
+def _add_sweep(commands: Any) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="run one recipe over a grid and compare",
+        epilog="one that fails stops no other; then the exit code is 1",
+    )
+    sweep.add_argument("name", help="a name in configs/sweeps/, or the path of a YAML file")
+    sweep.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every member")
+    sweep.add_argument("--json", action="store_true", help="end with one JSON object on stdout")
+    sweep.set_defaults(command=_sweep)
+
+
 def _add_artifacts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), metavar="FOLDER")
 
@@ -145,12 +161,45 @@ def _run(options: argparse.Namespace) -> int:
     plan = make_plan(in_order(language_model(config.download)), config, store, selection)
     if options.plan:
         return _show_plan(config, plan, options.json)
-    if all(item.status == "cached" and item.reason == "unchanged" for item in plan):
-        result = _cached_result(config, plan, store)
-    else:
-        result = _run_flow(options, config, store)
+    result = _result(options, config, plan, store)
     _show_result(result, time.monotonic() - started_at, options.json)
     return 0
+
+
+def _result(
+    options: argparse.Namespace, config: RunConfig, plan: Sequence[PlannedStep], store: Store
+) -> dict[str, Any]:
+    """Run what the plan finds to do, if anything."""
+    if all(item.status == "cached" and item.reason == "unchanged" for item in plan):
+        return _cached_result(config, plan, store)
+    return _run_flow(options, config, store)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from flows.display import print_sweep
+    from flows.sweep import load_sweep, run_sweep
+
+    sweep = load_sweep(options.name, options.overrides)
+
+    def run_member(config: RunConfig, overrides: Sequence[str]) -> "Sequence[Outcome]":
+        member = argparse.Namespace(
+            recipe=sweep.recipe,
+            overrides=list(overrides),
+            only="",
+            start_from="",
+            force=[],
+            reuse=[],
+        )
+        store = Store(Path(config.runtime.artifacts_dir))
+        plan = make_plan(in_order(language_model(config.download)), config, store, Selection())
+        return _result(member, config, plan, store)["outcomes"]
+
+    members = run_sweep(sweep, run_member, lambda line: print(f"\n{line}", file=sys.stderr))
+    if options.json:
+        print(json.dumps({"recipe": sweep.recipe, "members": list(map(asdict, members))}))
+    else:
+        print_sweep(members)
+    return EXIT_FAILED if any(member.status == "failed" for member in members) else 0
 
 
 def _cached_result(config: RunConfig, plan: Sequence[PlannedStep], store: Store) -> dict[str, Any]:
@@ -164,7 +213,7 @@ def _cached_result(config: RunConfig, plan: Sequence[PlannedStep], store: Store)
         "recipe": config.name,
         "outcomes": outcomes,
         "mlflow_run_id": links.get("mlflow_run_id", ""),
-        "addresses": addresses(config, store.root),
+        "addresses": addresses(config.runtime, store.root),
     }
 
 
@@ -275,10 +324,12 @@ def _show_result(result: Mapping[str, Any], seconds: float, is_json: bool) -> No
 
 
 def _up(options: argparse.Namespace) -> int:
-    from flows.services import up
+    from flows.services import addresses, up
 
-    found = up(options.artifacts.absolute())
-    print(f"Prefect  {found.prefect_url}\nMLflow   {found.models_page()}")
+    artifacts_dir = options.artifacts.absolute()
+    up(artifacts_dir)
+    for name, address in reversed(addresses(RuntimeConfig(), artifacts_dir).items()):
+        print(f"{name:<8} {address}")
     return 0
 
 
@@ -292,14 +343,7 @@ def _down(options: argparse.Namespace) -> int:
 
 def _chat(options: argparse.Namespace) -> int:
     folder = Path(options.model) if options.model else _newest_chat_model(options.artifacts)
-    from llm.inference.chat import chat_terminal
-
-    chat_terminal(
-        folder,
-        temperature=options.temperature,
-        max_new_tokens=options.max_new_tokens,
-        seed=options.seed,
-    )
+    talk_as_asked(folder, options)
     return 0
 
 

@@ -26,6 +26,7 @@ from llm.evaluation.instructions import (
 from llm.evaluation.leak import LeakResult, find_leaks, leak_metrics
 from llm.evaluation.report import Metric, Report, Sample, rounded, samples_json
 from llm.evaluation.samples import continue_prompts, encode_prompts
+from llm.inference.sampling import Sampling
 from llm.job import Job, run_job
 from llm.model.masking import Masking
 from llm.model.precision import Precision, fp32_products
@@ -247,8 +248,14 @@ def _measure(
             data.tokenizer,
             data.prompts,
             max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            seed=derive_seed(seed, "samples"),
+            sampling=Sampling(
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                min_p=config.min_p,
+                repetition_penalty=config.repetition_penalty,
+                seed=derive_seed(seed, "samples"),
+            ),
         ),
     )
 

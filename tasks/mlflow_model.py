@@ -43,7 +43,8 @@ class TrainedModel(PythonModel):
     ) -> pandas.DataFrame:
         """Complete the column `prompt`, row by row, into the column `completion`."""
         from llm.data.chat import Message, render_prompt
-        from llm.inference.generate import generate
+        from llm.inference.generate import generate_texts
+        from llm.inference.sampling import Sampling
 
         tokenizer = self._tokenizer
         prompts = [str(prompt) for prompt in model_input["prompt"]]
@@ -51,10 +52,16 @@ class TrainedModel(PythonModel):
             ids = [render_prompt([Message(role="user", content=p)], tokenizer) for p in prompts]
         else:
             ids = [[tokenizer.bos_id, *text] for text in tokenizer.encode_batch(prompts)]
-        answers = generate(
-            self._model, ids, stop_ids=[tokenizer.end_id, tokenizer.bos_id], **(params or {})
+        settings = dict(params or {})
+        answers = generate_texts(
+            self._model,
+            tokenizer,
+            ids,
+            max_new_tokens=settings.pop("max_new_tokens"),
+            stop_ids=[tokenizer.end_id, tokenizer.bos_id],
+            sampling=Sampling(**settings),
         )
-        return pandas.DataFrame({"completion": [tokenizer.decode(answer) for answer in answers]})
+        return pandas.DataFrame({"completion": answers})
 
 
 set_model(TrainedModel())

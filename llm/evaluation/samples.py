@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 
 from llm.errors import ConfigError
-from llm.inference.generate import generate
+from llm.inference.generate import generate_texts
+from llm.inference.sampling import Sampling
 from llm.model.transformer import Transformer
 from llm.tokenizer.base import Tokenizer
 
 
-def encode_prompts(
-    prompts: Sequence[str], tokenizer: Tokenizer, seq_len: int
-) -> list[list[int]]:
+def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, seq_len: int) -> list[list[int]]:
     """Encode the beginnings of texts, each a document of its own.
 
     Raises:
@@ -34,16 +33,14 @@ def continue_prompts(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    temperature: float,
-    seed: int,
+    sampling: Sampling,
 ) -> list[str]:
     """Continue each prompt until its document or turn ends, or for `max_new_tokens`."""
-    completions = generate(
+    return generate_texts(
         model,
+        tokenizer,
         prompts,
         max_new_tokens=max_new_tokens,
         stop_ids=[tokenizer.bos_id, tokenizer.end_id],
-        temperature=temperature,
-        seed=seed,
+        sampling=sampling,
     )
-    return [tokenizer.decode(ids) for ids in completions]

@@ -4,16 +4,15 @@ torch and what needs it are imported where they are used, so that `--help` answe
 """
 
 import argparse
-import codecs
 import contextlib
 import importlib
 import io
-import math
 import os
 import signal
 import sys
 import unicodedata
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -22,6 +21,8 @@ from llm.seeds import derive_seed
 
 if TYPE_CHECKING:
     from llm.data.chat import Message
+    from llm.inference.sampling import Sampling
+    from llm.model.precision import Precision
     from llm.model.transformer import Transformer
     from llm.tokenizer.base import Tokenizer
 
@@ -38,12 +39,11 @@ class Conversation:
         model: "Transformer",
         tokenizer: "Tokenizer",
         *,
-        temperature: float = 0.0,
+        sampling: "Sampling",
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
-        seed: int = 0,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._temperature, self._max_new_tokens, self._seed = temperature, max_new_tokens, seed
+        self._sampling, self._max_new_tokens = sampling, max_new_tokens
         self._num_asked = 0
         self.messages: list[Message] = []
         self.num_forgotten = 0
@@ -67,17 +67,21 @@ class Conversation:
         return self._pieces(messages, prompt)
 
     def _pieces(self, messages: "list[Message]", prompt: Sequence[int]) -> Generator[str]:
-        ids = stream(
+        from llm.inference.generate import stream_texts
+
+        pieces = stream_texts(
             self._model,
-            prompt,
+            self._tokenizer,
+            [prompt],
             max_new_tokens=self._max_new_tokens,
             stop_ids=(self._tokenizer.end_id, self._tokenizer.bos_id),
-            temperature=self._temperature,
-            seed=derive_seed(self._seed, "answer", self._num_asked),
+            sampling=replace(
+                self._sampling, seed=derive_seed(self._sampling.seed, "answer", self._num_asked)
+            ),
         )
         answer: list[str] = []
         try:
-            for piece in decode_pieces(self._tokenizer, ids):
+            for _, piece in pieces:
                 answer.append(piece)
                 yield piece
         finally:
@@ -100,56 +104,12 @@ class Conversation:
         return messages, prompt
 
 
-def stream(
-    model: "Transformer",
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> Iterator[int]:
-    """Yield the new tokens of one prompt as they are made; at temperature 0 those of `generate`."""
-    import torch
-
-    from llm.model.cache import KeyValueCache
-
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    columns = min(len(prompt) + max_new_tokens, model.seq_len)
-    cache = KeyValueCache(model.config, 1, columns, device=device)
-    unread = list(prompt)
-    for _ in range(min(max_new_tokens, model.seq_len + 1 - len(prompt))):
-        with torch.inference_mode():
-            tokens = torch.tensor([unread], device=device)  # (1, T)
-            logits = model.score(model.read(tokens, cache=cache)[0, -1]).cpu()  # (V,)
-            if temperature == 0:
-                token = int(logits.argmax())
-            else:
-                probabilities = (logits.double() / temperature).softmax(dim=-1)
-                token = int(torch.multinomial(probabilities, 1, generator=generator))
-        if token in stop_ids:
-            return
-        yield token
-        unread = [token]
-
-
-def decode_pieces(tokenizer: "Tokenizer", ids: Iterable[int]) -> Iterator[str]:
-    """Yield the text of `ids` as soon as its characters are whole; a token may end inside one."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in ids:
-        if piece := decoder.decode(tokenizer.decode_bytes([token])):
-            yield piece
-    if piece := decoder.decode(b"", final=True):
-        yield piece
-
-
 def chat_terminal(
     folder: Path,
     *,
-    temperature: float = 0.0,
+    sampling: "Sampling",
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
-    seed: int = 0,
+    precision: "Precision" = "fp32",
 ) -> None:
     """Talk with the model in `folder` until the input ends.
 
@@ -158,13 +118,10 @@ def chat_terminal(
 
     Raises:
         ArtifactError: there is no whole model in `folder`.
-        ConfigError: `temperature` or `max_new_tokens` is out of range.
+        ConfigError: `max_new_tokens` is below 1.
     """
-    if not 0 <= temperature < math.inf or max_new_tokens < 1:
-        raise ConfigError(
-            f"temperature {temperature:g}, max_new_tokens {max_new_tokens}: expected a number of at"
-            " least 0, and at least 1"
-        )
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens: found {max_new_tokens}, expected at least 1")
     if missing := [name for name in NEEDED if not (folder / name).is_file()]:
         raise ArtifactError(
             f"{folder}: no {', '.join(missing)} there; expected the folder of a chat model, as"
@@ -174,6 +131,7 @@ def chat_terminal(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
 
+    from llm.inference.packed import packed
     from llm.model.store import load_model
     from llm.tokenizer.load import load_tokenizer
 
@@ -181,16 +139,54 @@ def chat_terminal(
         if isinstance(file, io.TextIOWrapper):  # bytes that are no UTF-8, or a terminal without it
             file.reconfigure(errors="replace")
     conversation = Conversation(
-        load_model(folder, "cuda" if torch.cuda.is_available() else "cpu").eval(),
+        packed(load_model(folder, "cuda" if torch.cuda.is_available() else "cpu"), precision),
         load_tokenizer(folder),
-        temperature=temperature,
+        sampling=sampling,
         max_new_tokens=max_new_tokens,
-        seed=seed,
     )
     if sys.stdin.isatty():
         _talk(conversation)
     else:
         answer_lines(conversation, sys.stdin, sys.stdout)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of how answers are made, as `talk_as_asked` reads them."""
+    add = parser.add_argument
+    add("--temperature", type=float, default=0.0, help="0: the likeliest token")
+    add("--top-k", type=int, default=0, help="draw from so many likeliest tokens; 0: all")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest that sum to this; 1: all")
+    add("--min-p", type=float, default=0.0, help="leave out what is less likely, by this share")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: say other things")
+    add("--stop", action="append", default=[], help="a text that ends an answer; any number")
+    add("--seed", type=int, default=0, help="of what is drawn above temperature 0")
+    add("--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, help="longest answer")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is faster")
+
+
+def talk_as_asked(folder: Path, options: argparse.Namespace) -> None:
+    """Talk with the model in `folder` by the options of `add_options`.
+
+    Raises:
+        ArtifactError: as `chat_terminal`.
+        ConfigError: an option is out of range.
+    """
+    from llm.inference.sampling import Sampling
+
+    chat_terminal(
+        folder,
+        sampling=Sampling(
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            stops=tuple(options.stop),
+            seed=options.seed,
+        ),
+        max_new_tokens=options.max_new_tokens,
+        precision=options.precision,
+    )
 
 
 def answer_lines(conversation: Conversation, questions: Iterable[str], output: TextIO) -> None:
@@ -275,17 +271,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         " /reset between two makes them independent.",
     )
     parser.add_argument("folder", type=Path, help="of a chat model: artifacts/finetune/DIGEST")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
-    parser.add_argument("--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS)
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn above temperature 0")
+    add_options(parser)
     options = parser.parse_args(arguments)
     try:
-        chat_terminal(
-            options.folder,
-            temperature=options.temperature,
-            max_new_tokens=options.max_new_tokens,
-            seed=options.seed,
-        )
+        talk_as_asked(options.folder, options)
     except FromscratchError as error:
         print(error, file=sys.stderr)
         return 1

@@ -4,6 +4,8 @@ B  rows                  H  query heads         C  model width
 T  positions in a row    K  key/value heads     D  head width
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +16,22 @@ from llm.model.norms import RMSNorm
 from llm.model.positions import POSITIONS
 from llm.model.reach import Reach
 from llm.model.shape import head_dim_of, window_of
+
+
+class Joined:
+    """Several linear layers of one input as one: one product, not several."""
+
+    def __init__(self, parts: Sequence[nn.Linear], has_biases: bool) -> None:
+        self.parts, self._has_biases = tuple(parts), has_biases
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weights, and the biases if there are any, one part's after another's."""
+        bias = torch.cat([part.bias for part in self.parts]) if self._has_biases else None
+        return torch.cat([part.weight for part in self.parts]), bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return (..., in) -> (..., sum of out)."""
+        return F.linear(x, *self.weight_and_bias())
 
 
 class Attention(nn.Module):
@@ -34,20 +52,15 @@ class Attention(nn.Module):
         C, H, K, D = config.d_model, config.num_heads, config.num_kv_heads, head_dim_of(config)
         self.layer, self.window = layer, window_of(config, layer)
         self.num_heads, self.num_kv_heads, self.head_dim = H, K, D
-        self.dropout, self.has_biases = config.dropout, config.has_biases
+        self.dropout = config.dropout
         self.query = nn.Linear(C, H * D, bias=config.has_biases)
         self.key = nn.Linear(C, K * D, bias=config.has_biases)
         self.value = nn.Linear(C, K * D, bias=config.has_biases)
+        self.project = Joined((self.query, self.key, self.value), config.has_biases)
         self.output = nn.Linear(H * D, C, bias=config.has_biases)
         self.query_norm = RMSNorm(D, config.norm_eps) if config.has_qk_norm else nn.Identity()
         self.key_norm = RMSNorm(D, config.norm_eps) if config.has_qk_norm else nn.Identity()
         self.turn = POSITIONS[config.positions].turn
-
-    def _joined(self) -> tuple[Tensor, Tensor | None]:
-        """Return weights and biases of query, key and value as one: one product, not three."""
-        parts = (self.query, self.key, self.value)
-        bias = torch.cat([part.bias for part in parts]) if self.has_biases else None
-        return torch.cat([part.weight for part in parts]), bias
 
     def forward(self, x: Tensor, reach: Reach, cache: KeyValueCache | None) -> Tensor:
         """Mix positions of (B, T, C) within `reach`; with a cache, also with the positions it
@@ -55,7 +68,7 @@ class Attention(nn.Module):
         """
         B, T, _ = x.shape
         H, K, D = self.num_heads, self.num_kv_heads, self.head_dim
-        qkv = F.linear(x, *self._joined()).view(B, T, H + 2 * K, D).transpose(1, 2)
+        qkv = self.project(x).view(B, T, H + 2 * K, D).transpose(1, 2)
         q, k, v = qkv.split((H, K, K), dim=1)  # (B, H + 2 K, T, D) -> (B, H, T, D), 2 (B, K, T, D)
         q = self.turn(self.query_norm(q), *reach.rotation)
         k = self.turn(self.key_norm(k), *reach.rotation)

@@ -3,6 +3,8 @@
 Shapes: B rows, K key/value heads, S columns (positions), D head width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,21 +27,16 @@ class KeyValueCache:
         num_columns: int,
         *,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (
-            config.num_layers,
-            num_rows,
-            config.num_kv_heads,
-            num_columns,
-            head_dim_of(config),
-        )
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self._shape = (num_rows, config.num_kv_heads, num_columns, head_dim_of(config))
+        # of every layer, made when it first has something to keep, in that one's type
+        self.keys: list[Tensor | None] = [None] * config.num_layers
+        self.values: list[Tensor | None] = [None] * config.num_layers
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)  # (B,)
-        self.num_columns = (
-            0  # the longest row's; a plain number, so that slicing waits for no device
-        )
+        self.num_columns = 0
+        """The longest row's; a plain number, so that slicing waits for no device."""
+        self._rows = torch.arange(num_rows, device=device)[:, None]  # (B, 1)
+        self._is_even = True  # all rows are of the same length, so that columns are one slice
 
     def positions(self, num_tokens: int) -> Tensor:
         """Return the positions (B, T) of the next `num_tokens` of each row."""
@@ -51,24 +48,39 @@ class KeyValueCache:
         """Store (B, K, T, D) at `positions` (B or 1, T) and return all columns so far,
         (B, K, S, D).
         """
-        rows = torch.arange(len(keys), device=positions.device)[:, None]  # (B, 1)
-        # indexing by (B, 1) and (B or 1, T) around a slice puts indexed axes first: (B, T, K, D)
-        self.keys[layer][rows, :, positions] = keys.transpose(1, 2).to(self.keys.dtype)
-        self.values[layer][rows, :, positions] = values.transpose(1, 2).to(self.values.dtype)
-        end = self.num_columns + keys.shape[2]
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        return (
+            self._store(self.keys, layer, keys, positions),
+            self._store(self.values, layer, values, positions),
+        )
 
     def advance(self, num_tokens: int) -> None:
         """Count `num_tokens` more in every row, after all layers have appended them."""
         self.lengths = self.lengths + num_tokens
         self.num_columns += num_tokens
 
-    def cut_padding(self, lengths: Tensor) -> None:
-        """Say how long each row (B,) really is, after prompts padded on the right were read."""
-        self.lengths = lengths.to(self.lengths)
+    def cut(self, lengths: Sequence[int]) -> None:
+        """Say how long each row really is: padding on its right, or what is taken back, goes."""
+        self.lengths = torch.tensor(lengths, device=self.lengths.device)
+        self.num_columns, self._is_even = max(lengths), min(lengths) == max(lengths)
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all rows but these, so that finished ones cost nothing."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.lengths = self.lengths[rows]
-        self.num_columns = int(self.lengths.max())
+        for stored in (self.keys, self.values):
+            stored[:] = [each if each is None else each[rows] for each in stored]
+        self._rows = self._rows[: len(rows)]
+        self.cut(self.lengths[rows].tolist())
+
+    def _store(
+        self, stored: list[Tensor | None], layer: int, new: Tensor, positions: Tensor
+    ) -> Tensor:
+        whole = stored[layer]
+        if whole is None:
+            _, *rest = self._shape
+            whole = stored[layer] = new.new_zeros((len(new), *rest))
+        end = self.num_columns + new.shape[2]
+        if self._is_even:
+            whole[:, :, self.num_columns : end] = new
+        else:
+            # indexing by (B, 1) and (B, T) around a slice puts indexed axes first: (B, T, K, D)
+            whole[self._rows, :, positions] = new.transpose(1, 2)
+        return whole[:, :, :end]

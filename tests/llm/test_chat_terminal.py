@@ -18,23 +18,22 @@ import llm.job
 from llm.artifact import ArtifactWriter
 from llm.config import ModelConfig
 from llm.data.chat import Message, render_chat, render_prompt
-from llm.errors import ArtifactError, ConfigError, DataError
+from llm.errors import ArtifactError, DataError
 from llm.inference.chat import (
     Conversation,
     answer_lines,
     chat_terminal,
-    decode_pieces,
     main,
     printable,
-    stream,
 )
-from llm.inference.generate import generate
+from llm.inference.sampling import Sampling
 from llm.model.loss import IGNORED, token_losses
 from llm.model.store import save_model
 from llm.model.transformer import Transformer
 from llm.tokenizer.bpe import ByteLevelBPE
 
 SEQ_LEN = 64
+GREEDY = Sampling()
 SHAPE = ModelConfig(num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, d_ff=48)
 ROOT = Path(llm.job.__file__).parents[1]
 ANSWERS = {"red?": "blue", "two\nlines?": "naïve\n文字", "end?": ""}
@@ -91,63 +90,19 @@ def talk(folder: Path, typed: bytes, *options: str) -> subprocess.CompletedProce
     return subprocess.run(command, input=typed, capture_output=True, cwd=ROOT, env=environment)
 
 
-def test_a_stream_without_temperature_is_what_generate_gives(
-    model: Transformer, tokenizer: ByteLevelBPE
-) -> None:
-    for prompt in ([0], [0, 1, 9, 20, 4, 2], list(range(10, 10 + SEQ_LEN - 3))):
-        [expected] = generate(model, [prompt], max_new_tokens=20, stop_ids=[tokenizer.end_id])
-        found = list(stream(model, prompt, max_new_tokens=20, stop_ids=[tokenizer.end_id]))
-        assert found == expected
-
-
-def test_a_stream_ends_at_a_stop_id_and_at_the_context(model: Transformer) -> None:
-    prompt = [0, 5]
-    free = list(stream(model, prompt, max_new_tokens=1000, stop_ids=[]))
-    assert len(free) == SEQ_LEN + 1 - len(prompt)
-    stop = free[3]
-    assert (
-        list(stream(model, prompt, max_new_tokens=9, stop_ids=[stop])) == free[: free.index(stop)]
-    )
-
-
-def test_what_is_drawn_follows_the_seed_and_the_models_distribution(model: Transformer) -> None:
-    def draw(seed: int) -> list[int]:
-        return list(
-            stream(model, [0, 7], max_new_tokens=1, stop_ids=[], temperature=0.5, seed=seed)
-        )
-
-    assert draw(3) == draw(3)
-    with torch.no_grad():
-        expected = (model(torch.tensor([[0, 7]]))[0, -1] / 0.5).softmax(-1)
-    likely = set(expected.argsort(descending=True)[:300].tolist())
-    drawn = [draw(seed)[0] for seed in range(200)]
-    share = sum(token in likely for token in drawn) / len(drawn)
-    weight = float(expected[list(likely)].sum())
-    assert share == pytest.approx(weight, abs=4 * (weight * (1 - weight) / 200) ** 0.5)
-
-
-def test_characters_appear_whole_and_nothing_is_lost(tokenizer: ByteLevelBPE) -> None:
-    text = "naïve 文字 🙂 end"
-    single_bytes = [
-        next(i for i in range(tokenizer.vocab_size) if tokenizer.decode_bytes([i]) == bytes([byte]))
-        for byte in text.encode()
-    ]
-    pieces = list(decode_pieces(tokenizer, single_bytes))
-    assert pieces == list(text)
-    assert "".join(decode_pieces(tokenizer, single_bytes[:-6])) == "naïve 文字 \ufffd"
-
-
 def test_the_model_is_asked_with_all_that_was_said(
     model: Transformer, tokenizer: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts: list[list[int]] = []
 
-    def remember(model: Transformer, prompt: list[int], **named: object) -> Iterator[int]:
-        prompts.append(prompt)
-        return iter(tokenizer.encode_batch([" fine"])[0])
+    def remember(
+        model: Transformer, tokenizer: ByteLevelBPE, asked: list[list[int]], **named: object
+    ) -> Iterator[tuple[int, str]]:
+        prompts.extend(asked)
+        return iter([(0, " fi"), (0, "ne")])
 
-    monkeypatch.setattr("llm.inference.chat.stream", remember)
-    conversation = Conversation(model, tokenizer, max_new_tokens=4)
+    monkeypatch.setattr("llm.inference.generate.stream_texts", remember)
+    conversation = Conversation(model, tokenizer, sampling=GREEDY, max_new_tokens=4)
     assert "".join(conversation.ask("hi")) == " fine"
     assert "".join(conversation.ask("and you")) == " fine"
     said = [
@@ -164,7 +119,7 @@ def test_the_model_is_asked_with_all_that_was_said(
 def test_the_oldest_turns_are_forgotten_when_the_context_is_full(
     model: Transformer, tokenizer: ByteLevelBPE
 ) -> None:
-    conversation = Conversation(model, tokenizer, max_new_tokens=8)
+    conversation = Conversation(model, tokenizer, sampling=GREEDY, max_new_tokens=8)
     forgotten = 0
     for number in range(12):
         "".join(conversation.ask(f"q {number}"))
@@ -180,7 +135,7 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full(
 def test_a_question_that_fills_the_context_is_refused_and_forgotten(
     model: Transformer, tokenizer: ByteLevelBPE
 ) -> None:
-    conversation = Conversation(model, tokenizer, max_new_tokens=8)
+    conversation = Conversation(model, tokenizer, sampling=GREEDY, max_new_tokens=8)
     "".join(conversation.ask("hi"))
     before = list(conversation.messages)
     with pytest.raises(DataError, match="expected at most 56 in a context of 64"):
@@ -191,7 +146,7 @@ def test_a_question_that_fills_the_context_is_refused_and_forgotten(
 def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(
     model: Transformer, tokenizer: ByteLevelBPE
 ) -> None:
-    conversation = Conversation(model, tokenizer, temperature=1.0)
+    conversation = Conversation(model, tokenizer, sampling=Sampling(temperature=1.0))
     pieces = conversation.ask("hi")
     start = next(pieces) + next(pieces)
     pieces.close()
@@ -201,7 +156,7 @@ def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(
 def test_every_line_is_answered_by_a_line(
     knowing_model: Transformer, tokenizer: ByteLevelBPE, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    conversation = Conversation(knowing_model, tokenizer, max_new_tokens=16)
+    conversation = Conversation(knowing_model, tokenizer, sampling=GREEDY, max_new_tokens=16)
     lines = ["red?\n", "\n", "/reset\n", "end?\n", "/reset\n", "w x " * 99, "red?", "/exit", "red?"]
     output = io.StringIO()
     answer_lines(conversation, lines, output)
@@ -212,7 +167,7 @@ def test_every_line_is_answered_by_a_line(
 def test_line_breaks_in_an_answer_do_not_end_its_line(
     knowing_model: Transformer, tokenizer: ByteLevelBPE
 ) -> None:
-    conversation = Conversation(knowing_model, tokenizer, max_new_tokens=16)
+    conversation = Conversation(knowing_model, tokenizer, sampling=GREEDY, max_new_tokens=16)
     assert "".join(conversation.ask("two\nlines?")) == "naïve\n文字"
     output = io.StringIO()
     conversation.reset()
@@ -250,17 +205,26 @@ def test_a_folder_without_a_model_is_one_line_and_quick(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ArtifactError, match=r"no model\.json, model\.safetensors"):
-        chat_terminal(tmp_path)
+        chat_terminal(tmp_path, sampling=GREEDY)
     assert main([str(tmp_path / "nowhere")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"max_new_tokens": 0}]
+    ("option", "name"),
+    [
+        ("--temperature=-1", "temperature"),
+        ("--temperature=nan", "temperature"),
+        ("--top-p=0", "top_p"),
+        ("--stop=", "stops"),
+        ("--max-new-tokens=0", "max_new_tokens"),
+    ],
 )
-def test_settings_out_of_range_are_refused(folder: Path, options: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match="temperature"):
-        chat_terminal(folder, **options)  # type: ignore[arg-type]
+def test_settings_out_of_range_are_refused(
+    folder: Path, option: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(folder), option]) == 1
+    assert capsys.readouterr().err.startswith(f"{name}: found ")
 
 
 def test_help_is_given_without_torch() -> None:

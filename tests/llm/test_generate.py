@@ -4,11 +4,17 @@ import collections
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from llm.errors import DataError
+from llm.errors import ConfigError, DataError
 from llm.inference import generate as module
-from llm.inference.generate import generate
+from llm.inference.generate import generate, generate_texts, stream, stream_texts
+from llm.inference.packed import is_packed, packed
+from llm.inference.sampling import Sampling
+from llm.inference.stops import IdEnding, StopSearch, TextEnding
 from llm.model.transformer import Transformer
+from llm.tokenizer.bpe import ByteLevelBPE
 from tests.llm.training_setup import SEQ_LEN, tiny_model
 
 PROMPTS = [[7], [5, 6, 7, 8, 9, 10, 11], [300, 2], [1] * 20, [9, 9, 9], [42] * SEQ_LEN]
@@ -60,13 +66,16 @@ def test_a_stop_id_ends_its_row_alone_and_is_not_returned(model: Transformer) ->
 
 
 def test_sampling_depends_on_seed_and_place_alone(model: Transformer) -> None:
-    settings = {"max_new_tokens": 8, "stop_ids": [], "temperature": 1.5}
+    def sample(prompts: list[list[int]], seed: int) -> list[list[int]]:
+        sampling = Sampling(temperature=1.5, seed=seed)
+        return generate(model, prompts, max_new_tokens=8, stop_ids=[], sampling=sampling)
+
     prompts = [[5, 6]] * 3
-    first = generate(model, prompts, seed=1, **settings)
-    assert first == generate(model, prompts, seed=1, **settings)
-    assert first != generate(model, prompts, seed=2, **settings)
+    first = sample(prompts, 1)
+    assert first == sample(prompts, 1)
+    assert first != sample(prompts, 2)
     assert len(set(map(tuple, first))) == 3
-    assert first == generate(model, [*prompts, [1] * 9, [4]], seed=1, **settings)[:3]
+    assert first == sample([*prompts, [1] * 9, [4]], 1)[:3]
 
 
 def test_samples_have_the_model_s_frequencies() -> None:
@@ -74,7 +83,8 @@ def test_samples_have_the_model_s_frequencies() -> None:
     with torch.no_grad():
         model.embedding.weight.mul_(40)
         chances = (model(torch.tensor([[3, 4]]))[0, -1] / 0.7).softmax(-1)
-    found = generate(model, [[3, 4]] * 4000, max_new_tokens=1, stop_ids=[], temperature=0.7)
+    prompts, sampling = [[3, 4]] * 4000, Sampling(temperature=0.7)
+    found = generate(model, prompts, max_new_tokens=1, stop_ids=[], sampling=sampling)
     counts = collections.Counter(new[0] for new in found)
     for token, chance in enumerate(chances.tolist()):
         error = 4 * (chance * (1 - chance) / 4000) ** 0.5  # four standard errors
@@ -83,17 +93,162 @@ def test_samples_have_the_model_s_frequencies() -> None:
 
 def test_top_k_draws_from_the_k_likeliest_and_one_is_greedy(model: Transformer) -> None:
     greedy = generate(model, PROMPTS[:4], max_new_tokens=6, stop_ids=[])
-    hot = {"max_new_tokens": 6, "stop_ids": [], "temperature": 100.0}
-    assert generate(model, PROMPTS[:4], top_k=1, **hot) == greedy
+    one = Sampling(temperature=100.0, top_k=1)
+    assert generate(model, PROMPTS[:4], max_new_tokens=6, stop_ids=[], sampling=one) == greedy
     with torch.no_grad():
         likeliest = set(model(torch.tensor([[7]]))[0, -1].topk(5).indices.tolist())
-    drawn = generate(model, [[7]] * 200, max_new_tokens=1, stop_ids=[], temperature=100.0, top_k=5)
+    five = Sampling(temperature=100.0, top_k=5)
+    drawn = generate(model, [[7]] * 200, max_new_tokens=1, stop_ids=[], sampling=five)
     assert {new[0] for new in drawn} == likeliest
 
 
 def test_a_padded_vocabulary_is_never_drawn_from(model: Transformer) -> None:
-    drawn = generate(model, [[7]] * 500, max_new_tokens=3, stop_ids=[], temperature=1e6)
+    hot = Sampling(temperature=1e6)
+    drawn = generate(model, [[7]] * 500, max_new_tokens=3, stop_ids=[], sampling=hot)
     assert max(max(new) for new in drawn) <= 600
+
+
+def test_a_repetition_penalty_counts_the_prompt_and_each_row_for_itself(
+    model: Transformer,
+) -> None:
+    sampling = Sampling(repetition_penalty=1e9)
+    found = generate(model, PROMPTS[:5], max_new_tokens=12, stop_ids=[], sampling=sampling)
+    for prompt, new in zip(PROMPTS, found, strict=False):
+        text = [*prompt, *new]
+        assert len(set(text)) == len(set(prompt)) + len(new), "no token comes again"
+        alone = generate(model, [prompt], max_new_tokens=12, stop_ids=[], sampling=sampling)
+        assert alone == [new]
+
+
+@pytest.mark.parametrize("num_guessed", [1, 3, 7])
+def test_guessing_changes_no_token_and_takes_fewer_steps(
+    model: Transformer, num_guessed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    circle = [3, 1, 4, 1, 5]
+    prompts = [*PROMPTS, circle * 4, circle * 2]
+    expected = generate(model, prompts, max_new_tokens=20, stop_ids=[42])
+    steps: list[int] = []
+    step = module.Continuation.step
+
+    def counted(self: module.Continuation) -> list[list[int]]:
+        steps.append(1)
+        return step(self)
+
+    monkeypatch.setattr(module.Continuation, "step", counted)
+    found = generate(model, prompts, max_new_tokens=20, stop_ids=[42], num_guessed=num_guessed)
+    assert found == expected
+    steps.clear()
+    with torch.no_grad():
+        constant = tiny_model(vocab_size=601, tie_embeddings=False)
+        constant.embedding.weight.zero_()  # every position reads the same: one token for ever
+    new = generate(constant, [[5]], max_new_tokens=20, stop_ids=[], num_guessed=num_guessed)
+    assert new == generate(constant, [[5]], max_new_tokens=20, stop_ids=[])
+    assert len(steps) < 20 + 20 - (20 - 4) * num_guessed // (num_guessed + 1) + 2
+
+
+def test_a_stream_yields_what_generate_gives_step_by_step(model: Transformer) -> None:
+    expected = generate(model, PROMPTS[:4], max_new_tokens=6, stop_ids=[])
+    found: list[list[int]] = [[] for _ in expected]
+    for index, token in stream(model, PROMPTS[:4], max_new_tokens=6, stop_ids=[]):
+        found[index].append(token)
+        assert max(map(len, found)) - min(map(len, found)) <= 1, "rows go on side by side"
+    assert found == expected
+
+
+def test_a_sequence_of_ids_ends_its_row_and_none_of_it_is_returned(model: Transformer) -> None:
+    whole = generate(model, PROMPTS[:4], max_new_tokens=10, stop_ids=[])
+    sampling = Sampling(stops=(tuple(whole[1][3:6]), (599, 598)))
+    found = generate(model, PROMPTS[:4], max_new_tokens=10, stop_ids=[], sampling=sampling)
+    assert found[1] == whole[1][:3]
+    assert found[0] == whole[0]
+
+
+def test_a_text_ends_its_row_and_none_of_it_is_returned(
+    model: Transformer, tokenizer: ByteLevelBPE
+) -> None:
+    made = tiny_model(vocab_size=tokenizer.vocab_size)
+    settings = {"max_new_tokens": 25, "stop_ids": []}
+    [whole] = generate_texts(made, tokenizer, [[9]], sampling=Sampling(temperature=1.0), **settings)
+    assert len(whole) > 12
+    stop = whole[7:11]
+    sampling = Sampling(temperature=1.0, stops=("not there", stop))
+    [found] = generate_texts(made, tokenizer, [[9]], sampling=sampling, **settings)
+    assert found == whole[: whole.index(stop)]
+    pieces = [p for _, p in stream_texts(made, tokenizer, [[9]], sampling=sampling, **settings)]
+    assert "".join(pieces) == found
+    assert len(pieces) > 1
+    with pytest.raises(ConfigError, match="stops: found the text 'not there'"):
+        generate(made, [[9]], sampling=sampling, **settings)
+
+
+TEXTS = st.text("ab", max_size=12)
+
+
+@given(TEXTS, st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
+def test_the_first_stop_is_found_however_a_text_is_cut(
+    text: str, stops: list[str], data: st.DataObject
+) -> None:
+    search = StopSearch(stops, "")
+    found, is_ended, rest = "", False, text
+    while rest and not is_ended:
+        size = data.draw(st.integers(1, len(rest)))
+        piece, is_ended = search.take(rest[:size])
+        found, rest = found + piece, rest[size:]
+        shown = [found.find(stop) for stop in stops]
+        assert max(shown, default=-1) < 0, "nothing of a stop is shown"
+    if not is_ended:
+        found += search.flush()
+    ends = [text.index(stop) for stop in stops if stop in text]
+    assert found == text[: min(ends, default=len(text))]
+    assert is_ended == bool(ends)
+
+
+@given(st.text(max_size=20))
+def test_characters_appear_whole_and_nothing_is_lost(tokenizer: ByteLevelBPE, text: str) -> None:
+    ids = [tokenizer.bytes_of_token.index(bytes([byte])) for byte in text.encode()]
+    ending = TextEnding([], Sampling(), tokenizer)
+    pieces = [ending.take(token)[0] for token in ids]
+    assert [piece for piece in pieces if piece] == list(text)
+    assert ending.flush() == ""
+
+
+def test_half_a_character_at_the_end_is_shown_as_such(tokenizer: ByteLevelBPE) -> None:
+    ids = [tokenizer.bytes_of_token.index(bytes([byte])) for byte in "文字".encode()[:-1]]
+    ending = TextEnding([], Sampling(), tokenizer)
+    text = "".join(ending.take(token)[0] for token in ids)
+    assert text + ending.flush() == "文\ufffd"
+
+
+def test_a_stop_id_flushes_what_may_have_been_a_stop_text(tokenizer: ByteLevelBPE) -> None:
+    [ids] = tokenizer.encode_batch(["one tw"])
+    ending = TextEnding([tokenizer.end_id], Sampling(stops=("two",)), tokenizer)
+    found = "".join(ending.take(token)[0] for token in ids)
+    assert found == "one "
+    assert ending.take(tokenizer.end_id) == ("tw", True)
+    assert IdEnding([3], Sampling(stops=((1, 2),))).take(1) == ((), False)
+
+
+def test_a_packed_model_shares_all_but_its_matrices_and_says_the_same(model: Transformer) -> None:
+    ready = packed(model)
+    assert is_packed(ready)
+    assert not is_packed(model)
+    assert packed(ready) is ready
+    assert ready.embedding.weight is model.embedding.weight
+    assert not isinstance(ready.head, torch.nn.Linear)
+    tokens = torch.tensor([PROMPTS[1]])
+    with torch.inference_mode():
+        # the same products in another order of sums; logits are up to 100 here
+        torch.testing.assert_close(ready(tokens), model(tokens), rtol=1e-5, atol=1e-3)
+
+
+def test_in_bfloat16_logits_are_near(model: Transformer) -> None:
+    tokens = torch.tensor([PROMPTS[1]])
+    with torch.inference_mode():
+        exact, found = model(tokens), packed(model, "bf16")(tokens)
+    # 8 bits of fraction, through two layers
+    assert (found - exact).norm() / exact.norm() < 0.03
+    new = generate(model, PROMPTS, max_new_tokens=5, stop_ids=[], precision="bf16")
+    assert [len(each) for each in new] == [5, 5, 5, 5, 5, 1]
 
 
 def test_no_prompts_and_no_new_tokens_give_nothing(model: Transformer) -> None:
@@ -117,10 +272,22 @@ def test_impossible_prompts_are_refused_by_number(
         generate(model, [[1], prompt], max_new_tokens=3, stop_ids=[])
 
 
-def test_numbers_below_zero_are_refused(model: Transformer) -> None:
-    for wrong in ({"temperature": -0.1}, {"top_k": -1}):
-        with pytest.raises(ValueError, match="expected none below 0"):
-            generate(model, [[1]], max_new_tokens=3, stop_ids=[], **wrong)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens -1"),
+        ({"max_new_tokens": 1, "num_guessed": -1}, "num_guessed -1"),
+        (
+            {"max_new_tokens": 1, "num_guessed": 2, "sampling": Sampling(temperature=0.5)},
+            "num_guessed: found 2 with temperature 0.5",
+        ),
+    ],
+)
+def test_impossible_numbers_are_refused(
+    model: Transformer, wrong: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        generate(model, [[1]], stop_ids=[], **wrong)  # type: ignore[arg-type]
 
 
 def test_the_model_is_left_in_the_mode_it_was_in(model: Transformer) -> None:
