@@ -1,5 +1,6 @@
 """Tokenizers others trained, as GPT-2, Llama-3 and Qwen have them; transformers is the oracle."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from llm.artifact import ArtifactWriter
 from llm.data.document_file import Message
 from llm.errors import ArtifactError
 from llm.finetune import finetune
-from llm.inference.chat import Conversation
+from llm.inference.chat import main as chat_main
 from llm.model.hub import export_model, import_model, load_both
 from llm.pack import pack
 from llm.tokenizer.imported import ImportedBPE, import_tokenizer
@@ -171,6 +172,8 @@ def test_an_imported_model_can_be_fine_tuned_and_talked_to(
     tmp_path: Path,
     make_documents: MakeDocuments,
     run_stage: RunStage,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import_model(folders["gpt2"], tmp_path / "base")
     chats: list[list[Message]] = [
@@ -183,9 +186,10 @@ def test_an_imported_model_can_be_fine_tuned_and_talked_to(
     )
     optimization = {"num_steps": 3, "warmup_steps": 1, "rows_per_step": 4}
     chat, _ = run_stage(finetune, optimization, out="chat", base=tmp_path / "base", rows=rows)
-    model, tokenizer = load_both(chat)
-    answer = "".join(Conversation(model.eval(), tokenizer, max_new_tokens=4).ask("say 1"))
-    assert isinstance(answer, str)
+    load_both(chat)
+    monkeypatch.setattr("sys.stdin", io.StringIO("say 1\nsay 2\n"))
+    assert chat_main([str(chat), "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.count("\n") == 2
 
 
 def change_json(folder: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
