@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from flows.sweep import Member, comparison, differing_bytes, short_name
 from tasks.cached import Outcome
 from tasks.launch import Progress as StageProgress
 from tasks.plan import PlannedStep
@@ -165,6 +166,24 @@ def print_outcomes(
         console.print()
     for name, address in addresses.items():
         console.print(f"{name:<8} {address}", soft_wrap=True)
+
+
+def print_sweep(members: Sequence[Member], console: Console = out) -> None:
+    """Print the members of a sweep side by side, the best first, and why others failed."""
+    headings, rows = comparison(members)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, heading in enumerate(headings):
+        heading = heading.replace(" a ", "\na ")
+        table.add_column(heading, justify="right" if index else "left", no_wrap=not index)
+    for row in rows:
+        table.add_row(_plain(row[0]), *row[1:])
+    console.print()
+    console.print(table)
+    if note := differing_bytes(members):
+        console.print(f"\n{note}", soft_wrap=True)
+    for member in members:
+        if member.error:
+            console.print(f"\n{_plain(short_name(member))}: {_plain(member.error)}", soft_wrap=True)
 
 
 def _print_metrics(metrics: Mapping[str, float], console: Console) -> None:

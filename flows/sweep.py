@@ -1,0 +1,200 @@
+"""One recipe over a grid: each member is a run like any other and shares every cached stage."""
+
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from llm.config import CONFIG_FOLDERS, RunConfig, load_config
+from llm.errors import ConfigError, FromscratchError
+from llm.settings import did_you_mean
+from tasks.cached import Outcome
+
+RunMember = Callable[[RunConfig, Sequence[str]], Sequence[Outcome]]
+FIGURES = {
+    "ids": ("train_tokenizer", "vocab_size"),
+    "bytes a token": ("train_tokenizer", "bytes_per_token"),
+    "parameters": ("pretrain", "num_parameters"),
+    "base bits a byte": ("evaluate", "base/bits_per_byte"),
+    "chat bits a byte": ("evaluate", "chat/bits_per_byte"),
+}
+"""Stage and key of its summary by heading; those that no member has are left out of the table."""
+ORDER = "base bits a byte"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """A recipe and, for each member, what is overridden in it."""
+
+    recipe: str
+    members: Sequence[Sequence[str]]
+
+
+@dataclass(kw_only=True, slots=True)
+class Member:
+    """What became of one member."""
+
+    overrides: Sequence[str]
+    """Those that not all members have."""
+    status: str = "finished"
+    error: str = ""
+    seconds: float = 0.0
+    figures: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
+    num_validation_bytes: int = 0
+    """Of the text that bits per byte were measured on."""
+
+
+def sweep_names() -> list[str]:
+    """Return the names of the sweeps that come with the project, sorted."""
+    return sorted(path.stem for folder in CONFIG_FOLDERS for path in folder.glob("sweeps/*.yaml"))
+
+
+def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
+    """Read `configs/sweeps/NAME.yaml`, or a YAML file by its path.
+
+    It holds `recipe`, `overrides` for all members, and `grid`: lists of values by dotted key, of
+    which every combination is a member, or a list of lists of overrides, each a member.
+
+    Raises:
+        ConfigError: there is no such sweep, or it does not say that.
+    """
+    paths = [folder / "sweeps" / f"{name}.yaml" for folder in CONFIG_FOLDERS]
+    path = next((path for path in [Path(name), *paths] if path.is_file()), None)
+    if path is None:
+        known = sweep_names()
+        raise ConfigError(
+            f"{name}: unknown sweep{did_you_mean(name, known)}; there are {', '.join(known)}"
+        )
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: no valid YAML: {error}") from error
+    fields = cast(dict[str, Any], tree) if isinstance(tree, dict) else {}
+    shared, members = _words(fields.get("overrides", [])), _members(fields.get("grid"))
+    if not isinstance(fields.get("recipe"), str) or shared is None or not members:
+        raise ConfigError(
+            f"{path}: expected `recipe: NAME`, perhaps `overrides: [section.key=value]`, and"
+            " `grid:` with {section.key: [value, ...]} or [[section.key=value, ...], ...]"
+        )
+    unknown = fields.keys() - {"recipe", "description", "overrides", "grid"}
+    if unknown:
+        raise ConfigError(f"{path}: {', '.join(sorted(unknown))}: unknown")
+    return Sweep(
+        recipe=fields["recipe"], members=[[*shared, *member, *overrides] for member in members]
+    )
+
+
+def run_sweep(sweep: Sweep, run_member: RunMember, announce: Callable[[str], None]) -> list[Member]:
+    """Run every member, one after another; one that fails stops no other.
+
+    Raises:
+        ConfigError: the settings of some members are wrong; nothing was run.
+    """
+    configs = _load_all(sweep)
+    shared = set.intersection(*map(set, sweep.members)) if len(sweep.members) > 1 else set[str]()
+    members: list[Member] = []
+    for number, (overrides, config) in enumerate(zip(sweep.members, configs, strict=True), 1):
+        member = Member(overrides=[word for word in overrides if word not in shared])
+        announce(f"{number} of {len(configs)}: {' '.join(member.overrides)}")
+        started_at = time.monotonic()
+        try:
+            _note_figures(member, run_member(config, overrides))
+        except FromscratchError as error:
+            member.status, member.error = "failed", str(error)
+            announce(f"failed: {error}")
+        member.seconds = time.monotonic() - started_at
+        members.append(member)
+    return members
+
+
+def comparison(members: Sequence[Member]) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of a table, best first by the base model's bits per byte."""
+    names = [name for name in FIGURES if any(name in member.figures for member in members)]
+    best_first = sorted(members, key=lambda m: m.figures.get(ORDER, float("inf")))
+    rows = [
+        [
+            short_name(member),
+            *(_shown(member.figures.get(name)) for name in names),
+            f"{member.seconds:.0f}" if member.status == "finished" else member.status,
+        ]
+        for member in best_first
+    ]
+    return ["member", *names, "seconds"], rows
+
+
+def short_name(member: Member) -> str:
+    """Return its overrides without their sections: `kind=bpe vocab_size=4096`."""
+    parts = [word.partition("=") for word in member.overrides]
+    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in parts) or "as it is"
+
+
+def differing_bytes(members: Sequence[Member]) -> str:
+    """Say that bits per byte were measured on texts of different length, or nothing."""
+    counts = {member.num_validation_bytes for member in members if member.num_validation_bytes}
+    if len(counts) < 2:
+        return ""
+    listed = ", ".join(f"{count:,}" for count in sorted(counts))
+    return f"bits per byte are of different texts, {listed} bytes long: compare them with care"
+
+
+def _load_all(sweep: Sweep) -> list[RunConfig]:
+    configs: list[RunConfig] = []
+    problems: list[str] = []
+    for overrides in sweep.members:
+        try:
+            configs.append(load_config(sweep.recipe, overrides))
+        except ConfigError as error:
+            problems.append(f"{' '.join(overrides)}:\n{error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return configs
+
+
+def _note_figures(member: Member, outcomes: Sequence[Outcome]) -> None:
+    summaries = {(outcome.stage, outcome.role): outcome.summary for outcome in outcomes}
+    for name, (stage, key) in FIGURES.items():
+        value = summaries.get((stage, ""), {}).get(key)
+        if isinstance(value, int | float):
+            member.figures[name] = value
+    num_bytes = summaries.get(("pack", "corpus"), {}).get("validation_bytes")
+    member.num_validation_bytes = num_bytes if isinstance(num_bytes, int) else 0
+
+
+def _members(grid: object) -> list[list[str]] | None:
+    """Return the overrides of each member, or None for what is no grid."""
+    if isinstance(grid, list):
+        words = [_words(member) for member in cast(list[object], grid)]
+        return None if None in words else cast(list[list[str]], words)
+    if not isinstance(grid, Mapping):
+        return None
+    values = cast(Mapping[str, object], grid)
+    if not all(isinstance(value, list) for value in values.values()):
+        return None
+    pairs = [
+        [f"{key}={_text(value)}" for value in cast(list[object], listed)]
+        for key, listed in values.items()
+    ]
+    return [list(member) for member in itertools.product(*pairs)] if pairs else None
+
+
+def _words(value: object) -> list[str] | None:
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        return None
+    return cast(list[str], value)
+
+
+def _text(value: object) -> str:
+    """Write a value as an override is read: JSON is YAML on one line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
