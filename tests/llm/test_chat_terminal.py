@@ -315,7 +315,7 @@ def test_an_interrupted_answer_stops_and_the_talk_goes_on(
     endless = Transformer(shape, tokenizer.vocab_size, 20_000)
     endless.initialize(torch.Generator().manual_seed(1))
     save_model(ArtifactWriter(tmp_path / "endless"), endless, tokenizer.to_files())
-    options = ("--max-new-tokens", "19000", "--temperature", "1")
+    options = ("--max-new-tokens", "19000", "--temperature", "1", "--seed", "9")
     with Terminal(tmp_path / "endless", *options) as terminal:
         terminal.wait_for("> ")
         terminal.type("go\n")
