@@ -70,7 +70,9 @@ class Sight:
         rows = torch.zeros((), dtype=torch.long, device=places.device)  # documents are not kept
         return {
             window: self._masked(
-                make_rule(True, window, None)(rows, None, places[:, :, None], columns)
+                make_rule(True, window, None, places.device)(
+                    rows, None, places[:, :, None], columns
+                )
             )
             for window in self._windows
         }
@@ -78,7 +80,7 @@ class Sight:
     def _over_rows(self, window: int, tokens: Tensor, document_ids: Tensor | None) -> Attend:
         T, device = tokens.shape[1], tokens.device
         window = window if window < T else 0  # which sees all there is
-        rule = make_rule(self._is_causal, window, document_ids)
+        rule = make_rule(self._is_causal, window, document_ids, device)
         if not (window or self._soft_cap or document_ids is not None):
             kernel = Unmasked(self._is_causal)
             if device.type == "cpu" and max(SHORT_POSITIONS.values()) >= T:
@@ -102,17 +104,24 @@ class Sight:
         return Short(Masked(mask), mask) if mask.device.type == "cpu" else Masked(mask)
 
 
-def make_rule(is_causal: bool, window: int, document_ids: Tensor | None) -> Rule:
+def make_rule(
+    is_causal: bool,
+    window: int,
+    document_ids: Tensor | None,
+    device: torch.device | str = "cpu",
+) -> Rule:
     """Say who may look at whom: backward only, no further than the window, in one's own document.
 
     A window of 0 is none. Of `document_ids` (B, T) two positions are compared for equality.
     """
+    # a tensor, since torch compiles plain numbers that differ by layer into what CPUs fail on
+    limit = torch.tensor(window, device=device) if window else None
 
     def may_look(row: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         distance = query - key
         allowed = distance >= 0 if is_causal else distance == distance
-        if window:
-            allowed = allowed & (distance < window) & (distance > -window)
+        if limit is not None:
+            allowed = allowed & (distance < limit) & (distance > -limit)
         if document_ids is not None:
             allowed = allowed & (document_ids[row, query] == document_ids[row, key])
         return allowed
@@ -222,6 +231,8 @@ class Short:
 
 class Flex:
     """Attend by a rule, compiled into one kernel that skips the blocks where nobody may look.
+
+    For GPUs: compiled for a CPU, torch 2.13 gave wrong values inside a larger graph (docs/log.md).
 
     Source: "Flex Attention" (arXiv 2412.05496).
     """

@@ -25,6 +25,7 @@ from llm.model.reach import (
     boolean_mask,
     make_rule,
 )
+from llm.model.transformer import Transformer
 from tests.llm.training_setup import TINY
 
 GROUPED = (2, 4, 2, 8)  # B rows, H query heads, K key/value heads, D head width
@@ -171,7 +172,7 @@ def test_flex_attention_on_a_gpu_equals_the_mask(
         pytest.skip("no CUDA device here")
     documents = documents_of([50, 1, 200, 49], [300]).to("cuda")
     given = documents if has_documents else None
-    rule = make_rule(is_causal, window, given)
+    rule = make_rule(is_causal, window, given, "cuda")
     mask = boolean_mask(rule, documents, given).unsqueeze(1)
     config = ModelConfig(is_causal=is_causal, sliding_window=window, attention_soft_cap=cap)
     (way,) = Sight(config).over_rows(documents, given).values()
@@ -184,3 +185,21 @@ def test_flex_attention_on_a_gpu_equals_the_mask(
         rtol=1e-2,
         atol=1e-2,
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [{}, {"sliding_window": 40, "full_attention_every": 2}])
+def test_a_model_compiled_for_a_gpu_attends_within_documents(shape: dict[str, Any]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    model = Transformer(replace(TINY, d_model=64, **shape), 600, 300)
+    with torch.no_grad():
+        for parameter in model.parameters():  # large, so that an error shows
+            parameter.normal_(0.5, 0.15) if parameter.ndim == 1 else parameter.normal_(0, 0.15)
+    documents = documents_of([50, 1, 200, 49], [300])
+    tokens = torch.randint(0, 600, documents.shape)
+    expected = model(tokens, documents)
+    model.to("cuda")
+    found = torch.compile(model)(tokens.to("cuda"), documents.to("cuda"))
+    # two layers of fp32 products, by kernels that may use TF32
+    torch.testing.assert_close(found.cpu(), expected, rtol=5e-2, atol=5e-2)

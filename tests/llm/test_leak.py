@@ -249,8 +249,10 @@ def test_attention_across_documents_is_caught(
 ) -> None:
     rule = reach.make_rule
 
-    def blind(is_causal: bool, window: int, document_ids: Tensor | None) -> reach.Rule:
-        return rule(is_causal, window, None)
+    def blind(
+        is_causal: bool, window: int, document_ids: Tensor | None, device: torch.device
+    ) -> reach.Rule:
+        return rule(is_causal, window, None, device)
 
     monkeypatch.setattr(reach, "make_rule", blind)
     found = examine(make_model(tokenizer), rows, is_document_masked=True)
