@@ -68,7 +68,11 @@ def gopher_reason(text: str, config: GopherConfig) -> str:
     words; where n-grams overlap a character counts once.
     """
     words = text.split()
-    return _quality_reason(text, words, config) or _repetition_reason(text, words, config)
+    if reason := _quality_reason(text, words, config):
+        return reason
+    ids, ends = _number(words)
+    del words  # of a long text they take ten times its bytes
+    return _repetition_reason(text, ids, ends, config)
 
 
 def _c4_line_reason(line: str, lowered: str, config: C4Config) -> str:
@@ -130,7 +134,18 @@ def _quality_reason(text: str, words: Sequence[str], config: GopherConfig) -> st
     return "gopher: too few stop words" if len(found) < config.min_stop_words else ""
 
 
-def _repetition_reason(text: str, words: Sequence[str], config: GopherConfig) -> str:
+def _number(words: Sequence[str]) -> tuple[npt.NDArray[np.uint64], Counts]:
+    """Return a number for each word, (W,), and where it ends when nothing is between, (W + 1,)."""
+    numbers: dict[str, int] = {}
+    ids = (numbers.setdefault(word, len(numbers)) for word in words)
+    ends = np.zeros(len(words) + 1, dtype=np.int64)
+    np.cumsum(np.fromiter(map(len, words), dtype=np.int64, count=len(words)), out=ends[1:])
+    return np.fromiter(ids, dtype=np.uint64, count=len(words)), ends
+
+
+def _repetition_reason(
+    text: str, ids: npt.NDArray[np.uint64], ends: Counts, config: GopherConfig
+) -> str:
     lines = [line for line in text.split("\n") if line]
     paragraphs = PARAGRAPH_ENDS.split(text.strip("\n"))
     for name, parts, max_parts, max_characters in (
@@ -144,9 +159,6 @@ def _repetition_reason(text: str, words: Sequence[str], config: GopherConfig) ->
             return f"gopher: duplicate {name}"
         if characters_fraction > max_characters:
             return f"gopher: characters in duplicate {name}"
-    numbers: dict[str, int] = {}
-    ids = np.array([numbers.setdefault(word, len(numbers)) for word in words], dtype=np.uint64)
-    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(list(map(len, words)), dtype=np.int64)])
     for num_words in range(2, 11):
         kind = "top" if num_words < 5 else "duplicate"
         fraction = top_fraction if num_words < 5 else duplicate_fraction

@@ -35,9 +35,11 @@ ESTIMATE_SLACK = 0.1
 further below `min_jaccard` are not looked at."""
 MAX_REMEMBERED = 1 << 18
 """Pairs known to be unlike, so that they are not looked at again in every band."""
-MAX_LEADERS = 256
+MAX_LEADERS = 64
 """In a bucket at most so many unlike texts are compared with all others, so that it takes time in
-proportion to its size. Buckets are of texts alike; more leaders were not seen in real text."""
+proportion to its size, also where thousands of pages share a template."""
+MAX_CACHED_BYTES = 64 << 20
+"""Of n-grams of the texts in one bucket, which are compared with one leader after another."""
 TEXTS_AT_ONCE = 1024
 
 
@@ -119,12 +121,13 @@ class NearDuplicates:
 
         The first texts of two clusters are never left out as members, so they are compared.
         """
+        ngrams = _NgramCache(read_text, self._config.ngram_words)
         for _ in range(MAX_LEADERS):
             leader, members = members[0], members[1:]
             roots = np.array([_find(first, int(member)) for member in members])
             is_like = roots == _find(first, int(leader))
             unknown = np.flatnonzero(~is_like)
-            is_like[unknown] = self._is_like(int(order[leader]), order[members[unknown]], read_text)
+            is_like[unknown] = self._is_like(int(order[leader]), order[members[unknown]], ngrams)
             for member in members[unknown[is_like[unknown]]]:
                 one, other = _find(first, int(leader)), _find(first, int(member))
                 first[max(one, other)] = min(one, other)
@@ -132,19 +135,16 @@ class NearDuplicates:
             if len(members) < 2:
                 return
 
-    def _is_like(self, leader: int, others: Ranks, read_text: ReadText) -> npt.NDArray[np.bool_]:
+    def _is_like(self, leader: int, others: Ranks, ngrams: "_NgramCache") -> npt.NDArray[np.bool_]:
         """Tell which texts share enough n-grams with the leader, (M,)."""
         own, is_like = self._signature(leader), np.zeros(len(others), dtype=np.bool_)
-        ngrams = None
         for place, other in enumerate(others.tolist()):
             if (leader, other) in self._unlike:
                 continue
             estimate = np.count_nonzero(own == self._signature(other)) / NUM_HASHES
             if estimate >= self._config.min_jaccard - ESTIMATE_SLACK:
-                if ngrams is None:
-                    ngrams = hash_distinct_ngrams(read_text(leader), self._config.ngram_words)
-                found = hash_distinct_ngrams(read_text(other), self._config.ngram_words)
-                is_like[place] = jaccard(ngrams, found) >= self._config.min_jaccard
+                share = jaccard(ngrams.read(leader), ngrams.read(other))
+                is_like[place] = share >= self._config.min_jaccard
             if not is_like[place] and len(self._unlike) < MAX_REMEMBERED:
                 self._unlike.add((leader, other))
         return is_like
@@ -152,6 +152,25 @@ class NearDuplicates:
     def _signature(self, text: int) -> npt.NDArray[np.uint32]:
         self._signatures.seek(text * NUM_HASHES * 4)
         return np.frombuffer(self._signatures.read(NUM_HASHES * 4), dtype=np.uint32)
+
+
+class _NgramCache:
+    """The n-grams of the texts of one bucket."""
+
+    def __init__(self, read_text: ReadText, num_words: int) -> None:
+        self._read_text = read_text
+        self._num_words = num_words
+        self._known: dict[int, Hashes] = {}
+        self._num_bytes = 0
+
+    def read(self, text: int) -> Hashes:
+        """Return the distinct n-grams of a text, sorted."""
+        if (found := self._known.get(text)) is None:
+            found = hash_distinct_ngrams(self._read_text(text), self._num_words)
+            if self._num_bytes + found.nbytes <= MAX_CACHED_BYTES:
+                self._known[text] = found
+                self._num_bytes += found.nbytes
+        return found
 
 
 def rows_per_band(min_jaccard: float) -> int:
