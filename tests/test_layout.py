@@ -80,7 +80,11 @@ def test_llm_dependencies_are_the_same_in_both_lists() -> None:
     assert project["project"]["dependencies"][: len(alone)] == alone
 
 
-def test_llm_dependencies_are_all_that_llm_imports_but_datasets() -> None:
+# each imported by the one function that needs it, whose error says what to install
+OPTIONAL = {"backports", "datasets", "gguf", "huggingface_hub", "pyarrow", "rensa"}
+
+
+def test_llm_dependencies_are_all_that_llm_imports_but_optional_libraries() -> None:
     names = {"yaml": "pyyaml"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     alone = {line.split(">")[0] for line in project["dependency-groups"]["llm"]}
@@ -88,7 +92,8 @@ def test_llm_dependencies_are_all_that_llm_imports_but_datasets() -> None:
     for path in MODULES:
         if path.relative_to(ROOT).parts[0] == "llm":
             outside |= packages(path) - set(sys.stdlib_module_names) - {"llm", "__future__"}
-    assert {names.get(name, name) for name in outside} - {"datasets", "gguf", "rensa"} <= alone
+    optional = {"datasets", "huggingface_hub", "pyarrow", "backports", "gguf", "rensa"}
+    assert {names.get(name, name) for name in outside} - optional <= alone
 
 
 @pytest.mark.parametrize(
