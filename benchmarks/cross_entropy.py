@@ -1,6 +1,6 @@
 """The loss in chunks against the loss of whole logits: speed of a step, and peak memory.
 
-    python benchmarks/cross_entropy.py
+    python -m benchmarks.cross_entropy
 
 A step is forward and backward of a whole model, without the optimizer. Both ways alternate in one
 process; the ratio is that of the medians. The peak is the most memory a process of its own ever
@@ -101,7 +101,7 @@ def peak_mib() -> float:
 
 def measure_peak(name: str, way: str) -> tuple[float, float]:
     """Return the peaks, in MiB, of a process before its first step and after its second."""
-    command = [sys.executable, __file__, "--case", name, "--way", way]
+    command = [sys.executable, "-m", "benchmarks.cross_entropy", "--case", name, "--way", way]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
     )
