@@ -154,12 +154,13 @@ def _told(source: SourceConfig, role: str) -> Generator[Any]:
     name = f"download.{role}: the dataset {source.hub_name} at {source.hub_revision[:12]}"
     try:
         import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError, HTTPError
+        from huggingface_hub import errors
     except ImportError as error:
         raise DataError(
             f"download.{role}.kind: hub needs the package `huggingface_hub`; pip install it, or"
             " set another kind"
         ) from error
+    transport_error = cast(Any, errors).HTTPError  # of httpx or of httpx2, by the version
     try:
         yield huggingface_hub
     except ImportError as error:
@@ -169,11 +170,11 @@ def _told(source: SourceConfig, role: str) -> Generator[Any]:
         ) from error
     except (DataError, ConnectionError):
         raise
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         status = error.response.status_code
         kind = ConnectionError if status >= 500 or status in (408, 429) else DataError
         raise kind(f"{name} cannot be read: the hub answered {status}: {error}") from error
-    except (HTTPError, TimeoutError) as error:
+    except (transport_error, TimeoutError) as error:
         raise ConnectionError(f"{name} cannot be reached: {error}") from error
     except (OSError, ValueError, KeyError) as error:  # of datasets' own
         raise DataError(f"{name} cannot be read: {error}") from error
