@@ -47,6 +47,18 @@ def test_more_data_moves_no_document_to_the_other_side(tmp_path: Path) -> None:
     assert texts_of(few["train"]) <= texts_of(many["train"])
 
 
+def test_a_tail_split_cuts_the_end_of_every_text_by_characters(tmp_path: Path) -> None:
+    texts = ["0123456789é" * 10, "漢" * 20, "x"]
+    summary, outputs, _ = run_clean(
+        tmp_path, {"a.jsonl": corpus(texts)}, split="tail", validation_fraction=0.1
+    )
+    ends = [99, 18, 0]
+    pairs = list(zip(texts, ends, strict=True))
+    assert texts_of(outputs["train"]) == {text[:end] for text, end in pairs if end}
+    assert texts_of(outputs["validation"]) == {text[end:] for text, end in pairs}
+    assert summary["read_documents"] == 5
+
+
 def test_the_same_files_give_the_same_digest(tmp_path: Path) -> None:
     files = {"b/a.txt": b"Some text.\n\nMore.\n" * 99, "a.jsonl": corpus(TEXTS) + b"{\n\xff\n"}
     digests = {run_clean(tmp_path / str(go), files)[2] for go in range(3)}

@@ -17,6 +17,7 @@ from llm.job import PROGRESS, Interrupted, Job
 from llm.pack import pack
 from llm.tokenizer.base import TOKENIZER_JSON
 from llm.tokenizer.bpe import ByteLevelBPE
+from llm.tokenizer.characters import CharacterTokenizer
 
 MakeDocuments = Callable[..., Path]
 RunStage = Callable[..., tuple[Path, Mapping[str, Json]]]
@@ -101,6 +102,23 @@ def test_every_chat_comes_back_with_its_mask(
     assert rows.info.num_bytes == sum(len(messages[1]["content"]) for messages in train)
     num_long = sum(len(ids) > 65 for ids, _ in rendered)
     assert summary["train_split_chats"] == num_long < len(train) / 2
+
+
+def test_documents_that_the_vocabulary_cannot_say_are_left_out_and_counted(
+    make_documents: MakeDocuments, run_stage: RunStage, tmp_path: Path
+) -> None:
+    tokenizer = CharacterTokenizer.train(["ab"], has_byte_fallback=False)
+    (tmp_path / "narrow").mkdir()
+    (tmp_path / "narrow" / TOKENIZER_JSON).write_bytes(tokenizer.to_files()[TOKENIZER_JSON])
+    documents = make_documents(["ab" * 9, "é", "ba", "abc"], ["aa"])
+    out, summary = run_stage(
+        pack, {"seq_len": 8}, documents=documents, tokenizer=tmp_path / "narrow"
+    )
+    contents = contents_of_documents(Rows(out, "train"))
+    assert sorted(map(tokenizer.decode, contents)) == ["ab" * 9, "ba"]
+    assert summary["train_documents"] == 2
+    assert summary["train_documents_with_unknown_characters"] == 2
+    assert "validation_documents_with_unknown_characters" not in summary
 
 
 def test_packing_again_gives_the_same_bytes_and_another_seed_another_order(
