@@ -36,7 +36,8 @@ class KeyValueCache:
         self.num_columns = 0
         """The longest row's; a plain number, so that slicing waits for no device."""
         self._rows = torch.arange(num_rows, device=device)[:, None]  # (B, 1)
-        self._is_even = True  # all rows are of the same length, so that columns are one slice
+        self.is_even = True
+        """All rows are of the same length, so that a column is one slice."""
 
     def positions(self, num_tokens: int) -> Tensor:
         """Return the positions (B, T) of the next `num_tokens` of each row."""
@@ -61,7 +62,7 @@ class KeyValueCache:
     def cut(self, lengths: Sequence[int]) -> None:
         """Say how long each row really is: padding on its right, or what is taken back, goes."""
         self.lengths = torch.tensor(lengths, device=self.lengths.device)
-        self.num_columns, self._is_even = max(lengths), min(lengths) == max(lengths)
+        self.num_columns, self.is_even = max(lengths), min(lengths) == max(lengths)
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all rows but these, so that finished ones cost nothing."""
@@ -78,7 +79,7 @@ class KeyValueCache:
             _, *rest = self._shape
             whole = stored[layer] = new.new_zeros((len(new), *rest))
         end = self.num_columns + new.shape[2]
-        if self._is_even:
+        if self.is_even:
             whole[:, :, self.num_columns : end] = new
         else:
             # indexing by (B, 1) and (B, T) around a slice puts indexed axes first: (B, T, K, D)

@@ -64,18 +64,24 @@ class Sight:
         """Return, by window, how whole rows (B, T) attend, within documents if these are given."""
         return {window: self._over_rows(window, tokens, document_ids) for window in self._windows}
 
-    def over_cache(self, places: Tensor, num_columns: int) -> dict[int, Attend]:
-        """Return, by window, how queries at `places` (B, T) attend to `num_columns` in a cache."""
-        columns = torch.arange(num_columns, device=places.device)
-        rows = torch.zeros((), dtype=torch.long, device=places.device)  # documents are not kept
+    def over_cache(self, places: Tensor, num_columns: int, is_even: bool) -> dict[int, Attend]:
+        """Return, by window, how queries at `places` (B, T) attend to `num_columns` in a cache.
+
+        `is_even`: all rows are of the same length, so that a single query sees all of its row.
+        """
+        sees_all = is_even and places.shape[1] == 1 and not self._soft_cap
         return {
-            window: self._masked(
-                make_rule(True, window, None, places.device)(
-                    rows, None, places[:, :, None], columns
-                )
-            )
+            window: Unmasked(is_causal=False)
+            if sees_all and (not window or window >= num_columns)
+            else self._over_cache(window, places, num_columns)
             for window in self._windows
         }
+
+    def _over_cache(self, window: int, places: Tensor, num_columns: int) -> Attend:
+        columns = torch.arange(num_columns, device=places.device)
+        rows = torch.zeros((), dtype=torch.long, device=places.device)  # documents are not kept
+        rule = make_rule(True, window, None, places.device)
+        return self._masked(rule(rows, None, places[:, :, None], columns))
 
     def _over_rows(self, window: int, tokens: Tensor, document_ids: Tensor | None) -> Attend:
         T, device = tokens.shape[1], tokens.device

@@ -182,5 +182,5 @@ class Transformer(nn.Module):
         else:
             assert cache is not None
             places = cache.positions(T)  # (B, T)
-            attend = self.sight.over_cache(places, start + T)
+            attend = self.sight.over_cache(places, start + T, cache.is_even)
         return Reach(places=places, rotation=self.positions.rotation(places), attend=attend)
