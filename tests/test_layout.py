@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 STAGES = (
@@ -78,6 +79,12 @@ def test_llm_dependencies_are_the_same_in_both_lists() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     alone = project["dependency-groups"]["llm"]
     assert project["project"]["dependencies"][: len(alone)] == alone
+
+
+def test_every_recipe_has_a_deployment() -> None:
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    recipes = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    assert {deployment["name"] for deployment in deployments} == recipes | {"stage"}
 
 
 # each imported by the one function that needs it, whose error says what to install
