@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from llm.artifact import ArtifactWriter, Json
 from llm.data.document_file import Message
@@ -14,6 +15,8 @@ from llm.job import Job, StageFunction, finish
 from llm.tokenizer.base import TOKENIZER_JSON
 from llm.tokenizer.bpe import ByteLevelBPE
 
+settings.register_profile("project", deadline=None)  # no test of timing: machines are shared
+settings.load_profile("project")
 RunStage = Callable[..., tuple[Path, Mapping[str, Json]]]
 MakeDocuments = Callable[..., Path]
 
