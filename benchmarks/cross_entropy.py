@@ -54,8 +54,8 @@ CASES = {
         precision="bf16", steps=3,
     ),
     "vocabulary 131,072, fp32": Case(
-        layers=1, width=768, heads=12, vocab_size=131_072, rows=8, seq_len=512,
-        precision="fp32", steps=2,
+        layers=1, width=768, heads=12, vocab_size=131_072, rows=4, seq_len=512,
+        precision="fp32", steps=1,
     ),
 }  # fmt: skip
 
