@@ -1,8 +1,8 @@
 """What every kind of tokenizer makes of one text, and how fast, beside the library's own encoding.
 
-    python benchmarks/tokenizers.py                          # the standard library, all kinds
-    python benchmarks/tokenizers.py --text FILE --folder artifacts/train_tokenizer/DIGEST
-    python benchmarks/tokenizers.py --gpt2 FOLDER --plot lengths.png
+    python benchmarks/tokenizer_kinds.py                          # the standard library, all kinds
+    python benchmarks/tokenizer_kinds.py --text FILE --folder artifacts/train_tokenizer/DIGEST
+    python benchmarks/tokenizer_kinds.py --gpt2 FOLDER --plot lengths.png
 
 Speeds are megabytes of text for each second of processor time, of a tokenizer just loaded, that
 remembers no word yet. `library` is `encode_batch` of `tokenizers` on the same texts; `to rows` is
