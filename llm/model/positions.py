@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from llm.config import ModelConfig
 from llm.model.shape import head_dim_of
@@ -32,12 +33,12 @@ class LearnedPositions(nn.Module):
         if document_ids is None:
             return places
         is_first = document_ids[:, 1:] != document_ids[:, :-1]  # (B, T - 1)
-        starts = nn.functional.pad(is_first, (1, 0)) * places  # (B, T): its own place, or 0
+        starts = F.pad(is_first, (1, 0)) * places  # (B, T): its own place, or 0
         return places - starts.cummax(dim=1).values
 
     def add(self, x: Tensor, places: Tensor) -> Tensor:
         """Add the vectors of `places` to the embedded tokens (B, T, C)."""
-        return x + self.weight[places]
+        return x + F.embedding(places, self.weight)  # (1 or B, T) -> (1 or B, T, C)
 
     def rotation(self, places: Tensor) -> tuple[Tensor, ...]:
         """Return nothing: queries and keys stay as they are."""
