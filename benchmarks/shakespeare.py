@@ -166,6 +166,8 @@ class Ours:
             "rows": paths["pack", "corpus"],
             "tokenizer": paths["train_tokenizer", ""],
         }
+        (text,) = (paths["download", "corpus"] / "files").iterdir()
+        self.text = text.read_text(encoding="utf-8")
         self.tokenizer = load_tokenizer(self._inputs["tokenizer"])
         self.config = load_config("shakespeare-char", overrides).pretrain
 
@@ -229,11 +231,12 @@ def main() -> None:
             overrides += [f"download.{slot}.kind=files", f"download.{slot}.path={path.absolute()}"]
     with tempfile.TemporaryDirectory() as folder:
         ours = Ours(Path(folder), overrides)
-        measure(ours, options.text.read_text(), options.seeds, options.only)
+        measure(ours, options.seeds, options.only)
 
 
-def measure(ours: Ours, text: str, num_seeds: int, tables: Sequence[str]) -> None:
+def measure(ours: Ours, num_seeds: int, tables: Sequence[str]) -> None:
     """Print the tables."""
+    text = ours.text
     num_train = int(0.9 * len(text))
     characters = sorted(set(text))
     plain = torch.tensor([characters.index(character) for character in text])
