@@ -229,16 +229,6 @@ class TemporaryPrefectServer:
             self._process.stdin.close()
 
 
-@contextlib.contextmanager
-def temporary_prefect_server(artifacts_dir: Path) -> Generator[TemporaryPrefectServer]:
-    """Have a Prefect server while the block runs."""
-    server = TemporaryPrefectServer(artifacts_dir)
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
 def _start_server(name: Name, before: Service | None, artifacts_dir: Path, say: Say) -> Service:
     """Start a server, on the port it had `before` where that is still free."""
     port = before.port if before else FIRST_PORTS[name]

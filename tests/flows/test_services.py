@@ -19,11 +19,11 @@ import pytest
 from flows.processes import ID_VARIABLE, ServiceError, fetch, start, stop
 from flows.services import (
     Services,
+    TemporaryPrefectServer,
     addresses,
     down,
     environment,
     status,
-    temporary_prefect_server,
     up,
 )
 from llm.config import RuntimeConfig
@@ -190,7 +190,9 @@ def test_down_ends_the_services_and_what_they_started_and_nothing_else(
 
 def test_a_temporary_server_serves_and_goes(services: Services, artifacts: Path) -> None:
     down(artifacts)  # the same database, so that this one need not be made
-    with temporary_prefect_server(artifacts) as server:
+    with contextlib.ExitStack() as stack:
+        server = TemporaryPrefectServer(artifacts)
+        stack.callback(server.stop)
         server.wait_ready()
         url = server.environment["PREFECT_API_URL"].removesuffix("/api")
         assert ask(url, "/api/health") == (200, b"true")
