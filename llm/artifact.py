@@ -14,7 +14,7 @@ import shutil
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import IO, cast
 
@@ -179,6 +179,23 @@ class ArtifactWriter:
         """Write `value` as indented JSON with sorted keys."""
         text = json.dumps(canonical(value), indent=2, sort_keys=True, allow_nan=False)
         self.write_bytes(name, text.encode() + b"\n", is_log=is_log)
+
+    def adopt(self, path: Path, record: FileRecord, name: str) -> None:
+        """Make a finished file, which `record` describes, the file `name`, without copying it
+        where the file system allows.
+        """
+        if name in self._files or name in self._logs or name == MANIFEST:
+            raise ValueError(f"{name} is already written")
+        target = self.folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, target)
+        except OSError:  # a file system without hard links
+            with self.open(name) as file, path.open("rb") as original:
+                shutil.copyfileobj(original, file)
+            if self._files[name].sha256 != record.sha256:
+                raise ArtifactError(f"{path}: its bytes changed; run the stage again") from None
+        self._files[name] = replace(record, path=name)
 
     def finish(
         self,

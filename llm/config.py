@@ -482,6 +482,12 @@ class RuntimeConfig:
     """Keep only what enters each block and compute the rest again: less memory, a third slower."""
     num_threads: Count = 0
     """CPU threads of one process; 0 divides the cores among the processes."""
+    shard_runner: Literal["processes", "dask", "ray"] = "processes"
+    """Where the shards of clean and pack are done: in processes here, or on a cluster."""
+    shard_workers: Count = 0
+    """Shards done at the same time; 0 is one for each core, or what the cluster has."""
+    cluster_address: str = ""
+    """Of the Dask scheduler or the Ray head; empty starts a cluster on this machine."""
     checkpoint_every_steps: Positive = 50
     """Steps between checkpoints: at most this much work is lost to a kill."""
     keep_checkpoints: Annotated[int, Range(minimum=2)] = 2

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -57,6 +58,10 @@ class Job:
     """Folder the finished artifact is made in; emptied at the start."""
     work: Path = Path("work")
     """Folder that outlives kills: checkpoints, partial downloads, progress and metrics."""
+    shard: Mapping[str, Json] = field(default_factory=dict[str, Json])
+    """Which part of the stage to do alone, as llm.shards says; empty for the whole."""
+    report: "Callable[[int, int, str], None] | None" = field(default=None, repr=False)
+    """Takes the progress in place of the file, of a shard done within its stage's process."""
     _next_progress_at: float = field(default=0.0, repr=False)
 
     def report_progress(self, done: int, total: int, unit: str) -> None:
@@ -66,6 +71,9 @@ class Job:
             Interrupted: the stage was asked to stop.
         """
         self.raise_if_stopping()
+        if self.report is not None:
+            self.report(done, total, unit)
+            return
         now = time.monotonic()
         if now >= self._next_progress_at or done == total:
             self._next_progress_at = now + SECONDS_BETWEEN_PROGRESS
@@ -87,11 +95,12 @@ class Job:
 StageFunction = Callable[[Job, ArtifactWriter], Mapping[str, Json]]
 
 
-def run_job(function: StageFunction) -> None:
+def run_job(function: StageFunction, shard_function: StageFunction | None = None) -> None:
     """Be the process of one stage: read the job named on the command line and run it.
 
-    `function(job, writer)` writes the files and returns the summary. In a distributed stage every
-    rank runs it and only rank 0 writes.
+    `function(job, writer)` writes the files and returns the summary; `shard_function` does so for a
+    job that is one shard of a stage. In a distributed stage every rank runs it and only rank 0
+    writes.
     """
     if len(sys.argv) != 2:
         sys.exit(
@@ -109,7 +118,9 @@ def run_job(function: StageFunction) -> None:
     )  # kept until this process ends: whoever starts the stage anew waits for it
     try:
         _refuse_changed_code(job)
-        if rank == 0:
+        if job.shard and shard_function is not None:
+            make_shard(job, shard_function)
+        elif rank == 0:
             writer = ArtifactWriter(job.out)
             summary = function(job, writer)
             finish(job, writer, summary)
@@ -137,6 +148,26 @@ def finish(job: Job, writer: ArtifactWriter, summary: Mapping[str, Json]) -> Non
     )
 
 
+def make_shard(job: Job, function: StageFunction) -> None:
+    """Do one shard in a folder of this process's own, and give it its name when it is whole.
+
+    Two processes may do the same shard at once, on a cluster that took one for dead: the bytes are
+    the same, and the first to finish names them.
+    """
+    who = f"{platform.node()}-{os.getpid()}"
+    folder = job.out.with_name(f".{job.out.name}.{who}")
+    writer = ArtifactWriter(folder)
+    finish(job, writer, function(job, writer))
+    if job.out.is_dir() and not is_finished(job.out):  # one that was damaged
+        shutil.rmtree(job.out)
+    try:
+        folder.rename(job.out)
+    except OSError:
+        if not is_finished(job.out):
+            raise
+        shutil.rmtree(folder)
+
+
 def read_job(path: Path) -> Job:
     """Read a job file as `write_job` wrote it."""
     data = json.loads(path.read_bytes())
@@ -147,7 +178,8 @@ def read_job(path: Path) -> Job:
 
 def write_job(path: Path, job: Job) -> None:
     """Write the job file that `python -m llm.<stage>` takes."""
-    names = ("stage", "role", "seed", "settings", "inputs", "input_digests", "code", "runtime")
+    names = ("stage", "role", "seed", "settings", "inputs", "input_digests", "code", "runtime",
+             "shard")  # fmt: skip
     data = {name: getattr(job, name) for name in names}
     write_json_atomically(
         path, {**data, "out": str(job.out), "work": str(job.work)}, is_durable=False

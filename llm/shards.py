@@ -1,0 +1,249 @@
+"""Cut the work of a stage into shards: each is done once, by whatever process, and then kept.
+
+    work/shards/<name>/           a finished shard: an artifact in small, its manifest written last
+    work/shards/.<name>.<who>/    one being made
+    work/shards/<name>.work/      its job file, and what its process reports
+    work/shards/wanted.json       the jobs that are left to a cluster, while the stage waits for it
+
+A shard is a job like a stage: `python -m llm.<stage> work/shards/<name>.work/job.json` does it, on
+this machine or on any that sees the same folders. What comes of it depends on its settings and the
+stage's alone, so the bytes are the same whoever does it. A process that is killed loses its shard
+and nothing else; a stage that is killed goes on with the shards that are missing.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llm.artifact import (
+    ArtifactWriter,
+    FileRecord,
+    Json,
+    file_sha256,
+    read_manifest,
+    write_json_atomically,
+)
+from llm.errors import ArtifactError, DataError, StageError
+from llm.job import ERROR, PROGRESS, Job, is_finished, make_shard, write_job
+
+WANTED = "wanted.json"
+MAX_ATTEMPTS = 3
+SECONDS_BETWEEN_LOOKS = 0.02
+SECONDS_BETWEEN_LOOKS_AT_CLUSTER = 0.2
+SECONDS_TO_END = 5.0
+
+ShardFunction = Callable[[Job, ArtifactWriter], Mapping[str, Json]]
+"""Does the shard that `job.shard` describes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """A part of a stage's work."""
+
+    name: str
+    """Its own within the stage, and a file name."""
+    settings: Mapping[str, Json]
+    """Which part it is; becomes `job.shard`. Never empty."""
+    size: int
+    """How much work it is, in the unit the stage reports its progress in."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishedShard:
+    """What came of a shard."""
+
+    folder: Path
+    files: Sequence[FileRecord]
+    summary: Mapping[str, Json]
+
+    def adopt(self, writer: ArtifactWriter, names: Mapping[str, str]) -> None:
+        """Make files of it part of the stage's artifact; `names` maps their names here to there."""
+        records = {record.path: record for record in self.files}
+        for name, new_name in names.items():
+            writer.adopt(self.folder / name, records[name], new_name)
+
+
+def do_shards(
+    job: Job, function: ShardFunction, shards: Sequence[Shard], unit: str
+) -> list[FinishedShard]:
+    """Do the shards that are not done yet, and return all, in their order.
+
+    Raises:
+        DataError, ...: what a shard raised for the user.
+        StageError: a shard failed otherwise, or its process was killed MAX_ATTEMPTS times.
+    """
+    folder = job.work / "shards"
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [shard for shard in shards if not _is_whole(folder / shard.name)]
+    progress = _Progress(job, shards, missing, unit)
+    num_workers = job.runtime.shard_workers or len(os.sched_getaffinity(0))
+    if missing and job.runtime.shard_runner != "processes":
+        _leave_to_cluster(job, missing, progress)
+    elif min(len(missing), num_workers) > 1:
+        _do_in_processes(job, missing, num_workers, progress)
+    else:
+        for shard in missing:
+            make_shard(progress.part_of(_shard_job(job, shard), shard), function)
+            progress.finished(shard)
+    return [_finished(folder / shard.name) for shard in shards]
+
+
+def _shard_job(job: Job, shard: Shard) -> Job:
+    folder = job.work / "shards"
+    work = folder / f"{shard.name}.work"
+    work.mkdir(exist_ok=True)
+    return replace(job, shard=shard.settings, out=folder / shard.name, work=work)
+
+
+class _Progress:
+    """Adds up how far the shards are."""
+
+    def __init__(
+        self, job: Job, shards: Sequence[Shard], missing: Sequence[Shard], unit: str
+    ) -> None:
+        self._job, self._unit = job, unit
+        self._total = sum(shard.size for shard in shards)
+        self._done = self._total - sum(shard.size for shard in missing)
+
+    def part_of(self, job: Job, shard: Shard) -> Job:
+        """Return `job` so that what it reports counts as part of the whole stage."""
+
+        def report(done: int, total: int, unit: str) -> None:
+            self._report(shard.size * done // max(total, 1))
+
+        return replace(job, report=report)
+
+    def look(self, running: Sequence[Shard]) -> None:
+        """Report how far the processes of `running` say they are."""
+        self._report(sum(self._reported(shard) for shard in running))
+
+    def finished(self, shard: Shard) -> None:
+        """Count a shard as done."""
+        self._done += shard.size
+        self._report(0)
+
+    def _report(self, more: int) -> None:
+        self._job.report_progress(self._done + more, self._total, self._unit)
+
+    def _reported(self, shard: Shard) -> int:
+        try:
+            text = (self._job.work / "shards" / f"{shard.name}.work" / PROGRESS).read_text()
+        except FileNotFoundError:
+            return 0
+        found = json.loads(text)
+        return shard.size * found["done"] // max(found["total"], 1)
+
+
+def _do_in_processes(
+    job: Job, missing: Sequence[Shard], num_workers: int, progress: _Progress
+) -> None:
+    """Have each shard done by a process of its own, `num_workers` at a time."""
+    waiting = [(shard, 1) for shard in reversed(missing)]
+    running: dict[subprocess.Popen[bytes], tuple[Shard, int]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < num_workers:
+                shard, attempt = waiting.pop()
+                running[_start(_shard_job(job, shard))] = shard, attempt
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            progress.look([shard for shard, _ in running.values()])
+            for process in [process for process in running if process.poll() is not None]:
+                shard, attempt = running.pop(process)
+                if is_finished(job.work / "shards" / shard.name):
+                    progress.finished(shard)
+                    continue
+                _raise_error(job, shard)
+                if attempt == MAX_ATTEMPTS:
+                    raise StageError(
+                        f"the process of shard {shard.name} ended {attempt} times with"
+                        f" {process.returncode} (-9 is what the kernel does when memory runs out);"
+                        " lower runtime.shard_workers"
+                    )
+                print(f"shard {shard.name}: ended with {process.returncode}, again", flush=True)
+                waiting.append((shard, attempt + 1))
+    finally:
+        _end(list(running))
+
+
+def _start(job: Job) -> subprocess.Popen[bytes]:
+    (job.work / ERROR).unlink(missing_ok=True)
+    path = job.work / "job.json"
+    write_job(path, job)
+    source = str(Path(__file__).parents[1])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "FROMSCRATCH_PARENT_PID": str(os.getpid()),
+        "RAYON_NUM_THREADS": "1",  # the cores are divided among the processes
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen([sys.executable, "-m", f"llm.{job.stage}", str(path)], env=environment)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _leave_to_cluster(job: Job, missing: Sequence[Shard], progress: _Progress) -> None:
+    """Ask whoever follows this process to have the shards done elsewhere, and wait for them."""
+    paths: list[str] = []
+    for shard in missing:
+        shard_job = _shard_job(job, shard)
+        (shard_job.work / ERROR).unlink(missing_ok=True)
+        paths.append(str(shard_job.work / "job.json"))
+        write_job(Path(paths[-1]), shard_job)
+    wanted = job.work / "shards" / WANTED
+    write_json_atomically(wanted, paths)
+    try:
+        left = list(missing)
+        while left:
+            time.sleep(SECONDS_BETWEEN_LOOKS_AT_CLUSTER)
+            progress.look(left)
+            for shard in list(left):
+                if is_finished(job.work / "shards" / shard.name):
+                    left.remove(shard)
+                    progress.finished(shard)
+                else:
+                    _raise_error(job, shard)
+    finally:
+        wanted.unlink()
+
+
+def _raise_error(job: Job, shard: Shard) -> None:
+    """Raise what the process of a shard wrote that it died of, if it did."""
+    try:
+        error = json.loads((job.work / "shards" / f"{shard.name}.work" / ERROR).read_bytes())
+    except FileNotFoundError:
+        return
+    if not error["is_user_error"]:
+        raise StageError(f"shard {shard.name} failed\n{error['traceback']}")
+    raise {"DataError": DataError}.get(error["type"], StageError)(error["message"])
+
+
+def _finished(folder: Path) -> FinishedShard:
+    manifest = read_manifest(folder)
+    return FinishedShard(folder=folder, files=manifest.files, summary=manifest.summary)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Tell whether a shard was finished by an earlier attempt and has its bytes still."""
+    try:
+        manifest = read_manifest(folder)
+    except ArtifactError:
+        return False
+    return all(
+        (folder / record.path).is_file() and file_sha256(folder / record.path) == record.sha256
+        for record in manifest.files
+    )
