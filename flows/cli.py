@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +30,7 @@ from tasks.stages import STAGES, in_order
 from tasks.store import Store
 
 if TYPE_CHECKING:
+    from flows.result import RunResult
     from tasks.cached import Outcome
 
 EXIT_FAILED = 1
@@ -168,10 +169,12 @@ def _run(options: argparse.Namespace) -> int:
 
 def _result(
     options: argparse.Namespace, config: RunConfig, plan: Sequence[PlannedStep], store: Store
-) -> dict[str, Any]:
+) -> "RunResult":
     """Run what the plan finds to do, if anything."""
+    from flows.result import cached_result
+
     if all(item.status == "cached" and item.reason == "unchanged" for item in plan):
-        return _cached_result(config, plan, store)
+        return cached_result(config, plan, store)
     return _run_flow(options, config, store)
 
 
@@ -192,7 +195,7 @@ def _sweep(options: argparse.Namespace) -> int:
         )
         store = Store(Path(config.runtime.artifacts_dir))
         plan = make_plan(in_order(language_model(config.download)), config, store, Selection())
-        return _result(member, config, plan, store)["outcomes"]
+        return _result(member, config, plan, store).outcomes
 
     members = run_sweep(sweep, run_member, lambda line: print(f"\n{line}", file=sys.stderr))
     if options.json:
@@ -202,22 +205,7 @@ def _sweep(options: argparse.Namespace) -> int:
     return EXIT_FAILED if any(member.status == "failed" for member in members) else 0
 
 
-def _cached_result(config: RunConfig, plan: Sequence[PlannedStep], store: Store) -> dict[str, Any]:
-    """Return the result of a run that had nothing to do, from what is on disk."""
-    from flows.services import addresses
-    from tasks.cached import cached_outcome
-
-    outcomes = [cached_outcome(item, store) for item in plan]
-    links = outcomes[-1].links
-    return {
-        "recipe": config.name,
-        "outcomes": outcomes,
-        "mlflow_run_id": links.get("mlflow_run_id", ""),
-        "addresses": addresses(config.runtime, store.root),
-    }
-
-
-def _run_flow(options: argparse.Namespace, config: RunConfig, store: Store) -> dict[str, Any]:
+def _run_flow(options: argparse.Namespace, config: RunConfig, store: Store) -> "RunResult":
     """Run the Prefect flow, on the server that is up or on one that dies with this process."""
     # the terminal is the display's; Prefect's own lines still reach its server
     signal.signal(signal.SIGTERM, _stop)
@@ -234,13 +222,7 @@ def _run_flow(options: argparse.Namespace, config: RunConfig, store: Store) -> d
         reuse=options.reuse,
         return_state=True,
     )
-    result = state.result()
-    return {
-        "recipe": result.recipe,
-        "outcomes": result.outcomes,
-        "mlflow_run_id": result.mlflow_run_id,
-        "addresses": result.addresses,
-    }
+    return state.result()
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -285,8 +267,8 @@ def _show_plan(config: RunConfig, plan: Sequence[PlannedStep], is_json: bool) ->
     return 0
 
 
-def _show_result(result: Mapping[str, Any], seconds: float, is_json: bool) -> None:
-    outcomes = result["outcomes"]
+def _show_result(result: "RunResult", seconds: float, is_json: bool) -> None:
+    outcomes = result.outcomes
     last = outcomes[-1]
     metrics = {
         name: value
@@ -307,11 +289,11 @@ def _show_result(result: Mapping[str, Any], seconds: float, is_json: bool) -> No
             for outcome in outcomes
         ]
         answer = {
-            "recipe": result["recipe"],
+            "recipe": result.recipe,
             "seconds": round(seconds, 3),
             "stages": stages,
             "metrics": metrics,
-            "mlflow_run_id": result["mlflow_run_id"],
+            "mlflow_run_id": result.mlflow_run_id,
         }
         print(json.dumps(answer))
         return
@@ -320,7 +302,7 @@ def _show_result(result: Mapping[str, Any], seconds: float, is_json: bool) -> No
     samples = Path(last.path) / "samples.json"
     shown = json.loads(samples.read_bytes()) if samples.is_file() else []
     answers = [sample for sample in shown if sample.get("expected")] or shown
-    print_outcomes(outcomes, metrics, answers, result["addresses"], seconds)
+    print_outcomes(outcomes, metrics, answers, result.addresses, seconds)
 
 
 def _up(options: argparse.Namespace) -> int:

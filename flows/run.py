@@ -6,7 +6,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +27,7 @@ from prefect.tasks import Task
 
 from flows.display import LiveDisplay
 from flows.pipeline import language_model
+from flows.result import RunResult
 from flows.services import addresses
 from llm.config import flatten, load_config
 from tasks.cached import Builder, Outcome
@@ -41,17 +41,6 @@ SECONDS_BETWEEN_CANCEL_LOOKS = 3.0
 SECONDS_BETWEEN_PROGRESS_ARTIFACTS = 2.0
 NAME_CHARACTERS = 120  # of a flow run, as its page shows it on one line
 DOWNLOAD_RETRY_SECONDS = [2.0, 10.0, 30.0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """What a run came to."""
-
-    recipe: str
-    outcomes: list[Outcome]
-    mlflow_run_id: str
-    addresses: dict[str, str]
-    """Where to look: MLflow, Prefect."""
 
 
 def _flow_run_name() -> str:
