@@ -159,7 +159,7 @@ def _run(options: argparse.Namespace) -> int:
         reuse=tuple(options.reuse),
     )
     store = Store(Path(config.runtime.artifacts_dir))
-    plan = make_plan(in_order(language_model(config.download)), config, store, selection)
+    plan = make_plan(in_order(language_model(config)), config, store, selection)
     if options.plan:
         return _show_plan(config, plan, options.json)
     result = _result(options, config, plan, store)
@@ -194,7 +194,7 @@ def _sweep(options: argparse.Namespace) -> int:
             reuse=[],
         )
         store = Store(Path(config.runtime.artifacts_dir))
-        plan = make_plan(in_order(language_model(config.download)), config, store, Selection())
+        plan = make_plan(in_order(language_model(config)), config, store, Selection())
         return _result(member, config, plan, store).outcomes
 
     members = run_sweep(sweep, run_member, lambda line: print(f"\n{line}", file=sys.stderr))

@@ -1,6 +1,6 @@
 """The map: from raw text to a chat model and its report, one line a stage."""
 
-from llm.config import DownloadConfig
+from llm.config import RunConfig
 from tasks.stages import (
     Step,
     clean,
@@ -13,10 +13,10 @@ from tasks.stages import (
 )
 
 
-def language_model(sources: DownloadConfig) -> Step:
+def language_model(config: RunConfig) -> Step:
     """Return the last step, the report; every other step is an input of an input of it."""
-    corpus = clean(download("corpus", sources))
-    chats = clean(download("chats", sources))
+    chats = clean(download("chats", config.download), config.clean)
+    corpus = clean(download("corpus", config.download), config.clean, held_out=chats)
     tokenizer = train_tokenizer(corpus)
     text_rows = pack(corpus, tokenizer)
     chat_rows = pack(chats, tokenizer)

@@ -91,7 +91,7 @@ def pipeline(
         )
         try:
             tracker.start_pipeline(flow_run.name, flatten(config), links)
-            steps = selection.takes(in_order(language_model(config.download)))
+            steps = selection.takes(in_order(language_model(config)))
             outcomes = _build_all(steps, builder)
             _publish_report(outcomes[-1], tracker)
             status = "FINISHED"

@@ -213,7 +213,8 @@ class DecontaminationConfig:
 
     action: Literal["none", "count", "drop"] = "none"
     """Leave training documents unread; count those that share an n-gram with validation documents,
-    held-out chats or `texts`; or drop them.
+    held-out chats (the corpus then depends on the chats), `evaluate.prompts` or `texts`; or drop
+    them.
     """
     ngram_words: Positive = 13
     """Words in an n-gram that must not be shared."""

@@ -8,10 +8,10 @@ from typing import Literal, cast
 
 from llm.artifact import Json, canonical
 from llm.code import code_digests
-from llm.config import MixtureConfig, RunConfig, ShareConfig, SourceConfig, flatten
+from llm.config import CleanConfig, MixtureConfig, RunConfig, ShareConfig, SourceConfig, flatten
 from llm.data.sources import fingerprint
 from llm.errors import ArtifactError, ConfigError
-from tasks.stages import DOWNLOAD, PACK, STAGES, TRAIN_TOKENIZER, Stage, Step
+from tasks.stages import CLEAN, DOWNLOAD, PACK, STAGES, TRAIN_TOKENIZER, Stage, Step
 from tasks.store import KeyParts, KeyRecord, Store, library_versions
 
 PLACES = ("path", "url")  # where a source's bytes lie; the bytes count, by its fingerprint
@@ -107,7 +107,8 @@ def section_of(step: Step, config: RunConfig) -> dict[str, Json]:
     """Return a step's settings as plain JSON: its section, or its part of `download`."""
     if step.stage is DOWNLOAD:
         return _fields(SourceConfig, source_of(step, config))
-    section = cast(dict[str, Json], canonical(getattr(config, step.stage.name), step.stage.name))
+    settings = _clean(config) if step.stage is CLEAN else getattr(config, step.stage.name)
+    section = cast(dict[str, Json], canonical(settings, step.stage.name))
     if step.stage is PACK:
         mixture: MixtureConfig = getattr(config.download, step.role)
         section["shares"] = [_fields(ShareConfig, source) for source in mixture.sources]
@@ -251,6 +252,18 @@ def _note(record: KeyRecord, store: Store) -> str:
         if versions["torch"] != now:
             notes.append(f"made with torch {versions['torch']}, here is {now}")
     return "; ".join(notes)
+
+
+def _clean(config: RunConfig) -> CleanConfig:
+    """Return the section `clean`, the prompts of `evaluate` among what is kept out of training."""
+    decontamination = config.clean.decontamination
+    if decontamination.action == "none":
+        return config.clean
+    prompts = [  # a word has a character: what is shorter than an n-gram cannot be found
+        prompt for prompt in config.evaluate.prompts if len(prompt) >= decontamination.ngram_words
+    ]
+    decontamination = dataclasses.replace(decontamination, texts=(*decontamination.texts, *prompts))
+    return dataclasses.replace(config.clean, decontamination=decontamination)
 
 
 def _fields(kind: type, section: object) -> dict[str, Json]:

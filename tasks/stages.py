@@ -7,7 +7,7 @@ steps.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llm.config import DownloadConfig, MixtureConfig
+from llm.config import CleanConfig, DownloadConfig, MixtureConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +55,15 @@ def download(role: str, settings: DownloadConfig) -> list[Step]:
     return [Step(stage=DOWNLOAD, role=place) for place in roles or [role]]
 
 
-def clean(raw: Sequence[Step]) -> Step:
-    """Turn raw files into documents with ids, each once, split into train and validation."""
+def clean(raw: Sequence[Step], settings: CleanConfig, held_out: Step | None = None) -> Step:
+    """Turn raw files into documents with ids, each once, split into train and validation.
+
+    Where training documents are read for what models are measured on, `held_out`, other documents,
+    has a validation side of it; elsewhere it is no input.
+    """
     inputs = {"raw": raw[0]} if len(raw) == 1 else {f"raw_{k}": step for k, step in enumerate(raw)}
+    if held_out is not None and settings.decontamination.action != "none":
+        inputs["held_out"] = held_out
     return Step(stage=CLEAN, role=raw[0].role.partition(".")[0], inputs=inputs)
 
 

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from flows.pipeline import language_model
-from llm.config import DownloadConfig, load_config
+from llm.config import RunConfig, load_config
 from tasks.cached import Builder, Outcome
 from tasks.launch import Progress
 from tasks.stages import Step, in_order
 from tasks.store import Store
 
-STEPS = in_order(language_model(DownloadConfig()))
 SETTINGS = (
     "download.corpus.kind=files",
     "download.chats.kind=files",
@@ -127,12 +126,13 @@ def build(
     options = {"tracker": SilentTracker(), "display": SilentDisplay()} | options
     builder = Builder(config, Store(artifacts), **options)
     outcomes: dict[str, Outcome] = {}
-    for step in needed_for(last):
+    for step in needed_for(last, config):
         outcomes[step.name] = builder.build(step)
     builder.finish()
     return outcomes
 
 
-def needed_for(last: str) -> list[Step]:
+def needed_for(last: str, config: RunConfig) -> list[Step]:
     """Return the steps up to and including the one named `last`."""
-    return in_order(next(step for step in STEPS if step.name == last))
+    steps = in_order(language_model(config))
+    return in_order(next(step for step in steps if step.name == last))

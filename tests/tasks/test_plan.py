@@ -7,7 +7,7 @@ import pytest
 
 from flows.pipeline import language_model
 from llm.artifact import ArtifactWriter
-from llm.config import DownloadConfig, RunConfig, load_config, recipe_names
+from llm.config import RunConfig, load_config, recipe_names
 from llm.errors import ArtifactError, ConfigError, DataError
 from tasks import plan as plan_module
 from tasks.plan import PlannedStep, Selection, key_parts, make_plan
@@ -15,13 +15,13 @@ from tasks.stages import STAGES, in_order
 from tasks.store import KeyRecord, Store
 
 RECIPE = Path(__file__).with_name("defaults.yaml")
-STEPS = in_order(language_model(DownloadConfig()))
+CHAT = '{"instruction": "Who?", "input": "", "output": "The one who asked."}'
 
 
 def build_all(config: RunConfig, store: Store) -> None:
     """Fill the store as a run would; the bytes are the input digests and settings."""
     digests: dict[Any, str] = {}
-    for step in STEPS:
+    for step in in_order(language_model(config)):
         inputs = {name: digests[made_first] for name, made_first in step.inputs.items()}
         parts = key_parts(step, config, inputs, store)
         out = store.staging(parts) / "out"
@@ -67,7 +67,7 @@ def planned(
 ) -> list[PlannedStep]:
     """The plan of the quickstart recipe with these overrides."""
     config = load_config(RECIPE, overrides)
-    return make_plan(STEPS, config, store, selection or Selection())
+    return make_plan(in_order(language_model(config)), config, store, selection or Selection())
 
 
 def to_build(plan: list[PlannedStep]) -> list[str]:
@@ -87,7 +87,7 @@ def test_each_of_several_sources_is_a_download_of_its_own_and_weights_count_for_
 
     def digests(*more: str) -> dict[str, str]:
         config = load_config("quickstart", [*named, *more])
-        steps = in_order(language_model(config.download))
+        steps = in_order(language_model(config))
         keys: dict[str, str] = {}
         for step in steps:
             inputs = dict.fromkeys(step.inputs, "0")
@@ -111,7 +111,7 @@ def test_each_of_several_sources_is_a_download_of_its_own_and_weights_count_for_
 
 def test_empty_store_builds_everything(tmp_path: Path, overrides: list[str]) -> None:
     plan = planned(Store(tmp_path / "empty"), overrides)
-    assert len(to_build(plan)) == len(STEPS) == 10
+    assert len(to_build(plan)) == len(plan) == 10
     assert reason(plan, "download corpus") == "never built"
     assert not (tmp_path / "empty" / "keys").exists()
 
@@ -166,6 +166,36 @@ def test_a_changed_byte_of_text_rebuilds_what_is_made_from_it(
     built = to_build(planned(store, overrides))
     assert "download corpus" in built and "pretrain" in built
     assert "download chats" not in built and "clean chats" not in built
+
+
+@pytest.mark.parametrize(("action", "is_rebuilt"), [("none", False), ("count", True)])
+def test_other_chats_rebuild_the_corpus_only_where_it_is_read_for_what_they_hold_out(
+    tmp_path: Path, overrides: list[str], source: Path, action: str, is_rebuilt: bool
+) -> None:
+    store, chosen = Store(tmp_path / action), [*overrides, f"clean.decontamination.action={action}"]
+    build_all(load_config(RECIPE, chosen), store)
+    assert to_build(planned(store, chosen)) == []
+    (source / "chats.json").write_text(CHAT)
+    plan = planned(store, chosen)
+    built = to_build(plan)
+    assert {"clean chats", "evaluate"} <= set(built) and "download corpus" not in built
+    assert ("clean corpus" in built) == ("train_tokenizer" in built) == is_rebuilt
+    if is_rebuilt:
+        assert "input held_out" in reason(plan, "clean corpus")
+
+
+def test_prompts_that_are_measured_with_are_kept_out_of_training_where_that_is_asked_for(
+    tmp_path: Path, overrides: list[str]
+) -> None:
+    long = "evaluate.prompts=[one two three four five six seven eight nine ten eleven twelve more]"
+    for action in ("none", "drop"):
+        store = Store(tmp_path / action)
+        chosen = [*overrides, f"clean.decontamination.action={action}"]
+        build_all(load_config(RECIPE, chosen), store)
+        assert to_build(planned(store, [*chosen, "evaluate.prompts=[Short]"])) == ["evaluate"]
+        plan = planned(store, [*chosen, long])
+        assert ({"clean corpus", "clean chats"} <= set(to_build(plan))) == (action == "drop")
+    assert "clean.decontamination.texts: [] -> ['one two" in reason(plan, "clean chats")
 
 
 def test_a_moved_source_rebuilds_nothing(
@@ -245,8 +275,9 @@ def test_from_builds_a_stage_and_all_after_it(store: Store, overrides: list[str]
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_is_planned_without_a_network(recipe: str, tmp_path: Path) -> None:
-    plan = make_plan(STEPS, load_config(recipe), Store(tmp_path), Selection())
-    assert len(to_build(plan)) == len(STEPS)
+    config = load_config(recipe)
+    plan = make_plan(in_order(language_model(config)), config, Store(tmp_path), Selection())
+    assert len(to_build(plan)) == len(plan)
     assert not list(tmp_path.glob("*/*"))
 
 
