@@ -158,8 +158,6 @@ def make_shard(job: Job, function: StageFunction) -> None:
     folder = job.out.with_name(f".{job.out.name}.{who}")
     writer = ArtifactWriter(folder)
     finish(job, writer, function(job, writer))
-    if job.out.is_dir() and not is_finished(job.out):  # one that was damaged
-        shutil.rmtree(job.out)
     try:
         folder.rename(job.out)
     except OSError:

@@ -3,7 +3,7 @@
     work/shards/<name>/           a finished shard: an artifact in small, its manifest written last
     work/shards/.<name>.<who>/    one being made
     work/shards/<name>.work/      its job file, and what its process reports
-    work/shards/wanted.json       the jobs that are left to a cluster, while the stage waits for it
+    work/shards/wanted.json       those left to a cluster: there and touched while the stage waits
 
 A shard is a job like a stage: `python -m llm.<stage> work/shards/<name>.work/job.json` does it, on
 this machine or on any that sees the same folders. What comes of it depends on its settings and the
@@ -13,12 +13,14 @@ and nothing else; a stage that is killed goes on with the shards that are missin
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 from llm.artifact import (
     ArtifactWriter,
@@ -31,8 +33,9 @@ from llm.artifact import (
 from llm.errors import ArtifactError, DataError, StageError
 from llm.job import ERROR, PROGRESS, Job, is_finished, make_shard, write_job
 
-WANTED = "wanted.json"
+JOB, WANTED = "job.json", "wanted.json"
 MAX_ATTEMPTS = 3
+SECONDS_BETWEEN_SIGNS = 5.0  # that a stage still waits for its shards
 SECONDS_BETWEEN_LOOKS = 0.02
 SECONDS_BETWEEN_LOOKS_AT_CLUSTER = 0.2
 SECONDS_TO_END = 5.0
@@ -68,6 +71,15 @@ class FinishedShard:
             writer.adopt(self.folder / name, records[name], new_name)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """The shards that a stage leaves to a cluster."""
+
+    id: str
+    """Of this waiting of this process: what is done for another is in vain."""
+    names: Sequence[str]
+
+
 def do_shards(
     job: Job, function: ShardFunction, shards: Sequence[Shard], unit: str
 ) -> list[FinishedShard]:
@@ -80,7 +92,10 @@ def do_shards(
     folder = job.work / "shards"
     folder.mkdir(parents=True, exist_ok=True)
     missing = [shard for shard in shards if not _is_whole(folder / shard.name)]
+    for shard in missing:
+        shutil.rmtree(folder / shard.name, ignore_errors=True)  # damaged
     progress = _Progress(job, shards, missing, unit)
+    progress.look([])
     num_workers = job.runtime.shard_workers or len(os.sched_getaffinity(0))
     if missing and job.runtime.shard_runner != "processes":
         _leave_to_cluster(job, missing, progress)
@@ -93,11 +108,51 @@ def do_shards(
     return [_finished(folder / shard.name) for shard in shards]
 
 
+def read_wanted(folder: Path) -> Wanted | None:
+    """Return the shards that the stage whose shards are in `folder` waits for a cluster to do."""
+    try:
+        return Wanted(**json.loads((folder / WANTED).read_bytes()))
+    except FileNotFoundError:
+        return None
+
+
+def shard_work(folder: Path, name: str) -> Path:
+    """Return the folder of the job file and the reports of the shard `name` in `folder`."""
+    return folder / f"{name}.work"
+
+
+def start_shard(work: Path, stage: str, output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+    """Start the process that does the shard whose job file is in `work`. It ends with this one."""
+    source = str(Path(__file__).parents[1])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "FROMSCRATCH_PARENT_PID": str(os.getpid()),
+        "RAYON_NUM_THREADS": "1",  # the cores are divided among the processes
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        command(stage, work / JOB), env=environment, stdout=output, stderr=output
+    )
+
+
+def command(stage: str, job_path: Path) -> list[str]:
+    """Return the command that does one shard by itself."""
+    return [sys.executable, "-m", f"llm.{stage}", str(job_path)]
+
+
 def _shard_job(job: Job, shard: Shard) -> Job:
     folder = job.work / "shards"
-    work = folder / f"{shard.name}.work"
+    work = shard_work(folder, shard.name)
     work.mkdir(exist_ok=True)
     return replace(job, shard=shard.settings, out=folder / shard.name, work=work)
+
+
+def _prepare(job: Job) -> None:
+    """Write the job file of a shard, and forget what an earlier attempt reported."""
+    for stale in (ERROR, PROGRESS):
+        (job.work / stale).unlink(missing_ok=True)
+    write_job(job.work / JOB, job)
 
 
 class _Progress:
@@ -109,6 +164,7 @@ class _Progress:
         self._job, self._unit = job, unit
         self._total = sum(shard.size for shard in shards)
         self._done = self._total - sum(shard.size for shard in missing)
+        self._most = 0
 
     def part_of(self, job: Job, shard: Shard) -> Job:
         """Return `job` so that what it reports counts as part of the whole stage."""
@@ -128,11 +184,12 @@ class _Progress:
         self._report(0)
 
     def _report(self, more: int) -> None:
-        self._job.report_progress(self._done + more, self._total, self._unit)
+        self._most = max(self._most, self._done + more)  # a shard may begin again
+        self._job.report_progress(self._most, self._total, self._unit)
 
     def _reported(self, shard: Shard) -> int:
         try:
-            text = (self._job.work / "shards" / f"{shard.name}.work" / PROGRESS).read_text()
+            text = (shard_work(self._job.work / "shards", shard.name) / PROGRESS).read_text()
         except FileNotFoundError:
             return 0
         found = json.loads(text)
@@ -171,18 +228,8 @@ def _do_in_processes(
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
-    (job.work / ERROR).unlink(missing_ok=True)
-    path = job.work / "job.json"
-    write_job(path, job)
-    source = str(Path(__file__).parents[1])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "FROMSCRATCH_PARENT_PID": str(os.getpid()),
-        "RAYON_NUM_THREADS": "1",  # the cores are divided among the processes
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen([sys.executable, "-m", f"llm.{job.stage}", str(path)], env=environment)
+    _prepare(job)
+    return start_shard(job.work, job.stage)
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -198,18 +245,19 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def _leave_to_cluster(job: Job, missing: Sequence[Shard], progress: _Progress) -> None:
     """Ask whoever follows this process to have the shards done elsewhere, and wait for them."""
-    paths: list[str] = []
     for shard in missing:
-        shard_job = _shard_job(job, shard)
-        (shard_job.work / ERROR).unlink(missing_ok=True)
-        paths.append(str(shard_job.work / "job.json"))
-        write_job(Path(paths[-1]), shard_job)
-    wanted = job.work / "shards" / WANTED
-    write_json_atomically(wanted, paths)
+        _prepare(_shard_job(job, shard))
+    path = job.work / "shards" / WANTED
+    who = f"{os.getpid()}-{time.time_ns()}"
+    write_json_atomically(path, Wanted(id=who, names=[shard.name for shard in missing]))
+    next_sign_at = time.monotonic() + SECONDS_BETWEEN_SIGNS
     try:
         left = list(missing)
         while left:
             time.sleep(SECONDS_BETWEEN_LOOKS_AT_CLUSTER)
+            if time.monotonic() >= next_sign_at:
+                next_sign_at = time.monotonic() + SECONDS_BETWEEN_SIGNS
+                path.touch()
             progress.look(left)
             for shard in list(left):
                 if is_finished(job.work / "shards" / shard.name):
@@ -218,13 +266,13 @@ def _leave_to_cluster(job: Job, missing: Sequence[Shard], progress: _Progress) -
                 else:
                     _raise_error(job, shard)
     finally:
-        wanted.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _raise_error(job: Job, shard: Shard) -> None:
     """Raise what the process of a shard wrote that it died of, if it did."""
     try:
-        error = json.loads((job.work / "shards" / f"{shard.name}.work" / ERROR).read_bytes())
+        error = json.loads((shard_work(job.work / "shards", shard.name) / ERROR).read_bytes())
     except FileNotFoundError:
         return
     if not error["is_user_error"]:
