@@ -64,7 +64,7 @@ class Tokenizer(ABC):
 
     def can_encode(self, text: str) -> bool:
         """Tell whether the vocabulary can say `text`."""
-        return not LONE_SURROGATE.search(text)
+        return text.isascii() or not LONE_SURROGATE.search(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode every text to a list of ids without any control id.

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from llm.errors import ArtifactError, ConfigError, DataError
 from llm.tokenizer.base import (
@@ -130,17 +131,20 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode_pieces(self, pieces: Sequence[str]) -> list[Ids]:
         return self._words.encode([_WORDS.findall(piece) for piece in pieces])
 
-    def _encode_words(self, words: Sequence[str]) -> list[Ids]:
+    def _encode_words(self, words: Sequence[str]) -> tuple[Ids, npt.NDArray[np.int64]]:
+        """Return the ids of the words, one after another, and how many each has."""
         parts = [(index, part) for index, word in enumerate(words) for part in word.split(BLANK)]
         encoded = self._processor.encode([part for _, part in parts])
-        ids: list[list[int]] = [[] for _ in words]
+        ids: list[int] = []
+        lengths = np.zeros(len(words), dtype=np.int64)
         previous = -1
         for (index, _), part in zip(parts, encoded, strict=True):
             if index == previous:
-                ids[index] += [1 + byte for byte in BLANK.encode()]
-            ids[index] += part
+                part = [1 + byte for byte in BLANK.encode()] + part
+            ids += part
+            lengths[index] += len(part)
             previous = index
-        return [np.array(word, dtype=np.uint32) + np.uint32(SHIFT) for word in ids]
+        return np.array(ids, dtype=np.uint32) + np.uint32(SHIFT), lengths
 
     @cached_property
     def bytes_of_token(self) -> list[bytes]:

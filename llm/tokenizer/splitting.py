@@ -68,7 +68,7 @@ def word_finder(splitting: str, max_digits: int) -> Callable[[str], list[str] | 
         pattern = pattern.replace(written, _characters()[name])
     find = re.compile(pattern).findall
     find_strange = re.compile(f"[^{''.join(_characters().values())}{'-'.join(_EMOJI)}]").search
-    return lambda text: None if find_strange(text) else find(text)
+    return lambda text: find(text) if text.isascii() or not find_strange(text) else None
 
 
 def split_text(text: str, splitting: str = "code") -> Iterator[str]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, chain, islice, pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from llm.tokenizer.base import Ids
 
@@ -33,7 +34,10 @@ def encode_in_pieces(
 class WordCache:
     """The ids of every word seen, until there are too many; then it starts anew."""
 
-    def __init__(self, encode: Callable[[Sequence[str]], list[Ids]]) -> None:
+    def __init__(
+        self, encode: Callable[[Sequence[str]], tuple[Ids, npt.NDArray[np.int64]]]
+    ) -> None:
+        """Take a function that gives the ids of words, one after another, and how many each has."""
         self._encode_new = encode
         self._forget()
 
@@ -55,11 +59,10 @@ class WordCache:
         return [ids[start:end] for start, end in spans]
 
     def _learn(self, words: list[str]) -> None:
-        encoded = self._encode_new(words)
-        lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
+        ids, lengths = self._encode_new(words)
         self._starts = np.concatenate([self._starts, len(self._ids) + lengths.cumsum() - lengths])
         self._lengths = np.concatenate([self._lengths, lengths])
-        self._ids = np.concatenate([self._ids, *encoded])
+        self._ids = np.concatenate([self._ids, ids])
         self._num_characters += sum(map(len, words))
 
     def _forget(self) -> None:

@@ -2,15 +2,19 @@
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 from llm.tokenizer import splitting
+from llm.tokenizer.base import Ids
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.tokenizer.splitting import SPLITTINGS, library_pattern, split_text, word_finder
 from llm.tokenizer.words import WordCache
@@ -123,13 +127,12 @@ def test_ids_by_words_are_the_librarys_own(tokenizer: ByteLevelBPE, corpus: list
 def test_the_cache_forgets_when_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def encode(words: list[str]) -> list[object]:
-        import numpy as np
-
+    def encode(words: Sequence[str]) -> tuple[Ids, npt.NDArray[np.int64]]:
         asked.extend(words)
-        return [np.array([ord(c) for c in word], dtype=np.uint32) for word in words]
+        ids = np.array([ord(c) for word in words for c in word], dtype=np.uint32)
+        return ids, np.array([len(word) for word in words])
 
-    cache = WordCache(encode)  # pyright: ignore[reportArgumentType]
+    cache = WordCache(encode)
     assert [list(ids) for ids in cache.encode([["a", "bc", "a"], [], ["bc"]])] == [
         [97, 98, 99, 97], [], [98, 99],
     ]  # fmt: skip
