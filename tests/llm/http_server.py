@@ -3,6 +3,7 @@
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -92,3 +93,16 @@ def serve_ranges(
 def redirect(location: str) -> Answer:
     """Point to another address."""
     return answer(b"", "302 Found", f"Location: {location}")
+
+
+def drip(head: bytes) -> Answer:
+    """Send `head`, then a byte at a time for two seconds."""
+
+    def send(connection: socket.socket, request: str) -> None:
+        connection.sendall(head)
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            connection.sendall(b"x")
+            time.sleep(0.02)
+
+    return send

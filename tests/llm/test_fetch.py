@@ -5,7 +5,6 @@ import itertools
 import random
 import socket
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from llm.data.fetch import FetchLimits, fetch, file_name, is_internal, redirect_target
 from llm.errors import DataError
-from tests.llm.http_server import Answer, HostileServer, answer, redirect, serve_ranges
+from tests.llm.http_server import Answer, HostileServer, answer, drip, redirect, serve_ranges
 
 BODY = random.Random(1).randbytes(300_000)
 OTHER = random.Random(2).randbytes(300_000)
@@ -203,17 +202,6 @@ def test_an_endless_body_is_cut_off(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"sent more than 3,145,728 bytes"):
         fetch_all([send], tmp_path / "p")
-
-
-def drip(head: bytes) -> Answer:
-    def send(connection: socket.socket, request: str) -> None:
-        connection.sendall(head)
-        until = time.monotonic() + 2
-        while time.monotonic() < until:
-            connection.sendall(b"x")
-            time.sleep(0.02)
-
-    return send
 
 
 @pytest.mark.parametrize(
