@@ -3,7 +3,8 @@
 Shapes: B rows, T positions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 
 from llm.config import OptimizationConfig
+from llm.data.prefetch import made_ahead
 from llm.data.rows import RowArrays, Rows, row_order
 from llm.model.loss import IGNORED
 from llm.model.masking import Masking
 
-TOKENS_AT_ONCE = 1 << 17  # read ahead: 4 MB, and what a read costs is shared by many small steps
+TOKENS_AT_ONCE = 1 << 17  # 2 to 3 MB, and what a read costs is shared by many small steps
+READS_AHEAD = 2  # one on its way to the device while the next is read
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,10 +33,6 @@ class Batch:
     """(B, T): the token it is to say at each position, or IGNORED."""
     document_ids: Tensor | None
     """(B, T): the document each input is of, where attention stays within it."""
-
-    def num_targets(self) -> int:
-        """Count the positions that are learned."""
-        return int((self.targets != IGNORED).sum())
 
     def rows(self, start: int, count: int) -> "Batch":
         """Return the `count` rows from `start` on, fewer at the end."""
@@ -58,6 +57,21 @@ class Batch:
             targets=send(self.targets),
             document_ids=None if documents is None else send(documents),
         )
+
+    def tensors(self) -> list[Tensor]:
+        """Return what the batch is made of."""
+        parts = (self.inputs, self.targets, self.document_ids)
+        return [tensor for tensor in parts if tensor is not None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepBatches:
+    """What one process learns from in one step."""
+
+    micro_batches: Sequence[Batch]
+    """On the device."""
+    num_targets: int
+    """Positions learned, of all of them; counted on the host, which so needs not wait."""
 
 
 class Objective(Protocol):
@@ -115,23 +129,36 @@ def batches_of_steps(
     process: int,
     num_processes: int,
     micro_batch_rows: int,
-) -> Iterator[list[Batch]]:
-    """Yield, step after step, the micro-batches of one process: its slice of the step's rows.
+    device: torch.device,
+) -> Generator[StepBatches]:
+    """Yield, step after step, what one process learns from: its slice of the step's rows.
 
-    Rows of many small steps are read at once.
+    A thread reads ahead, rows of many small steps at once, and starts their way to the device.
+    What is yielded does not depend on it. It ends when this generator is closed.
     """
     per_process = config.rows_per_step // num_processes
     steps_at_once = max(1, TOKENS_AT_ONCE // (per_process * rows.seq_len))
-    for start in range(first_step, config.num_steps, steps_at_once):
-        steps = np.arange(start, min(start + steps_at_once, config.num_steps))
-        firsts = steps * config.rows_per_step + process * per_process
-        samples = (firsts[:, None] + np.arange(per_process)).ravel()
-        batch = objective(rows.read(sample_rows(seed, samples, rows.num_rows)), samples)
-        for place in range(0, len(samples), per_process):
-            mine = batch.rows(place, per_process)
-            yield [
-                mine.rows(row, micro_batch_rows) for row in range(0, per_process, micro_batch_rows)
-            ]
+
+    def read() -> Iterator[_Read]:
+        for start in range(first_step, config.num_steps, steps_at_once):
+            steps = np.arange(start, min(start + steps_at_once, config.num_steps))
+            firsts = steps * config.rows_per_step + process * per_process
+            samples = (firsts[:, None] + np.arange(per_process)).ravel()
+            batch = objective(rows.read(sample_rows(seed, samples, rows.num_rows)), samples)
+            is_target = (batch.targets != IGNORED).view(len(steps), -1)
+            yield _Read(batch, is_target.sum(dim=1).tolist())
+
+    on_device = read() if device.type == "cpu" else _sent(read(), device)
+    with closing(made_ahead(on_device, READS_AHEAD)) as reads:
+        for found in reads:
+            batch = found.arrived()
+            for number, num_targets in enumerate(found.num_targets):
+                mine = batch.rows(number * per_process, per_process)
+                starts = range(0, per_process, micro_batch_rows)
+                yield StepBatches(
+                    micro_batches=[mine.rows(start, micro_batch_rows) for start in starts],
+                    num_targets=num_targets,
+                )
 
 
 def sample_rows(seed: int, samples: npt.NDArray[np.int64], num_rows: int) -> npt.NDArray[np.int64]:
@@ -147,6 +174,35 @@ def sample_rows(seed: int, samples: npt.NDArray[np.int64], num_rows: int) -> npt
         is_in_epoch = epochs == epoch
         rows[is_in_epoch] = row_order(seed, int(epoch), places[is_in_epoch], num_rows)
     return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """The rows of some steps, perhaps on their way to the device still."""
+
+    batch: Batch
+    num_targets: Sequence[int]
+    """Of each step."""
+    arrival: torch.cuda.Event | None = None
+
+    def arrived(self) -> Batch:
+        """Return the batch for use by what the device is given from now on."""
+        if self.arrival is not None:
+            user = torch.cuda.current_stream(self.batch.inputs.device)
+            user.wait_event(self.arrival)
+            for tensor in self.batch.tensors():
+                tensor.record_stream(user)  # else its memory is taken anew while still in use
+        return self.batch
+
+
+def _sent(reads: Iterator[_Read], device: torch.device) -> Iterator[_Read]:
+    """Send what is read to a GPU, beside what it is computing."""
+    stream = torch.cuda.Stream(device)
+    for read in reads:
+        with torch.cuda.stream(stream):  # is set by thread, so never across a yield
+            batch, arrival = read.batch.to(device), torch.cuda.Event()
+            arrival.record(stream)
+        yield _Read(batch, read.num_targets, arrival)
 
 
 def _documents(arrays: RowArrays, is_document_masked: bool) -> Tensor | None:

@@ -9,8 +9,8 @@ Shapes: B rows in a micro-batch, T positions.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from llm.data.rows import Rows
 from llm.errors import StageError
 from llm.model.precision import FIRST_LOSS_SCALE, LossScale, autocast, computed_precision
 from llm.seeds import derive_seed
-from llm.training.batches import Batch, Objective, batches_of_steps
+from llm.training.batches import Batch, Objective, StepBatches, batches_of_steps
 from llm.training.optimizers import Optimizer
 from llm.training.processes import sum_on_devices, sum_over_processes
 from llm.training.schedules import learning_rate_factor
@@ -108,7 +108,7 @@ def training_steps(
     *,
     is_stopping: Callable[[], bool],
     is_looked_at: Callable[[int], bool] = lambda step: True,
-) -> Iterator[Step]:
+) -> Generator[Step]:
     """Train from `state` to `config.num_steps`; yield every step, `state` brought up to date.
 
     The weights are those of the yielded step where `is_looked_at` says so of its number; elsewhere
@@ -120,23 +120,24 @@ def training_steps(
     """
     training.model.train()
     worker = _Worker(training, state)
-    batches = worker.batches()
     num_ahead = STEPS_AHEAD[training.accelerator.device.type]
     under_way: deque[_StepUnderWay] = deque()
     last = training.config.num_steps
-    for number in range(state.step, last):
-        started_at = time.perf_counter()
-        micro_batches = next(batches)
-        # One message before any work: how many targets there are to divide by, and whether to stop.
-        num_targets, num_stopping = sum_over_processes(
-            training.accelerator, sum(b.num_targets() for b in micro_batches), is_stopping()
-        )
-        if num_stopping:
-            break
-        under_way.append(worker.start(number, micro_batches, int(num_targets), started_at))
-        is_awaited = number + 1 == last or is_looked_at(number + 1)
-        while len(under_way) > (0 if is_awaited else num_ahead):
-            yield worker.finish(under_way.popleft(), state)
+    with closing(worker.batches()) as batches:
+        for number in range(state.step, last):
+            started_at = time.perf_counter()
+            mine = next(batches)
+            # One message before any work: how many targets to divide by, and whether to stop.
+            num_targets, num_stopping = sum_over_processes(
+                training.accelerator, mine.num_targets, is_stopping()
+            )
+            if num_stopping:
+                break
+            micro_batches = mine.micro_batches
+            under_way.append(worker.start(number, micro_batches, int(num_targets), started_at))
+            is_awaited = number + 1 == last or is_looked_at(number + 1)
+            while len(under_way) > (0 if is_awaited else num_ahead):
+                yield worker.finish(under_way.popleft(), state)
     while under_way:
         yield worker.finish(under_way.popleft(), state)
 
@@ -190,8 +191,8 @@ class _Worker:
         self._has_failed = torch.zeros((), device=device)
         self._last_done_at = 0.0
 
-    def batches(self) -> Iterator[list[Batch]]:
-        """Yield the micro-batches of this process, step after step."""
+    def batches(self) -> Generator[StepBatches]:
+        """Yield what this process learns from, step after step."""
         training, accelerator = self._training, self._training.accelerator
         return batches_of_steps(
             training.rows,
@@ -202,6 +203,7 @@ class _Worker:
             process=accelerator.process_index,
             num_processes=accelerator.num_processes,
             micro_batch_rows=training.micro_batch_rows,
+            device=self._device,
         )
 
     def start(
@@ -283,9 +285,8 @@ class _Worker:
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)  # gradients are exchanged once, in the last backward
             with nullcontext() if is_last else accelerator.no_sync(model):
-                local = batch.to(self._device)
                 with autocast(self._training.config.precision, self._device.type):
-                    losses = model(local.inputs, local.targets, local.document_ids)  # (B, T)
+                    losses = model(batch.inputs, batch.targets, batch.document_ids)  # (B, T)
                 share = losses.sum() / num_targets
                 accelerator.backward(share * factor)
             total += share.detach()

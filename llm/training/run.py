@@ -3,8 +3,8 @@ steps.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Generator, Mapping
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -90,16 +90,17 @@ def _train(job: Job, run: "_Run") -> Validation | None:
     # since the kill may have come between the two.
     is_due = run.is_due(run.state.step, runtime.validate_every_steps)
     validation = run.validate() if is_due else None
-    for step in run.steps():
-        if run.is_due(step.step, runtime.log_every_steps):
-            run.log(run.point(step))
-        if run.is_due(step.step, runtime.checkpoint_every_steps):
-            run.save()  # before validation, so that what comes after a step cannot lose it
-        if run.is_due(step.step, runtime.validate_every_steps):
-            validation = run.validate()
-        if run.is_writer:
-            with suppress(Interrupted):  # stopping is agreed on by all processes, in the loop
-                job.report_progress(step.step, run.num_steps, "steps")
+    with closing(run.steps()) as steps:
+        for step in steps:
+            if run.is_due(step.step, runtime.log_every_steps):
+                run.log(run.point(step))
+            if run.is_due(step.step, runtime.checkpoint_every_steps):
+                run.save()  # before validation, so that what comes after a step cannot lose it
+            if run.is_due(step.step, runtime.validate_every_steps):
+                validation = run.validate()
+            if run.is_writer:
+                with suppress(Interrupted):  # stopping is agreed on by all processes, in the loop
+                    job.report_progress(step.step, run.num_steps, "steps")
     return validation
 
 
@@ -138,7 +139,7 @@ class _Run:
         self.state = _resume(self.accelerator, self._checkpoints, model, self._training.optimizer)
         self._metrics = MetricsFile(job.work / METRICS, self.state.step) if self.is_writer else None
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self) -> Generator[Step]:
         """Train, step by step."""
         runtime = self._job.runtime
         return training_steps(

@@ -1,6 +1,7 @@
 """The loop: the loss is the mean over all targets, and a bad step changes nothing."""
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -206,8 +207,9 @@ def test_what_is_masked_does_not_depend_on_the_number_of_processes(
             process=process,
             num_processes=num_processes,
             micro_batch_rows=2,
+            device=torch.device("cpu"),
         )
-        return [torch.cat([batch.inputs for batch in step]) for step in batches]
+        return [torch.cat([batch.inputs for batch in step.micro_batches]) for step in batches]
 
     whole = read(0, 1, 0)
     halves = [torch.cat(parts) for parts in zip(read(0, 2, 0), read(1, 2, 0), strict=True)]
@@ -393,7 +395,7 @@ def test_a_target_is_the_next_token_and_padding_is_none(chats: Path) -> None:
     )
     assert np.array_equal(batch.targets.numpy()[mask], arrays.tokens[:, 1:][mask])
     assert (batch.targets.numpy()[~mask] == -100).all()
-    assert batch.num_targets() == mask.sum() > 0
+    assert (batch.targets != -100).sum() == mask.sum() > 0
 
 
 @pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
@@ -446,14 +448,28 @@ def test_a_step_without_a_target_changes_nothing_and_is_counted(
     assert all(map(torch.equal, weights, model.parameters()))
 
 
-def test_a_stop_ends_between_two_steps(text: Path) -> None:
+def test_a_stop_ends_between_two_steps_and_leaves_no_thread(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm.training.batches.TOKENS_AT_ONCE", 1)  # each step is a read of its own
     state = TrainState()
     done: list[Step] = []
     for step in run(
         tiny_model(), Rows(text, "train"), state=state, is_stopping=lambda: len(done) == 3
     ):
+        assert "prefetch" in [thread.name for thread in threading.enumerate()]
         done.append(step)
     assert state.step == len(done) == 3
+    assert "prefetch" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_what_fails_in_reading_ahead_is_raised_in_the_loop(text: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise DataError("cannot be read")
+
+    with pytest.raises(DataError, match="cannot be read"):
+        list(run(tiny_model(), Rows(text, "train"), objective=fail))
+    assert "prefetch" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_masking_documents_changes_what_is_learned(
