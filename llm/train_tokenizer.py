@@ -1,12 +1,16 @@
-"""Learn the vocabulary from a sample of the training documents."""
+"""Learn the vocabulary from a sample of the training documents.
+
+The sample is never in memory: its documents are read again as they are learned from.
+"""
 
 import dataclasses
 import hashlib
-import heapq
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+
+import numpy as np
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import TrainTokenizerConfig, read_section
@@ -44,24 +48,24 @@ def train_tokenizer(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     config = read_section(TrainTokenizerConfig, job.settings)
     folder = Path(job.inputs["documents"])
     seed = derive_seed(job.seed, "tokenizer sample")
-    sample: list[bytes] = []
+    sample = Sample(())
     if config.kind not in ("gpt2", "bytes"):
         documents = DocumentFile(folder, "train")
-        sample = draw_sample(documents, seed, config.sample_bytes, job.report_progress)
+        texts = draw_sample(documents, seed, config.sample_bytes, job.report_progress)
         if config.kind in ("bpe", "sentencepiece"):
-            sample = limit_words(sample, MAX_WORD_BYTES)
-        if not any(sample):
+            texts = limit_words(texts, MAX_WORD_BYTES)
+        sample = Sample(texts)
+        if sample.is_empty:
             raise DataError(f"{documents.path}: no text to learn a tokenizer from; give more data")
-    job.report_progress(0, 0, config.kind)  # one library call, during which nothing can be asked
     if config.kind == "gpt2" and not config.path:
         config = dataclasses.replace(config, path=str(_fetch_gpt2(job)))
-    tokenizer = make_tokenizer(config, (text.decode() for text in sample))
+    tokenizer = make_tokenizer(config, sample)
     job.raise_if_stopping()
     for name, data in tokenizer.to_files().items():
         writer.write_bytes(name, data)
     validation = DocumentFile(folder, "validation")
     held_out = draw_sample(validation, seed, VALIDATION_SAMPLE_BYTES, job.report_progress)
-    report, speed = measure_tokenizer(tokenizer, [text.decode() for text in held_out])
+    report, speed = measure_tokenizer(tokenizer, list(held_out))
     writer.write_json(REPORT_JSON, asdict(report))
     print(  # to the stage's log: of this machine, not of the tokenizer
         f"encodes {speed.encode_megabytes_per_second:.1f} and decodes"
@@ -75,8 +79,8 @@ def train_tokenizer(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
         "tokens_per_word": report.tokens_per_word if report.num_words else None,
         "single_byte_share": report.single_byte_share if report.num_tokens else None,
         "round_trip_failures": report.num_round_trip_failures,
-        "sampled_bytes": sum(map(len, sample)),
-        "sampled_documents": len(sample),
+        "sampled_bytes": sample.num_bytes,
+        "sampled_documents": sample.num_documents,
     }
 
 
@@ -103,49 +107,73 @@ def _fetch_gpt2(job: Job) -> Path:
     return job.work
 
 
+class Sample:
+    """Texts to learn from, counted as they are taken."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.num_documents = self.num_bytes = 0
+        self._texts = self._counted(texts)
+        self._first = next(filter(None, self._texts), "")
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no text in any of them."""
+        return not self._first
+
+    def __iter__(self) -> Iterator[str]:
+        yield self._first
+        yield from self._texts
+
+    def _counted(self, texts: Iterable[str]) -> Iterator[str]:
+        for text in texts:
+            self.num_documents += 1
+            self.num_bytes += len(text.encode())
+            yield text
+
+
 def draw_sample(
     documents: DocumentFile, seed: int, max_bytes: int, report: Callable[[int, int, str], None]
-) -> list[bytes]:
-    """Return the documents with the smallest hashes of (seed, id), `max_bytes` in all.
+) -> Iterator[str]:
+    """Yield the documents with the smallest hashes of (seed, id), `max_bytes` in all.
 
-    The last one is cut to fit. Which are drawn does not depend on their order, and memory only on
-    `max_bytes` and the longest document.
+    The last one is cut to fit. Which are drawn does not depend on their order; in memory are 16
+    bytes for each document there is.
     """
-    drawn: list[tuple[int, bytes]] = []  # a heap, the largest hash first
-    num_bytes = done_bytes = 0
-    for document in documents.read(range(len(documents))):
-        text = "\n".join(document.texts).encode()
-        heapq.heappush(drawn, (-_hash(seed, document.id), text))
-        num_bytes += len(text)
-        while num_bytes - len(drawn[0][1]) >= max_bytes:
-            num_bytes -= len(heapq.heappop(drawn)[1])
+    hashes = np.zeros(len(documents), dtype=np.uint64)
+    done_bytes = 0
+    for ordinal, document in enumerate(documents.read(range(len(documents)))):
+        hashes[ordinal] = _hash(seed, document.id)
         done_bytes += document.size_bytes
-        report(done_bytes, documents.size_bytes, f"bytes of {documents.path.name}")
-    texts = [text for _, text in sorted(drawn, reverse=True)]
-    if num_bytes > max_bytes:
-        kept = len(texts[-1]) - (num_bytes - max_bytes)
-        texts[-1] = texts[-1][:kept].decode(errors="ignore").encode()
-    return texts
+        report(done_bytes, documents.size_bytes, "bytes of documents to draw from")
+    total_bytes = min(max_bytes, documents.size_bytes)
+    left_bytes = max_bytes
+    for document in documents.read(hashes.argsort(kind="stable").tolist()):
+        report(min(max_bytes - left_bytes, total_bytes), total_bytes, "bytes drawn")
+        text = "\n".join(document.texts).encode()
+        yield text[:left_bytes].decode(errors="ignore")
+        left_bytes -= len(text)
+        if left_bytes <= 0:
+            break
 
 
-def limit_words(texts: Sequence[bytes], max_bytes: int) -> list[bytes]:
-    """Return the beginning of `texts` whose distinct words are at most `max_bytes` long in all.
+def limit_words(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    """Yield the beginning of `texts` whose distinct words are at most `max_bytes` long in all.
 
     They are what the training holds in memory. Common text is far below: 50 MB of Python 2.5 MB.
     """
     known: set[str] = set()
-    kept: list[bytes] = []
     for text in texts:
         pieces: list[str] = []
-        for piece in split_text(text.decode()):
+        for piece in split_text(text):
             new = set(_WORDS.findall(piece)) - known
             max_bytes -= sum(len(word.encode()) for word in new)
             if max_bytes < 0:
-                return [*kept, "".join(pieces).encode()] if pieces else kept
+                if pieces:
+                    yield "".join(pieces)
+                return
             known |= new
             pieces.append(piece)
-        kept.append(text)
-    return kept
+        yield text
 
 
 def _hash(seed: int, identifier: bytes) -> int:

@@ -58,9 +58,9 @@ def test_the_sample_holds_the_documents_of_smallest_hash_whatever_their_order(
 ) -> None:
     def sample(texts: list[str], seed: int = 1, max_bytes: int = 20_000) -> list[str]:
         documents = DocumentFile(make_documents(texts, []), "train")
-        drawn = draw_sample(documents, seed, max_bytes, report_nothing)
-        assert sum(map(len, drawn)) <= max_bytes
-        return [text.decode() for text in drawn]
+        drawn = list(draw_sample(documents, seed, max_bytes, report_nothing))
+        assert sum(len(text.encode()) for text in drawn) <= max_bytes
+        return drawn
 
     documents = DocumentFile(make_documents(corpus, []), "train")
     by_hash = sorted(
@@ -79,15 +79,18 @@ def test_the_sample_holds_the_documents_of_smallest_hash_whatever_their_order(
 def test_the_sample_ends_where_its_distinct_words_pass_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    texts = [b"one two", b"two one two", b"three", b"one"]
-    assert limit_words(texts, 100) == texts
-    assert limit_words(texts, 12) == texts  # "one", " ", "two", "three"
-    assert limit_words(texts, 11) == texts[:2]
-    assert limit_words(texts, 6) == []
+    def limited(texts: list[str], max_bytes: int) -> list[str]:
+        return list(limit_words(texts, max_bytes))
+
+    texts = ["one two", "two one two", "three", "one"]
+    assert limited(texts, 100) == texts
+    assert limited(texts, 12) == texts  # "one", " ", "two", "three"
+    assert limited(texts, 11) == texts[:2]
+    assert limited(texts, 6) == []
     monkeypatch.setattr(splitting, "PIECE_CHARACTERS", 6)
-    long = b"alpha\nbeta\nalpha\ngamma\n"
-    assert limit_words([long], 100) == [long]
-    assert limit_words([long], 12) == [b"alpha\nbeta\nalpha"], "alpha, beta and the line's end"
+    long = "alpha\nbeta\nalpha\ngamma\n"
+    assert limited([long], 100) == [long]
+    assert limited([long], 12) == ["alpha\nbeta\nalpha"], "alpha, beta and the line's end"
 
 
 def test_the_words_of_chats_are_learned_from(
@@ -150,17 +153,26 @@ def test_the_smallest_vocabulary_allowed_works(
     assert tokenizer.decode(tokenizer.encode_batch([corpus[0]])[0]) == corpus[0]
 
 
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece", "characters"])
+@pytest.mark.parametrize("unit", ["bytes of documents to draw from", "bytes drawn"])
 def test_a_stop_while_reading_leaves_no_manifest(
     make_documents: MakeDocuments,
     run_stage: RunStage,
     tmp_path: Path,
     corpus: list[str],
     monkeypatch: pytest.MonkeyPatch,
+    unit: str,
+    kind: str,
 ) -> None:
-    def stop(job: Job) -> None:
-        raise Interrupted("asked to stop")
+    """Also where a library reads, in the middle of its training."""
 
-    monkeypatch.setattr(Job, "raise_if_stopping", stop)
+    def stop(job: Job, done: int, total: int, found: str) -> None:
+        if found == unit and done > total / 2:
+            raise Interrupted("asked to stop")
+
+    monkeypatch.setattr(Job, "report_progress", stop)
     with pytest.raises(Interrupted):
-        run_stage(train_tokenizer, SETTINGS, documents=make_documents(corpus, corpus))
+        run_stage(
+            train_tokenizer, {**SETTINGS, "kind": kind}, documents=make_documents(corpus, corpus)
+        )
     assert not (tmp_path / "out" / "manifest.json").exists()
