@@ -2,11 +2,18 @@
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
+
+from llm.artifact import Json
+from llm.job import Job, write_job
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "owner/name"
@@ -124,3 +131,23 @@ def send(request: BaseHTTPRequestHandler, status: int, body: bytes, **headers: s
     request.end_headers()
     if request.command != "HEAD":
         request.wfile.write(body)
+
+
+def download(
+    folder: Path, hub: HubServer, *, token: str = "", planned: str = "", **settings: Json
+) -> subprocess.CompletedProcess[str]:
+    """Run the stage as it is run: in a process of its own, which reads the environment."""
+    chosen: dict[str, Json] = {"kind": "hub", "hub_name": NAME, "hub_revision": COMMIT, **settings}
+    job = Job(stage="download", role="corpus", settings=chosen)
+    job.out, job.work = folder / "out", folder / "work"
+    job.input_digests = {"source": planned} if planned else {}
+    folder.mkdir(exist_ok=True)
+    write_job(folder / "job.json", job)
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_TOKEN": token,
+        "no_proxy": "*", "HF_HUB_DISABLE_TELEMETRY": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "llm.download", str(folder / "job.json")]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )

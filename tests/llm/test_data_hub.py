@@ -3,9 +3,6 @@
 import importlib.util
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Generator
 from pathlib import Path
 
@@ -13,8 +10,7 @@ import pytest
 
 from llm.artifact import Json, load_artifact
 from llm.data.hub import HubFile, digest_of
-from llm.job import Job, write_job
-from tests.llm.hub_server import COMMIT, NAME, HubServer
+from tests.llm.hub_server import COMMIT, NAME, HubServer, download
 
 needs_client = pytest.mark.skipif(
     importlib.util.find_spec("datasets") is None, reason="needs the package datasets"
@@ -48,26 +44,6 @@ def hub(files: dict[str, bytes]) -> Generator[HubServer]:
     """A hub with these."""
     with HubServer(files) as server:
         yield server
-
-
-def download(
-    folder: Path, hub: HubServer, *, token: str = "", planned: str = "", **settings: Json
-) -> subprocess.CompletedProcess[str]:
-    """Run the stage as it is run: in a process of its own, which reads the environment."""
-    chosen: dict[str, Json] = {"kind": "hub", "hub_name": NAME, "hub_revision": COMMIT, **settings}
-    job = Job(stage="download", role="corpus", settings=chosen)
-    job.out, job.work = folder / "out", folder / "work"
-    job.input_digests = {"source": planned} if planned else {}
-    folder.mkdir(exist_ok=True)
-    write_job(folder / "job.json", job)
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_TOKEN": token,
-        "no_proxy": "*", "HF_HUB_DISABLE_TELEMETRY": "1",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "llm.download", str(folder / "job.json")]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
 
 
 def failure(folder: Path) -> tuple[str, str]:
