@@ -1,224 +1,50 @@
 """Measure the data stages: a row for each measure, with its target.
 
-    python benchmarks/data.py                                      # every measure
+    python benchmarks/data.py                              # every measure, as large as its target
     python benchmarks/data.py clean --megabytes 200 --baseline ../before
-    python benchmarks/data.py clean_memory --megabytes 4000
+    python benchmarks/data.py memory --megabytes 400 --scratch FOLDER
 
 Text is the running Python's standard library, varied so that no document is there twice.
 `--baseline` names a checkout to run the same stage in, in turn with this one.
 """
 
 import argparse
-import json
-import random
-import subprocess
-import sys
+import copy
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
-from memory import write_corpus
+from data_clean import measure_clean, measure_near_duplicates
+from data_memory import measure_memory
+from data_stages import Figure
+from data_tokenizers import measure_encode, measure_train
 
-from llm.artifact import Json, load_artifact
-from llm.config import CleanConfig, NearDuplicatesConfig
-from llm.data.deduplicate import Deduplication
-from llm.data.near_duplicates import NearDuplicates, jaccard
-from llm.data.ngrams import hash_distinct_ngrams
-from llm.data.records import Place
-from llm.data.staging import StagedDocument, Staging
-from llm.data.stdlib import library_files
-from llm.job import Job, write_job
-
-HERE = Path(__file__).parents[1]
-ALL_ON: dict[str, Json] = {
-    "line_ends": "lf", "unicode_form": "nfc", "masks_emails": True, "masks_ip_addresses": True,
-    "near_duplicates": {"unit": "document"}, "decontamination": {"action": "drop"},
-}  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Figure:
-    """One row of the table."""
-
-    measure: str
-    value: str
-    target: str = ""
-
-
-def measure_clean(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
-    """Speed of cleaning with every optional step off, and with each of them."""
-    write_corpus(folder / "corpus.jsonl", options.megabytes * 1_000_000)
-    raw = _raw(folder)
-    places = [HERE] + ([options.baseline] if options.baseline else [])
-    rates: dict[Path, list[float]] = {place: [] for place in places}
-    for _ in range(options.repeats):
-        for place in places:
-            seconds, _, _ = _run_clean(raw, {}, place)
-            rates[place].append(options.megabytes / seconds)
-    yield Figure(
-        measure="clean, nothing on", value=f"{np.median(rates[HERE]):.0f} MB/s", target=">= 100"
-    )
-    if options.baseline:
-        ratio = np.median(np.array(rates[HERE]) / np.array(rates[options.baseline]))
-        yield Figure(measure="  of the baseline's speed", value=f"{ratio:.2f}", target=">= 1")
-    for name, settings in (
-        ("NFC, line ends, masks", {key: ALL_ON[key] for key in list(ALL_ON)[:4]}),
-        ("gopher", {"filters": "gopher"}),
-        ("c4", {"filters": "c4"}),
-        ("near duplicates", {"near_duplicates": ALL_ON["near_duplicates"]}),
-        ("near duplicates, paragraphs", {"near_duplicates": {"unit": "paragraph"}}),
-        ("decontamination", {"decontamination": ALL_ON["decontamination"]}),
-    ):
-        lenient: dict[str, Json] = {"c4": {"min_sentences": 0, "has_no_curly_bracket": False}}
-        seconds, _, summary = _run_clean(raw, lenient | settings, HERE)
-        left = f"{summary['train_documents']:,} of {summary['read_documents']:,} left"
-        yield Figure(
-            measure=f"clean, {name}", value=f"{options.megabytes / seconds:.1f} MB/s, {left}"
-        )
-
-
-def measure_clean_memory(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
-    """Peak memory of cleaning, with nothing on and with every step that compares documents."""
-    write_corpus(folder / "corpus.jsonl", options.megabytes * 1_000_000)
-    raw = _raw(folder)
-    for name, settings in (("nothing on", {}), ("near duplicates, decontamination", ALL_ON)):
-        seconds, peak_mib, summary = _run_clean(raw, settings, HERE)
-        yield Figure(
-            measure=f"clean {options.megabytes} MB, {name}",
-            value=f"{peak_mib:.0f} MiB, {seconds:.0f} s, {summary['read_documents']:,} documents",
-            target="<= 1024 MiB",
-        )
-
-
-def measure_near_duplicates(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
-    """Speed of near dedup with everything it reads and writes, and recall against brute force."""
-    texts = _texts_with_near_copies(options.documents)
-    started_at = time.monotonic()
-    with Staging(folder / "staged") as staging:
-        settings = CleanConfig(near_duplicates=NearDuplicatesConfig(unit="document"))
-        duplicates = Deduplication(staging.folder, settings)
-        size_bytes = 0
-        for number, text in enumerate(texts):
-            document = _staged(number, text)
-            size_bytes += document.size_bytes
-            staging.add(document)
-            duplicates.add(text)
-        signed_at = time.monotonic()
-        duplicates.resolve(staging, lambda _: True, lambda *_: None)
-        num_dropped = sum(reason != "" for _, reason in duplicates.left(staging))
-    ended_at = time.monotonic()
-    yield Figure(
-        measure=f"near dedup of {options.documents:,} documents, {size_bytes / 1e6:.0f} MB",
-        value=f"{ended_at - started_at:.1f} s ({signed_at - started_at:.1f} s to sign),"
-        f" {num_dropped:,} dropped",
-        target="<= 60 s",
-    )
-    num_pairs, num_found = _recall(list(_texts_with_near_copies(2000)), folder / "recall")
-    yield Figure(
-        measure=f"recall of {num_pairs:,} pairs at Jaccard 0.8",
-        value=f"{num_found / num_pairs:.4f}",
-        target=">= 0.95",
-    )
-
-
-MEASURES: Mapping[str, Callable[[argparse.Namespace, Path], Iterator[Figure]]] = {
-    "clean": measure_clean,
-    "clean_memory": measure_clean_memory,
-    "near_duplicates": measure_near_duplicates,
+MEASURES: Mapping[str, tuple[Callable[[argparse.Namespace, Path], Iterator[Figure]], int]] = {
+    "clean": (measure_clean, 200),
+    "near_duplicates": (measure_near_duplicates, 0),
+    "train": (measure_train, 500),
+    "encode": (measure_encode, 200),
+    "memory": (measure_memory, 4000),
 }
-
-
-def _run_clean(raw: Path, settings: Mapping[str, Json], code: Path) -> tuple[float, float, Mapping]:
-    """Run the stage as a pipeline does; return seconds, the peak in MiB and the summary."""
-    with tempfile.TemporaryDirectory(dir=raw.parent) as name:
-        folder = Path(name)
-        job = Job(stage="clean", inputs={"raw": str(raw)}, settings=settings,
-                  out=folder / "out", work=folder / "work")  # fmt: skip
-        write_job(folder / "job.json", job)
-        script = (
-            "from llm.clean import clean; from llm.job import run_job; run_job(clean);"
-            "print(*(line.split()[1] for line in open('/proc/self/status') if 'VmHWM' in line))"
-        )
-        started_at = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(folder / "job.json")],
-            capture_output=True, text=True, check=True, cwd=code,
-        )  # fmt: skip
-        seconds = time.monotonic() - started_at
-        return seconds, int(done.stdout) / 1024, load_artifact(job.out).summary
-
-
-def _raw(folder: Path) -> Path:
-    """Make what `download` leaves of the corpus in `folder`."""
-    (folder / "raw/files").mkdir(parents=True)
-    (folder / "corpus.jsonl").rename(folder / "raw/files/corpus.jsonl")
-    source = {"kind": "files", "content": "text", "text_key": "text"}
-    (folder / "raw/source.json").write_text(json.dumps(source))
-    return folder / "raw"
-
-
-def _texts_with_near_copies(num_texts: int) -> Iterator[str]:
-    """Yield texts of about 300 words, three in ten of them a copy of an earlier one with up to
-    one word in twelve changed, which leaves 1 to 0.4 of the 5-grams.
-    """
-    words = " ".join(path.read_text(errors="replace") for _, path in library_files()).split()
-    rng = random.Random(1)
-    recent: list[list[str]] = []
-    for _ in range(num_texts):
-        if recent and rng.random() < 0.3:
-            text = list(rng.choice(recent))
-            for _ in range(rng.randrange(1, max(len(text) // 12, 2))):
-                text[rng.randrange(len(text))] = rng.choice(words)
-        else:
-            text = []
-            while len(text) < 300 * (0.5 + rng.random()):
-                start = rng.randrange(len(words))
-                text += words[start : start + 30]
-            recent = [*recent[-999:], text]
-        yield " ".join(text)
-
-
-def _recall(texts: Sequence[str], folder: Path) -> tuple[int, int]:
-    """Return how many pairs brute force finds, and how many of them are in one cluster."""
-    folder.mkdir()
-    near = NearDuplicates(folder, NearDuplicatesConfig(unit="document"))
-    taken = [text for text in texts if near.add(text)]
-    *_, first = near.find(np.arange(len(taken)), taken.__getitem__)
-    near.close()
-    sets = [hash_distinct_ngrams(text, 5) for text in taken]
-    num_pairs = num_found = 0
-    for one in range(len(sets)):
-        for other in range(one):
-            if jaccard(sets[one], sets[other]) >= 0.8:
-                num_pairs += 1
-                num_found += first[one] == first[other]
-    return num_pairs, num_found
-
-
-def _staged(number: int, text: str) -> StagedDocument:
-    identifier = random.Random(number).randbytes(16)
-    line = json.dumps({"id": identifier.hex(), "text": text}).encode() + b"\n"
-    place = Place(file="a", line=number, offset_bytes=0)
-    return StagedDocument(id=identifier, line=line, text=text, size_bytes=len(text.encode()),
-                          is_validation=False, place=place)  # fmt: skip
+"""What measures, and on how many megabytes where none are asked for."""
 
 
 def main() -> None:
     """Print the rows of the measures asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("measures", nargs="*", choices=[[], *MEASURES], default=[])
-    parser.add_argument("--megabytes", type=int, default=200)
+    parser.add_argument("--megabytes", type=int, help="default: as in the target")
     parser.add_argument("--documents", type=int, default=200_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--baseline", type=Path)
     parser.add_argument("--scratch", type=Path, help="folder for what is made on the way")
-    options = parser.parse_args()
-    for name in options.measures or MEASURES:
-        with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-            for figure in MEASURES[name](options, Path(folder)):
+    asked = parser.parse_args()
+    for name in asked.measures or MEASURES:
+        measure, megabytes = MEASURES[name]
+        options = copy.copy(asked)
+        options.megabytes = asked.megabytes or megabytes
+        with tempfile.TemporaryDirectory(dir=asked.scratch) as folder:
+            for figure in measure(options, Path(folder)):
                 print(f"{figure.measure:<56} {figure.value:<40} {figure.target}", flush=True)
 
 

@@ -1,0 +1,149 @@
+"""Rows of cleaning: its speed, and near dedup against brute force."""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from data_stages import HERE, Figure, StageRun, run_stage, write_corpus
+
+from llm.artifact import Json
+from llm.config import CleanConfig, NearDuplicatesConfig
+from llm.data.deduplicate import Deduplication
+from llm.data.near_duplicates import NearDuplicates, jaccard
+from llm.data.ngrams import hash_distinct_ngrams
+from llm.data.records import Place
+from llm.data.staging import StagedDocument, Staging
+from llm.data.stdlib import library_files
+
+ALL_ON: dict[str, Json] = {
+    "line_ends": "lf", "unicode_form": "nfc", "masks_emails": True, "masks_ip_addresses": True,
+    "near_duplicates": {"unit": "document"}, "decontamination": {"action": "drop"},
+}  # fmt: skip
+
+
+def measure_clean(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
+    """Speed of cleaning with every optional step off, and with each of them."""
+    write_corpus(folder / "corpus.jsonl", options.megabytes * 1_000_000)
+    raw = _raw(folder)
+    places = [HERE] + ([options.baseline] if options.baseline else [])
+    rates: dict[Path, list[float]] = {place: [] for place in places}
+    for _ in range(options.repeats):
+        for place in places:
+            seconds = _run_clean(raw, {}, place).seconds
+            rates[place].append(options.megabytes / seconds)
+    yield Figure(
+        measure="clean, nothing on", value=f"{np.median(rates[HERE]):.0f} MB/s", target=">= 100"
+    )
+    if options.baseline:
+        ratio = np.median(np.array(rates[HERE]) / np.array(rates[options.baseline]))
+        yield Figure(measure="  of the baseline's speed", value=f"{ratio:.2f}", target=">= 1")
+    for name, settings in (
+        ("NFC, line ends, masks", {key: ALL_ON[key] for key in list(ALL_ON)[:4]}),
+        ("gopher", {"filters": "gopher"}),
+        ("c4", {"filters": "c4"}),
+        ("near duplicates", {"near_duplicates": ALL_ON["near_duplicates"]}),
+        ("near duplicates, paragraphs", {"near_duplicates": {"unit": "paragraph"}}),
+        ("decontamination", {"decontamination": ALL_ON["decontamination"]}),
+    ):
+        lenient: dict[str, Json] = {"c4": {"min_sentences": 0, "has_no_curly_bracket": False}}
+        done = _run_clean(raw, lenient | settings, HERE)
+        left = f"{done.summary['train_documents']:,} of {done.summary['read_documents']:,} left"
+        yield Figure(
+            measure=f"clean, {name}", value=f"{options.megabytes / done.seconds:.1f} MB/s, {left}"
+        )
+
+
+def measure_near_duplicates(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
+    """Speed of near dedup with everything it reads and writes, and recall against brute force."""
+    texts = _texts_with_near_copies(options.documents)
+    started_at = time.monotonic()
+    with Staging(folder / "staged") as staging:
+        settings = CleanConfig(near_duplicates=NearDuplicatesConfig(unit="document"))
+        duplicates = Deduplication(staging.folder, settings)
+        size_bytes = 0
+        for number, text in enumerate(texts):
+            document = _staged(number, text)
+            size_bytes += document.size_bytes
+            staging.add(document)
+            duplicates.add(text)
+        signed_at = time.monotonic()
+        duplicates.resolve(staging, lambda _: True, lambda *_: None)
+        num_dropped = sum(reason != "" for _, reason in duplicates.left(staging))
+    ended_at = time.monotonic()
+    yield Figure(
+        measure=f"near dedup of {options.documents:,} documents, {size_bytes / 1e6:.0f} MB",
+        value=f"{ended_at - started_at:.1f} s ({signed_at - started_at:.1f} s to sign),"
+        f" {num_dropped:,} dropped",
+        target="<= 60 s",
+    )
+    num_pairs, num_found = _recall(list(_texts_with_near_copies(2000)), folder / "recall")
+    yield Figure(
+        measure=f"recall of {num_pairs:,} pairs at Jaccard 0.8",
+        value=f"{num_found / num_pairs:.4f}",
+        target=">= 0.95",
+    )
+
+
+def _run_clean(raw: Path, settings: Mapping[str, Json], code: Path) -> StageRun:
+    with tempfile.TemporaryDirectory(dir=raw.parent) as name:
+        return run_stage(Path(name) / "clean", "clean", settings, {"raw": raw}, code=code)
+
+
+def _raw(folder: Path) -> Path:
+    """Make what `download` leaves of the corpus in `folder`."""
+    (folder / "raw/files").mkdir(parents=True)
+    (folder / "corpus.jsonl").rename(folder / "raw/files/corpus.jsonl")
+    source = {"kind": "files", "content": "text", "text_key": "text"}
+    (folder / "raw/source.json").write_text(json.dumps(source))
+    return folder / "raw"
+
+
+def _texts_with_near_copies(num_texts: int) -> Iterator[str]:
+    """Yield texts of about 300 words, three in ten of them a copy of an earlier one with up to
+    one word in twelve changed, which leaves 1 to 0.4 of the 5-grams.
+    """
+    words = " ".join(path.read_text(errors="replace") for _, path in library_files()).split()
+    rng = random.Random(1)
+    recent: list[list[str]] = []
+    for _ in range(num_texts):
+        if recent and rng.random() < 0.3:
+            text = list(rng.choice(recent))
+            for _ in range(rng.randrange(1, max(len(text) // 12, 2))):
+                text[rng.randrange(len(text))] = rng.choice(words)
+        else:
+            text = []
+            while len(text) < 300 * (0.5 + rng.random()):
+                start = rng.randrange(len(words))
+                text += words[start : start + 30]
+            recent = [*recent[-999:], text]
+        yield " ".join(text)
+
+
+def _recall(texts: Sequence[str], folder: Path) -> tuple[int, int]:
+    """Return how many pairs brute force finds, and how many of them are in one cluster."""
+    folder.mkdir()
+    near = NearDuplicates(folder, NearDuplicatesConfig(unit="document"))
+    taken = [text for text in texts if near.add(text)]
+    *_, first = near.find(np.arange(len(taken)), taken.__getitem__)
+    near.close()
+    sets = [hash_distinct_ngrams(text, 5) for text in taken]
+    num_pairs = num_found = 0
+    for one in range(len(sets)):
+        for other in range(one):
+            if jaccard(sets[one], sets[other]) >= 0.8:
+                num_pairs += 1
+                num_found += first[one] == first[other]
+    return num_pairs, num_found
+
+
+def _staged(number: int, text: str) -> StagedDocument:
+    identifier = random.Random(number).randbytes(16)
+    line = json.dumps({"id": identifier.hex(), "text": text}).encode() + b"\n"
+    place = Place(file="a", line=number, offset_bytes=0)
+    return StagedDocument(id=identifier, line=line, text=text, size_bytes=len(text.encode()),
+                          is_validation=False, place=place)  # fmt: skip
