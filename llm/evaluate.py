@@ -24,8 +24,9 @@ from llm.evaluation.instructions import (
     read_instructions,
 )
 from llm.evaluation.leak import LeakResult, find_leaks, leak_metrics
+from llm.evaluation.prompts import encode_prompts
 from llm.evaluation.report import Metric, Report, Sample, rounded, samples_json
-from llm.evaluation.samples import continue_prompts, encode_prompts
+from llm.evaluation.samples import continue_prompts
 from llm.inference.sampling import Sampling
 from llm.job import Job, run_job
 from llm.model.masking import Masking

@@ -88,6 +88,7 @@ class Builder:
 
         Raises:
             Interrupted, StageError, DataError: as `launch` does.
+            ConfigError: before a training, a prompt of `evaluate` that is longer than the context.
         """
         inputs = {name: self.outcomes[made_first] for name, made_first in step.inputs.items()}
         digests = {name: outcome.digest for name, outcome in inputs.items()}
@@ -154,6 +155,8 @@ class Builder:
     ) -> Outcome:
         is_forced = self._selection.is_forced(step.stage)
         reason = "asked for (--force or --from)" if is_forced else explain(parts, self.store)
+        if step.stage.is_training:
+            _refuse_long_prompts(self.config, inputs)
         folder = self.store.staging(parts)
         job = self._job(step, parts, inputs, folder)
         self._display.started(step.name, reason)
@@ -264,6 +267,15 @@ def cached_outcome(item: PlannedStep, store: Store) -> Outcome:
         raise ValueError(f"{item.step.name} is not cached")
     artifact = load_artifact(store.folder(record.parts.stage, record.digest))
     return _outcome(record.parts, artifact, "cached", item.reason, 0.0, record.links)
+
+
+def _refuse_long_prompts(config: RunConfig, inputs: Mapping[str, Outcome]) -> None:
+    """Raise now, rather than after a training, for prompts that the evaluation could not use."""
+    from llm.evaluation.prompts import encode_prompts  # brings numpy and tokenizers
+    from llm.tokenizer.load import load_tokenizer
+
+    folder = inputs["tokenizer" if "tokenizer" in inputs else "base"].path
+    encode_prompts(config.evaluate.prompts, load_tokenizer(Path(folder)), config.pack.seq_len)
 
 
 def _all_inputs(step: Step) -> Sequence[Step]:

@@ -1,30 +1,11 @@
-"""Beginnings of texts, and how a model goes on: the samples that people look at first."""
+"""How a model goes on with the beginnings of texts: the samples that people look at first."""
 
 from collections.abc import Sequence
 
-from llm.errors import ConfigError
 from llm.inference.generate import generate_texts
 from llm.inference.sampling import Sampling
 from llm.model.transformer import Transformer
 from llm.tokenizer.base import Tokenizer
-
-
-def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, seq_len: int) -> list[list[int]]:
-    """Encode the beginnings of texts, each a document of its own.
-
-    Raises:
-        ConfigError: prompts that leave no room for a single new token, all of them.
-    """
-    encoded = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(prompts)]
-    problems = [
-        f"evaluate.prompts[{index}]: {len(ids)} tokens with its <|bos|>, expected at most the"
-        f" context of pack.seq_len = {seq_len}"
-        for index, ids in enumerate(encoded)
-        if len(ids) > seq_len
-    ]
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return encoded
 
 
 def continue_prompts(
