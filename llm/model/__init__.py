@@ -9,6 +9,6 @@
 7. cache.py: what generation keeps, so that it reads each token once.
 8. loss.py: how surprised the model is by what really came next.
 
-shape.py holds what the settings imply, precision.py how exact products are, store.py how a model
-lies on disk.
+shape.py holds what the settings imply, linear.py the quickest product, precision.py how exact
+products are, store.py how a model lies on disk.
 """

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llm.config import ModelConfig
 from llm.model.cache import KeyValueCache
+from llm.model.linear import Linear, linear
 from llm.model.norms import RMSNorm
 from llm.model.positions import POSITIONS
 from llm.model.reach import Reach
@@ -31,7 +31,7 @@ class Joined:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return (..., in) -> (..., sum of out)."""
-        return F.linear(x, *self.weight_and_bias())
+        return linear(x, *self.weight_and_bias())
 
 
 class Attention(nn.Module):
@@ -53,11 +53,11 @@ class Attention(nn.Module):
         self.layer, self.window = layer, window_of(config, layer)
         self.num_heads, self.num_kv_heads, self.head_dim = H, K, D
         self.dropout = config.dropout
-        self.query = nn.Linear(C, H * D, bias=config.has_biases)
-        self.key = nn.Linear(C, K * D, bias=config.has_biases)
-        self.value = nn.Linear(C, K * D, bias=config.has_biases)
+        self.query = Linear(C, H * D, bias=config.has_biases)
+        self.key = Linear(C, K * D, bias=config.has_biases)
+        self.value = Linear(C, K * D, bias=config.has_biases)
         self.project = Joined((self.query, self.key, self.value), config.has_biases)
-        self.output = nn.Linear(H * D, C, bias=config.has_biases)
+        self.output = Linear(H * D, C, bias=config.has_biases)
         self.query_norm = RMSNorm(D, config.norm_eps) if config.has_qk_norm else nn.Identity()
         self.key_norm = RMSNorm(D, config.norm_eps) if config.has_qk_norm else nn.Identity()
         self.turn = POSITIONS[config.positions].turn

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm.config import ModelConfig
+from llm.model.linear import Linear
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -23,8 +24,8 @@ class FeedForward(nn.Module):
     def __init__(self, activation: Activation, config: ModelConfig) -> None:
         super().__init__()
         self.activation = activation
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.has_biases)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.has_biases)
+        self.up = Linear(config.d_model, config.d_ff, bias=config.has_biases)
+        self.down = Linear(config.d_ff, config.d_model, bias=config.has_biases)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each position of (B, T, C)."""
@@ -40,9 +41,9 @@ class GatedFeedForward(nn.Module):
     def __init__(self, activation: Activation, config: ModelConfig) -> None:
         super().__init__()
         self.activation = activation
-        self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.has_biases)
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.has_biases)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.has_biases)
+        self.gate = Linear(config.d_model, config.d_ff, bias=config.has_biases)
+        self.up = Linear(config.d_model, config.d_ff, bias=config.has_biases)
+        self.down = Linear(config.d_ff, config.d_model, bias=config.has_biases)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each position of (B, T, C)."""
