@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from llm.model.linear import product, transposed_product
 from llm.model.transformer import Transformer
 
 IGNORED = -100  # a target that is not learned: padding, or words that are not the assistant's
@@ -169,12 +170,12 @@ def _walk(
     step = max(MIN_CHUNK_POSITIONS, CHUNK_BYTES[x.device.type] // (V * x.element_size()))
     for start in range(0, len(x), step):
         part = slice(start, start + step)
-        logits = x[part] @ tokens.T  # (n, C) x (C, V) -> (n, V)
+        logits = product(x[part], tokens)  # (n, C) x (C, V) -> (n, V)
         losses[part] = _turn_into_gradient(logits, targets[part], above[part], head, any(needs))
         if x_gradient is not None:
-            x_gradient[part] = logits @ tokens  # (n, V) x (V, C) -> (n, C)
+            x_gradient[part] = product(logits, tokens.T)  # (n, V) x (V, C) -> (n, C)
         if weight_gradient is not None:
-            _add_product(weight_gradient[:V], logits.T, x[part])  # (V, n) x (n, C) -> (V, C)
+            _add_product(weight_gradient[:V], logits, x[part])  # (V, n) x (n, C) -> (V, C)
     return losses, x_gradient, weight_gradient
 
 
@@ -204,17 +205,17 @@ def _turn_into_gradient(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left (V, n) x right (n, C) to `total` (V, C), which may be wider than both.
+    """Add left (n, V)^T x right (n, C) to `total` (V, C), which may be wider than both.
 
-    Sums of many chunks in bfloat16 would lose what is small beside the sum so far. Where the types
-    differ the product is made in blocks, which stay in a CPU's cache until they are added.
+    Sums of many chunks in bfloat16 would lose what is small beside the sum so far. On a CPU the
+    product is made in blocks, which stay in its cache until they are added.
     """
-    if total.dtype == right.dtype:
-        total.addmm_(left, right)
+    if total.device.type != "cpu" and total.dtype == right.dtype:
+        total.addmm_(left.T, right)
         return
     block = max(1, SOFTMAX_LOGITS[total.device.type] // right.shape[0])
-    for rows, columns in zip(total.split(block), left.split(block), strict=True):
-        rows.add_(columns @ right)
+    for rows, columns in zip(total.split(block), left.split(block, dim=1), strict=True):
+        rows.add_(transposed_product(columns, right))
 
 
 def _in_parts(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
