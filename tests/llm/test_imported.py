@@ -10,17 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import (
-    AddedToken,
-    Regex,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
-from tokenizers import Tokenizer as LibraryTokenizer
 
 from llm.artifact import ArtifactWriter
 from llm.data.document_file import Message
@@ -32,46 +21,11 @@ from llm.pack import pack
 from llm.tokenizer.imported import ImportedBPE, import_tokenizer
 from llm.tokenizer.load import load_tokenizer
 from tests.llm.conftest import MakeDocuments, RunStage
+from tests.llm.tokenizer_makers import BEGIN, train_library
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
 
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 FORMS = {"gpt2": "<|endoftext|>", "llama": "<|begin_of_text|>", "qwen3": None}
-BEGIN = {"gpt2": "<|endoftext|>", "llama": "<|begin_of_text|>", "qwen3": "<|endoftext|>"}
-
-
-def train_library(form: str, corpus: list[str]) -> LibraryTokenizer:
-    """Train a tokenizer put together as the model family of that name has it."""
-    made = LibraryTokenizer(models.BPE())
-    if form == "gpt2":
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.post_processor = processors.ByteLevel(trim_offsets=False)
-    else:
-        made.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    made.train_from_iterator(corpus, trainer)
-    made.add_special_tokens([AddedToken(BEGIN[form], special=True)])
-    if form == "llama":
-        made.post_processor = processors.TemplateProcessing(
-            single=f"{BEGIN[form]} $A", special_tokens=[(BEGIN[form], 400)]
-        )
-    if form == "qwen3":
-        made.normalizer = normalizers.NFC()
-        made.add_tokens([AddedToken("<tool_call>", normalized=False)])
-    return made
 
 
 @pytest.fixture(scope="module")

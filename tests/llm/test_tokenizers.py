@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,32 +15,17 @@ from hypothesis import strategies as st
 
 from llm.config import TrainTokenizerConfig
 from llm.errors import ArtifactError, ConfigError, DataError
-from llm.tokenizer.base import CONTROL_TOKENS, TOKENIZER_JSON, Tokenizer
-from llm.tokenizer.bpe import ByteLevelBPE
-from llm.tokenizer.characters import ByteTokenizer, CharacterTokenizer
+from llm.tokenizer.base import TOKENIZER_JSON, Tokenizer
+from llm.tokenizer.characters import CharacterTokenizer
 from llm.tokenizer.gpt2 import load_gpt2
 from llm.tokenizer.load import load_tokenizer
 from llm.tokenizer.sentencepiece import MODEL_FILE, SentencePieceTokenizer
+from tests.llm.tokenizer_makers import FRAGMENTS, MAKERS, save_and_load
 
 DATA = Path(__file__).parents[2] / "../shared/data"
 ROOT = Path(__file__).parents[2]
-FRAGMENTS = (
-    *CONTROL_TOKENS, "<|endoftext|>", "<unk>", "<s>", "</s>", "<0x41>", "\u2581", "\u2581the",
-    "\u2047", "<|", "|>", "bos", " ", "  ", "\n", "\r\n", "\t", "\0", "a", "the", "é", "漢", "🎉",
-    "7", "'s", "\ufeff", "\ufffd", "\ufdd0", "\U0010ffff", "e\u0301", "\u00a0", "\u3000", "\uff21",
-)  # fmt: skip
 nasty_text = st.text() | st.lists(st.sampled_from(FRAGMENTS)).map("".join)
 fast = settings(max_examples=300, deadline=None)
-
-MAKERS: dict[str, Callable[[list[str]], Tokenizer]] = {
-    "bpe code": lambda texts: ByteLevelBPE.train(texts, 600),
-    "bpe gpt2": lambda texts: ByteLevelBPE.train(texts, 600, "gpt2", 0),
-    "bpe gpt4": lambda texts: ByteLevelBPE.train(texts, 600, "gpt4", 1),
-    "characters": CharacterTokenizer.train,
-    "bytes": lambda texts: ByteTokenizer(),
-    "unigram": lambda texts: SentencePieceTokenizer.train(texts, 600, "unigram"),
-    "sentencepiece bpe": lambda texts: SentencePieceTokenizer.train(texts, 600, "bpe"),
-}
 
 
 @pytest.fixture(scope="module", params=list(MAKERS))
@@ -60,12 +45,6 @@ def gpt2() -> Tokenizer:
     if not (DATA / "gpt2").is_dir():
         pytest.skip(f"{DATA / 'gpt2'} is not there")
     return load_gpt2(DATA / "gpt2")
-
-
-def save_and_load(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
-    for name, data in tokenizer.to_files().items():
-        (folder / name).write_bytes(data)
-    return load_tokenizer(folder)
 
 
 def examples(count: int) -> Iterator[str]:
