@@ -15,7 +15,7 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import track
 
-from llm.errors import ArtifactError
+from llm.errors import ArtifactError, ConfigError, PlaceError
 from tasks.stages import STAGES
 from tasks.store import Store
 
@@ -111,3 +111,5 @@ def _store(artifacts: Path, is_thorough: bool) -> Iterator[Finding]:
         except ArtifactError as error:
             text = f"{error}; the next run that needs it sets it aside and builds it again"
             yield Finding(level="wrong", text=text)
+        except (PlaceError, ConfigError) as error:  # of a disk or store it was spread over
+            yield Finding(level="wrong", text=str(error))

@@ -17,6 +17,10 @@ class ArtifactError(FromscratchError):
     """An artifact is missing or damaged. The message names its folder and what to run."""
 
 
+class PlaceError(FromscratchError):
+    """A disk or store that keeps files of an artifact is not there, full, or does not answer."""
+
+
 class StageError(FromscratchError):
     """A stage's child process failed. The message holds its traceback and how to reproduce it."""
 

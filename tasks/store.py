@@ -31,7 +31,8 @@ from llm.artifact import (
     read_manifest,
     write_json_atomically,
 )
-from llm.errors import ArtifactError
+from llm.elsewhere import InStore, OnDisk, Place, check_size, read_elsewhere
+from llm.errors import ArtifactError, PlaceError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +144,7 @@ class Store:
                 self.verify(folder)
                 shutil.rmtree(out)
                 return load_artifact(folder)
-            except ArtifactError as error:
+            except (ArtifactError, PlaceError) as error:
                 self.set_aside(folder, str(error))
         folder.parent.mkdir(parents=True, exist_ok=True)
         out.rename(folder)
@@ -155,19 +156,32 @@ class Store:
         """Check that every file of an artifact is there and whole.
 
         A file whose size, times and inode are as when it was last verified is taken for
-        unchanged; any other is hashed again, and with `is_thorough` all are.
+        unchanged; any other is hashed again, and with `is_thorough` all are. So it is on another
+        disk. A file in a store is trusted until it is read, which checks it; with `is_thorough` it
+        is asked for its size.
 
         Raises:
-            ArtifactError: naming the first file that is missing or differs.
+            ArtifactError: naming the first file that is missing or differs. PlaceError: the disk or
+            the store where a file was put is not there, which is no reason to make it again.
         """
-        manifest = read_manifest(folder)
+        manifest, elsewhere = read_manifest(folder), read_elsewhere(folder)
         stamps = {} if is_thorough else self._read_stamps(folder)
         has_news = False
         for record in (*manifest.files, *manifest.logs):
-            path = folder / record.path
+            place = _place(folder, record.path, elsewhere)
+            if isinstance(place, InStore):
+                if is_thorough:
+                    check_size(place, record)
+                continue
+            path = place.path
+            if record.path in elsewhere:
+                check_size(place, record)
             try:
                 stamp = _stamp(path)
             except OSError as error:
+                if read_elsewhere(folder) != elsewhere:  # it was moved just now
+                    self.verify(folder, is_thorough=is_thorough)
+                    return
                 raise ArtifactError(f"{path}: missing ({error.strerror})") from error
             if stamp[0] != record.size_bytes:
                 raise ArtifactError(f"{path}: {stamp[0]} bytes, expected {record.size_bytes}")
@@ -238,8 +252,11 @@ class Store:
         manifest = read_manifest(folder)
         path = self._stamps_path(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
-        names = [record.path for record in (*manifest.files, *manifest.logs)]
-        write_json_atomically(path, {name: _stamp(folder / name) for name in names})
+        elsewhere = read_elsewhere(folder)
+        records = (*manifest.files, *manifest.logs)
+        places = {record.path: _place(folder, record.path, elsewhere) for record in records}
+        stamps = {n: _stamp(place.path) for n, place in places.items() if isinstance(place, OnDisk)}
+        write_json_atomically(path, stamps)
 
 
 def library_versions(libraries: Sequence[str]) -> dict[str, str]:
@@ -253,6 +270,12 @@ def library_versions(libraries: Sequence[str]) -> dict[str, str]:
             return "none"
 
     return {library: version(library) for library in libraries}
+
+
+def _place(folder: Path, name: str, elsewhere: Mapping[str, Place]) -> Place:
+    """Return where a file is: in the artifact's folder, or where it was moved to."""
+    path = folder / name
+    return elsewhere[name] if name in elsewhere and not path.exists() else OnDisk(path)
 
 
 def _stamp(path: Path) -> list[int]:
