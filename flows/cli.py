@@ -1,6 +1,6 @@
 """The command line, `fromscratch` or `python -m flows.cli`.
 
-    run | up | down | chat | export | import | doctor
+    run | sweep | tokenizers | up | down | chat | export | import | spread | doctor
 
 A run whose plan finds nothing to build imports neither prefect nor mlflow and needs no server.
 """
@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         adding = commands.add_parser(name, help=text, description=text)
         _add_artifacts(adding)
         adding.set_defaults(command=command)
+    _add_tokenizers(commands)
     chat = commands.add_parser("chat", help="talk to a chat model in the terminal")
     chat.add_argument("model", nargs="?", default="", help="its folder; default: the newest one")
     add_options(chat)
@@ -156,6 +157,25 @@ def _add_sweep(commands: Any) -> None:
     sweep.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every member")
     sweep.add_argument("--json", action="store_true", help="end with one JSON object on stdout")
     sweep.set_defaults(command=_sweep)
+
+
+def _add_tokenizers(commands: Any) -> None:
+    text = "compare tokenizers on one text: lengths, single bytes, round trips, speed"
+    tokenizers = commands.add_parser("tokenizers", help=text, description=text)
+    tokenizers.add_argument(
+        "folders", nargs="*", type=Path, metavar="FOLDER", help="default: every one that was made"
+    )
+    tokenizers.add_argument(
+        "--text",
+        type=Path,
+        metavar="PATH",
+        help="a file, or a folder of clean's; default: validation documents of the newest corpus",
+    )
+    tokenizers.add_argument(
+        "--to", type=Path, metavar="FOLDER", help="write all figures and a plot there"
+    )
+    _add_artifacts(tokenizers)
+    tokenizers.set_defaults(command=_tokenizers)
 
 
 def _add_artifacts(parser: argparse.ArgumentParser) -> None:
@@ -379,6 +399,20 @@ def _newest_chat_model(artifacts: Path) -> Path:
         f"{store.root}: no chat model there; make one with `fromscratch run quickstart`,"
         " or name its folder: `fromscratch chat FOLDER`"
     )
+
+
+def _tokenizers(options: argparse.Namespace) -> int:
+    from flows import tokenizers
+    from flows.display import print_tokenizers
+
+    store = Store(options.artifacts)
+    texts = tokenizers.read_texts(options.text or tokenizers.find_text(store))
+    folders = options.folders or tokenizers.find_tokenizers(store)
+    measured = tokenizers.measure_tokenizers(tokenizers.name_tokenizers(folders), texts)
+    print_tokenizers(measured)
+    if options.to:
+        tokenizers.write_report(measured, options.to)
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

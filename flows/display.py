@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -24,7 +25,11 @@ from tasks.cached import Outcome
 from tasks.launch import Progress as StageProgress
 from tasks.plan import PlannedStep
 
+if TYPE_CHECKING:
+    from flows.tokenizers import MeasuredTokenizer
+
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
+UNBROKEN = 1000  # columns: a narrow terminal breaks the lines, and no figure is cut off
 
 err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
@@ -184,6 +189,32 @@ def print_sweep(members: Sequence[Member], console: Console = out) -> None:
     for member in members:
         if member.error:
             console.print(f"\n{_plain(short_name(member))}: {_plain(member.error)}", soft_wrap=True)
+
+
+def print_tokenizers(measured: "Sequence[MeasuredTokenizer]") -> None:
+    """Print tokenizers side by side: what they make of a text, and megabytes of it a second."""
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
+    table.add_column("tokenizer", no_wrap=True)
+    for heading in (
+        "ids", "tokens\na word", "bytes\na token", "tokens a\ncharacter", "single\nbytes",
+        "texts\nrefused", "came back\nchanged", "encode\nMB/s", "decode\nMB/s",
+    ):  # fmt: skip
+        table.add_column(heading, justify="right")
+    for tokenizer in measured:
+        report, speed = tokenizer.report, tokenizer.speed
+        table.add_row(
+            _plain(tokenizer.name),
+            f"{report.vocab_size:,}",
+            f"{report.tokens_per_word:.2f}",
+            f"{report.bytes_per_token:.2f}",
+            f"{report.tokens_per_character:.3f}",
+            f"{report.single_byte_share:.1%}",
+            f"{report.num_refused_documents:,}",
+            f"{report.num_round_trip_failures:,}",
+            f"{speed.encode_megabytes_per_second:.1f}",
+            f"{speed.decode_megabytes_per_second:.1f}",
+        )
+    Console(width=UNBROKEN, highlight=False).print(table)
 
 
 def _print_metrics(metrics: Mapping[str, float], console: Console) -> None:

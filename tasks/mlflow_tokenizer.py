@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.tokenizer.report import REPORT_JSON
-from tasks.mlflow_store import MlflowStore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from tasks.mlflow_store import MlflowStore
 
-def log_tokenizer_report(store: MlflowStore, run_id: str, folder: Path) -> None:
+
+def log_tokenizer_report(store: "MlflowStore", run_id: str, folder: Path) -> None:
     """Log the report in the artifact of `train_tokenizer`, if it is still there, and its plot."""
     if not (folder / REPORT_JSON).is_file():
         return
