@@ -37,5 +37,5 @@ $(VENV)/installed: $(VENV)/bin/pip pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(INSTALL) -e .[test,lint]
+	$(INSTALL) -e .[test,lint,dask,ray]
 	@touch $@

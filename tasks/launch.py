@@ -22,6 +22,7 @@ import llm
 from llm.artifact import Json
 from llm.errors import DataError, Interrupted, StageError
 from llm.job import ERROR, EXIT_INTERRUPTED, METRICS, PROGRESS, Job, is_finished, write_job
+from tasks.shard_runner import ShardRunner
 
 SECONDS_BETWEEN_LOOKS = 0.05
 SECONDS_TO_SAVE = 60.0  # a stopped child saves a checkpoint; then it is killed
@@ -55,6 +56,7 @@ def launch(
         Interrupted: `should_stop` said so, or the child was told by a signal; it can go on later.
         DataError, ConfigError, ...: what the child raised for the user.
         TransientError: it failed for a network.
+        ConfigError: the library of the cluster that does its shards is not installed.
         StageError: it failed otherwise; the message holds its traceback.
     """
     job.work.mkdir(parents=True, exist_ok=True)
@@ -99,6 +101,7 @@ def _run(
         "PYTHONUNBUFFERED": "1",
         "FROMSCRATCH_PARENT_PID": str(os.getpid()),
     }
+    runner = ShardRunner(job, path)
     with (job.work / OUTPUT).open("ab") as output:
         child = subprocess.Popen(
             command(path, job.stage),
@@ -115,10 +118,12 @@ def _run(
                 return child.wait(timeout=SECONDS_BETWEEN_LOOKS)
             except subprocess.TimeoutExpired:
                 watch.look()
+                runner.look()
             if should_stop() or watch.is_stalled:
                 return _end(child)
     finally:
         _end(child)
+        runner.close()
 
 
 def _end(child: subprocess.Popen[bytes]) -> int:

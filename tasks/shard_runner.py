@@ -1,0 +1,106 @@
+"""Have a cluster do the shards that a stage leaves to one: the side that follows the stage."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import tasks
+from llm.errors import ConfigError, StageError
+from llm.job import Job
+from llm.shards import WANTED, read_wanted
+
+ERROR = "cluster_error.json"
+LOG = "cluster.log"
+SECONDS_TO_FINISH = 20.0  # to close a cluster on this machine
+EXTRAS = {"dask": "prefect_dask", "ray": "prefect_ray"}
+
+
+class ShardRunner:
+    """Starts `python -m tasks.shards` when a stage wants shards, and ends it with the stage."""
+
+    def __init__(self, job: Job, job_path: Path) -> None:
+        """Prepare for the stage of `job`, whose job file is `job_path`.
+
+        Raises:
+            ConfigError: the library of its cluster is not installed.
+        """
+        self._job, self._path = job, job_path
+        self._folder = job.work / "shards"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._done_id = ""
+        kind = job.runtime.shard_runner
+        self._is_used = kind != "processes"
+        if self._is_used and importlib.util.find_spec(EXTRAS[kind]) is None:
+            raise ConfigError(
+                f"runtime.shard_runner: {kind} needs {EXTRAS[kind].replace('_', '-')}, which is not"
+                f" installed; pip install 'fromscratch[{kind}]', or take processes"
+            )
+        for stale in (WANTED, ERROR):  # of a stage that was killed
+            (self._folder / stale).unlink(missing_ok=True)
+
+    def look(self) -> None:
+        """Start the process when the stage began to wait, and see whether it failed.
+
+        Raises:
+            StageError: the shards cannot be done.
+        """
+        if not self._is_used:
+            return
+        if self._process is not None and self._process.poll() is not None:
+            if self._process.returncode != 0 and (self._folder / WANTED).exists():
+                raise self._failure(self._process.returncode)
+            self._process = None
+        if self._process is None:
+            wanted = read_wanted(self._folder)
+            if wanted is not None and wanted.id != self._done_id:
+                self._done_id = wanted.id
+                self._process = self._start()
+
+    def close(self) -> None:
+        """Wait for the process, which ends when the stage wants nothing, and see that it does."""
+        if self._process is None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(SECONDS_TO_FINISH)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        from prefect.runtime import task_run  # the flow that builds the stage has it already
+
+        source = str(Path(tasks.__file__).parents[1])
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONUNBUFFERED": "1",
+            "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
+            "FROMSCRATCH_PARENT_PID": str(os.getpid()),
+            "FROMSCRATCH_TASK_RUN_ID": str(task_run.id or ""),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        with (self._folder / LOG).open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "tasks.shards", str(self._path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def _failure(self, code: int) -> StageError:
+        where = self._job.runtime.cluster_address or "a cluster on this machine"
+        try:
+            message = json.loads((self._folder / ERROR).read_bytes())["message"]
+        except FileNotFoundError:
+            message = f"its process ended with {code}"
+        return StageError(
+            f"{self._job.stage}: its shards could not be done by {self._job.runtime.shard_runner},"
+            f" {where}: {message}\nmore in {self._folder / LOG}"
+        )
