@@ -29,7 +29,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from llm.artifact import ArtifactWriter
 from llm.config import ModelConfig, OptimizationConfig, RuntimeConfig
-from llm.data.rows import RowLayout, Rows, RowWriter, write_pack_json
+from llm.data.packing import lay_best_fit
+from llm.data.row_writing import Documents, EncodedDocument, write_shard
+from llm.data.rows import RowLayout, Rows, shard_prefix, write_pack_json
 from llm.model.loss import ModelWithLoss
 from llm.model.precision import Precision, autocast, fp32_products
 from llm.model.transformer import Transformer
@@ -195,11 +197,13 @@ def make_rows(folder: Path, size: Size) -> Rows:
     tokens = np.random.default_rng(1).integers(10, size.vocab_size, shape, dtype=np.uint32)
     tokens[:, 0] = layout.bos_id
     writer = ArtifactWriter(folder)
-    with RowWriter(writer, "train", layout, np.ones(size.vocab_size, dtype=np.int64)) as rows:
-        rows.write_rows(tokens, None, np.arange(NUM_ROWS))
-        rows.write_documents([(bytes(16), "")] * NUM_ROWS)
-        info = rows.info()
-    write_pack_json(writer, layout, {"train": info})
+    documents = Documents(layout.dtype)
+    documents.add([EncodedDocument(id=bytes(16), tokens=row) for row in tokens])
+    pieces = lay_best_fit(documents.lengths, size.seq_len)
+    token_bytes = np.ones(size.vocab_size, dtype=np.int64)
+    prefix = shard_prefix("train", 0)
+    info = write_shard(writer, prefix, layout, documents, pieces, token_bytes)
+    write_pack_json(writer, layout, {"train": [info]})
     return Rows(folder, "train")
 
 

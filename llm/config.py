@@ -316,6 +316,14 @@ class PackConfig:
 
     seq_len: Annotated[int, Range(minimum=8, maximum=1_048_576)] = 256
     """T: positions in a row, the longest context the model ever sees."""
+    packing: Literal["end_to_end", "best_fit"] = "end_to_end"
+    """Of text. end_to_end: one stream, cut every seq_len tokens; best_fit: no document that fits a
+    row is cut, and rows that are not quite full end in padding. Chats are always packed so.
+    """
+    shard_bytes: Positive = 64 << 20
+    """Documents that are packed together, by one process that holds all their tokens in memory.
+    More means fewer, larger files, and less padding where there is any.
+    """
     shares: tuple[ShareConfig, ...] = ()
     """Of several sources, as they stand in `download.<role>.sources`; not to be set here."""
 
@@ -551,7 +559,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = find_recipe(recipe)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5,000 digits
         raise ConfigError(f"{path}: no valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(
@@ -583,6 +591,8 @@ def read_section(cls: type[Section], settings: Mapping[str, object]) -> Section:
         ConfigError: the mapping does not fit, so it is of another version.
     """
     problems: list[str] = []
+    if not isinstance(typing.cast(object, settings), Mapping):
+        raise ConfigError(f"{cls.__name__}: found {settings!r}, expected settings by name")
     section = build(cls, settings, "", problems)
     if section is None:
         raise ConfigError(f"{cls.__name__}: " + "; ".join(problems))

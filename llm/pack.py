@@ -1,85 +1,62 @@
-"""Pack documents into rows of tokens for training: text and chats through one packer."""
+"""Pack documents into rows of tokens for training: text and chats through one packer.
+
+The documents of a split, in a seeded order, are cut into parts of about `shard_bytes` each, which
+are encoded and laid into rows by themselves, as shards.
+"""
 
 import functools
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from llm.artifact import ArtifactWriter, Json
+from llm.artifact import ArtifactWriter, Json, canonical
 from llm.config import PackConfig, ShareConfig, read_section
 from llm.data.chat import render_chats
 from llm.data.document_file import SPLITS, Document, DocumentFile, read_content
-from llm.data.mixture import Size, SourceTally, mix
-from llm.data.packing import EncodedDocument, make_packer
+from llm.data.mixture import Size, SourceTally, add_tallies, mix
+from llm.data.packing import lay_best_fit, lay_end_to_end
 from llm.data.permutation import permute
-from llm.data.rows import RowLayout, RowWriter, SplitInfo, write_pack_json
+from llm.data.row_writing import Documents, EncodedDocument, write_shard
+from llm.data.rows import (
+    RowCounts,
+    RowLayout,
+    ShardInfo,
+    add_counts,
+    shard_prefix,
+    write_pack_json,
+)
 from llm.errors import DataError
 from llm.job import Job, run_job
 from llm.seeds import derive_seed
+from llm.shards import FinishedShard, Shard, do_shards
 from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.load import load_tokenizer
 
 BATCH_BYTES = 1 << 20
-ORDER_DOCUMENTS = 1 << 16
+
+Ordinals = npt.NDArray[np.int64]
 
 
-def pack(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
-    """Encode the documents of both splits and lay them into rows.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One of the equal parts of a split: a run of its documents in their seeded order."""
 
-    Raises:
-        DataError: a split is empty or has nothing to learn, or the training text is shorter than
-        one row.
-    """
-    config = read_section(PackConfig, job.settings)
-    folder = Path(job.inputs["documents"])
-    tokenizer = load_tokenizer(Path(job.inputs["tokenizer"]))
-    layout = RowLayout(
-        seq_len=config.seq_len,
-        vocab_size=tokenizer.vocab_size,
-        content=read_content(folder),
-        bos_id=tokenizer.bos_id,
-        pad_id=tokenizer.pad_id,
-    )
-    files = {split: DocumentFile(folder, split) for split in SPLITS}
-    _refuse_empty(files.values())
-    infos: dict[str, SplitInfo] = {}
-    num_left_out: Counter[str] = Counter()
-    mixture = Mixture(config.shares, files["train"]) if config.shares else None
-    done_bytes, total_bytes = 0, sum(documents.size_bytes for documents in files.values())
-    for split, documents in files.items():
-        seed = derive_seed(job.seed, "document order", split)
-        batches = (
-            _batches(documents, np.arange(len(documents)), seed, tokenizer)
-            if mixture is None or split != "train"  # validation is each document once
-            else _mixed_batches(documents, mixture, seed, tokenizer)
-        )
-        with RowWriter(writer, split, layout, tokenizer.token_bytes) as rows:
-            for batch in _pack_batches(batches, rows):
-                done_bytes = min(done_bytes + batch.size_bytes, total_bytes)
-                num_left_out[split] += batch.num_left_out
-                job.report_progress(done_bytes, total_bytes, "bytes")
-        infos[split] = rows.info()
-        _refuse_too_little(infos[split], layout, documents.path)
-    sources = mixture.report() if mixture else []
-    write_pack_json(writer, layout, infos, sources)
-    summary: dict[str, Json] = {"content": layout.content, "vocab_size": layout.vocab_size}
-    for split, info in infos.items():
-        counts = {name: n for name, n in asdict(info).items() if isinstance(n, int)}
-        summary |= {f"{split}_{name.removeprefix('num_')}": n for name, n in counts.items()}
-        if num_left_out[split]:  # by a vocabulary of characters without byte fallback alone
-            summary[f"{split}_documents_with_unknown_characters"] = num_left_out[split]
-    for number, source in enumerate(sources):
-        summary |= {f"source_{number}_{name}": figure for name, figure in source.items()}
-    return summary
+    split: str
+    number: int
+    num_parts: int
+
+    def of(self, total: int) -> range:
+        """Return this part of `total` things in a row."""
+        return range(*(total * n // self.num_parts for n in (self.number, self.number + 1)))
 
 
 @dataclass(kw_only=True, slots=True)
 class Batch:
-    """Documents that are encoded and laid into rows together."""
+    """Documents that are encoded together."""
 
     documents: list[Document] = field(default_factory=list[Document])
     encoded: list[EncodedDocument] = field(default_factory=list[EncodedDocument])
@@ -89,67 +66,136 @@ class Batch:
     """Documents that the vocabulary cannot say."""
 
 
-class Mixture:
-    """The shares of several sources, which documents are whose, and what became of them."""
+def pack(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
+    """Encode the documents of both splits and lay them into rows, shard by shard.
 
-    def __init__(self, shares: Sequence[ShareConfig], documents: DocumentFile) -> None:
-        self.shares = shares
-        self.tallies = [SourceTally() for _ in shares]
-        self._numbers = documents.source_numbers()  # (num_documents,)
+    Raises:
+        DataError: a split or a source is empty or has nothing to learn, or the training text is
+        shorter than one row.
+    """
+    config = read_section(PackConfig, job.settings)
+    files = {split: DocumentFile(Path(job.inputs["documents"]), split) for split in SPLITS}
+    _refuse_empty(files.values())
+    layout, _ = _read_layout(job, config)
+    num_of_source = _count_by_source(files["train"], config)
+    parts = [
+        Part(split=split, number=number, num_parts=num_parts)
+        for split, file in files.items()
+        for num_parts in [_num_parts(file, config, num_of_source if split == "train" else [])]
+        for number in range(num_parts)
+    ]
+    shards = [
+        Shard(
+            name=f"{part.split}-{part.number:05}",
+            settings=asdict(part),
+            size=len(part.of(files[part.split].size_bytes)),
+        )
+        for part in parts
+    ]
+    finished = list(zip(parts, do_shards(job, pack_shard, shards, "bytes"), strict=True))
+    splits: dict[str, list[ShardInfo]] = {}
+    summary: dict[str, Json] = {"content": layout.content, "vocab_size": layout.vocab_size}
+    for split, file in files.items():
+        made = [shard for part, shard in finished if part.split == split]
+        splits[split] = _adopt(writer, split, made)
+        counts = add_counts(splits[split])
+        _refuse_too_little(counts, layout, split, file.path)
+        summary |= {f"{split}_{name.removeprefix('num_')}": n for name, n in asdict(counts).items()}
+        if num_left_out := sum(cast(int, shard.summary["num_left_out"]) for shard in made):
+            # by a vocabulary of characters without byte fallback alone
+            summary[f"{split}_documents_with_unknown_characters"] = num_left_out
+    sources = _report_sources(config.shares, [shard for _, shard in finished], num_of_source)
+    for number, source in enumerate(sources):
+        summary |= {f"source_{number}_{name}": figure for name, figure in source.items()}
+    write_pack_json(writer, layout, splits, sources)
+    return summary
 
-    def ordinals(self, number: int) -> npt.NDArray[np.int64]:
-        """Return the documents of one source."""
-        return np.flatnonzero(self._numbers == number)
 
-    def report(self) -> list[dict[str, Json]]:
-        """Say what each source gave. Unused is what its caps or the vocabulary did not allow."""
-        num_tokens = sum(tally.num_tokens for tally in self.tallies)
-        weight = sum(share.weight for share in self.shares)
-        return [
-            {
-                "asked_share": round(share.weight / weight, 6),
-                "share": round(tally.num_tokens / num_tokens, 6),
-                "tokens": tally.num_tokens,
-                "documents": tally.num_documents,
-                "distinct_documents": tally.num_distinct_documents,
-                "unused_documents": len(self.ordinals(number)) - tally.num_distinct_documents,
-                "epochs": tally.num_epochs,
-            }
-            for number, (share, tally) in enumerate(zip(self.shares, self.tallies, strict=True))
-        ]
-
-
-def _pack_batches(batches: Iterable[Batch], rows: RowWriter) -> Iterator[Batch]:
-    """Lay batch after batch into rows, and yield each when it is done."""
-    packer = make_packer(rows)
-    num_documents = num_tokens = num_bytes = 0
+def pack_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
+    """Encode the documents of one part, all held in memory as tokens, and lay them into rows."""
+    config = read_section(PackConfig, job.settings)
+    part = Part(**cast(dict[str, Any], job.shard))
+    layout, tokenizer = _read_layout(job, config)
+    file = DocumentFile(Path(job.inputs["documents"]), part.split)
+    seed = derive_seed(job.seed, "document order", part.split)
+    is_mixed = bool(config.shares) and part.split == "train"  # validation is each document once
+    tallies = [SourceTally() for _ in config.shares] if is_mixed else []
+    batches = (
+        _mixed_batches(file, config.shares, part, seed, tokenizer, tallies)
+        if is_mixed
+        else _batches(file, _run(np.arange(len(file)), part, seed), tokenizer)
+    )
+    documents = Documents(layout.dtype)
+    done_bytes = num_left_out = num_bytes = 0
+    total_bytes = len(part.of(file.size_bytes))
     for batch in batches:
-        packer.add(batch.encoded)
-        num_documents += len(batch.encoded)
-        num_tokens += sum(len(document.tokens) for document in batch.encoded)
+        documents.add(batch.encoded)
         num_bytes += sum(map(_num_target_bytes, batch.documents))
-        yield batch
-    packer.finish()
-    info = rows.info()
-    found, expected = (info.num_tokens, info.num_bytes), (num_tokens, num_bytes)
+        num_left_out += batch.num_left_out
+        done_bytes = min(done_bytes + batch.size_bytes, total_bytes)
+        job.report_progress(done_bytes, total_bytes, "bytes")
+    is_end_to_end = config.packing == "end_to_end" and layout.content == "text"
+    lay = lay_end_to_end if is_end_to_end else lay_best_fit
+    pieces = lay(documents.lengths, layout.seq_len)
+    info = write_shard(writer, "", layout, documents, pieces, tokenizer.token_bytes)
+    found = info.counts.num_tokens, info.counts.num_bytes
+    expected = int(documents.lengths.sum()), num_bytes
     assert found == expected, f"wrote {found} tokens and target bytes of {expected}"
-    assert info.num_documents == num_documents
+    return {
+        "info": canonical(info),
+        "num_left_out": num_left_out,
+        "tallies": [canonical(tally) for tally in tallies],
+    }
 
 
-def _batches(
-    documents: DocumentFile, ordinals: npt.NDArray[np.int64], seed: int, tokenizer: Tokenizer
-) -> Iterator[Batch]:
-    """Yield these documents in a seeded order, about BATCH_BYTES at a time, and encoded."""
+def _read_layout(job: Job, config: PackConfig) -> tuple[RowLayout, Tokenizer]:
+    tokenizer = load_tokenizer(Path(job.inputs["tokenizer"]))
+    layout = RowLayout(
+        seq_len=config.seq_len,
+        vocab_size=tokenizer.vocab_size,
+        content=read_content(Path(job.inputs["documents"])),
+        bos_id=tokenizer.bos_id,
+        pad_id=tokenizer.pad_id,
+    )
+    return layout, tokenizer
+
+
+def _count_by_source(file: DocumentFile, config: PackConfig) -> list[int]:
+    """Return how many documents each source of a mixture has."""
+    if not config.shares:
+        return []
+    return np.bincount(file.source_numbers(), minlength=len(config.shares)).tolist()
+
+
+def _num_parts(file: DocumentFile, config: PackConfig, num_of_source: Sequence[int]) -> int:
+    """Return into how many parts a split is cut, so that each has a document of every source."""
+    size_bytes, most = float(file.size_bytes), len(file)
+    if num_of_source:
+        weights = [share.weight for share in config.shares]
+        most = min(num_of_source)
+        # where small sources are read again, a mixture is longer than its sources: until the one
+        # with the most documents for its weight is read once
+        readings = max(n / weight for n, weight in zip(num_of_source, weights, strict=True))
+        size_bytes *= readings * sum(weights) / len(file)
+    return max(1, min(most, round(size_bytes / config.shard_bytes)))
+
+
+def _run(ordinals: Ordinals, part: Part, seed: int) -> Ordinals:
+    """Return the documents of a part, in a seeded order."""
+    places = np.array(part.of(len(ordinals)), dtype=np.int64)
+    return ordinals[permute(places, len(ordinals), seed)]
+
+
+def _batches(file: DocumentFile, ordinals: Ordinals, tokenizer: Tokenizer) -> Iterator[Batch]:
+    """Yield these documents, about BATCH_BYTES at a time, and encoded."""
     read: list[Document] = []
     size_bytes = 0
-    for start in range(0, len(ordinals), ORDER_DOCUMENTS):
-        places = np.arange(start, min(start + ORDER_DOCUMENTS, len(ordinals)))
-        for document in documents.read(ordinals[permute(places, len(ordinals), seed)]):
-            read.append(document)
-            size_bytes += document.size_bytes
-            if size_bytes >= BATCH_BYTES:
-                yield _encoded(read, size_bytes, tokenizer)
-                read, size_bytes = [], 0
+    for document in file.read(ordinals):
+        read.append(document)
+        size_bytes += document.size_bytes
+        if size_bytes >= BATCH_BYTES:
+            yield _encoded(read, size_bytes, tokenizer)
+            read, size_bytes = [], 0
     if read:
         yield _encoded(read, size_bytes, tokenizer)
 
@@ -165,17 +211,25 @@ def _encoded(read: Sequence[Document], size_bytes: int, tokenizer: Tokenizer) ->
 
 
 def _mixed_batches(
-    documents: DocumentFile, mixture: Mixture, seed: int, tokenizer: Tokenizer
+    file: DocumentFile,
+    shares: Sequence[ShareConfig],
+    part: Part,
+    seed: int,
+    tokenizer: Tokenizer,
+    tallies: Sequence[SourceTally],
 ) -> Iterator[Batch]:
-    """Yield the documents of several sources as they are mixed, each source in a seeded order."""
+    """Yield the documents of several sources as they are mixed, of each its part."""
+    numbers = file.source_numbers()  # (num_documents,)
 
     def read(number: int) -> Iterator[tuple[Document, EncodedDocument]]:
-        for part in _batches(documents, mixture.ordinals(number), seed + number, tokenizer):
-            yield from zip(part.documents, part.encoded, strict=True)
+        ordinals = _run(np.flatnonzero(numbers == number), part, seed + number)
+        for some in _batches(file, ordinals, tokenizer):
+            yield from zip(some.documents, some.encoded, strict=True)
 
     batch = Batch()
-    sources = [functools.partial(read, number) for number in range(len(mixture.shares))]
-    for document, encoded in mix(mixture.shares, sources, _size_of, mixture.tallies):
+    sources = [functools.partial(read, number) for number in range(len(shares))]
+    parts = [_part_of_share(share, part) for share in shares]
+    for document, encoded in mix(parts, sources, _size_of, tallies):
         batch.documents.append(document)
         batch.encoded.append(encoded)
         batch.size_bytes += document.size_bytes
@@ -184,6 +238,13 @@ def _mixed_batches(
             batch = Batch()
     if batch.documents:
         yield batch
+
+
+def _part_of_share(share: ShareConfig, part: Part) -> ShareConfig:
+    def cap(total: int) -> int:
+        return max(1, len(part.of(total))) if total else 0  # 0 is no cap
+
+    return replace(share, max_tokens=cap(share.max_tokens), max_bytes=cap(share.max_bytes))
 
 
 def _size_of(item: tuple[Document, EncodedDocument]) -> Size:
@@ -220,6 +281,52 @@ def _num_target_bytes(document: Document) -> int:
     return sum(len(answer.encode()) for answer in answers)
 
 
+def _adopt(writer: ArtifactWriter, split: str, made: Sequence[FinishedShard]) -> list[ShardInfo]:
+    """Make the files of shards those of a split; one without rows is left behind."""
+    infos: list[ShardInfo] = []
+    for shard in made:
+        info = ShardInfo.from_json(cast(dict[str, Any], shard.summary["info"]))
+        if info.counts.num_rows:
+            prefix = shard_prefix(split, len(infos))
+            shard.adopt(writer, {record.path: prefix + record.path for record in shard.files})
+            infos.append(info)
+    return infos
+
+
+def _report_sources(
+    shares: Sequence[ShareConfig], made: Sequence[FinishedShard], num_of_source: Sequence[int]
+) -> list[dict[str, Json]]:
+    """Say what each source gave. Unused is what its caps or the vocabulary did not allow.
+
+    Raises:
+        DataError: one gave nothing.
+    """
+    found = [cast(list[dict[str, int]], shard.summary["tallies"]) for shard in made]
+    mixed = [[SourceTally(**tally) for tally in tallies] for tallies in found if tallies]
+    total = [add_tallies(of_source) for of_source in zip(*mixed, strict=True)]
+    num_tokens = sum(tally.num_tokens for tally in total)
+    weight = sum(share.weight for share in shares)
+    sources: list[dict[str, Json]] = []
+    for number, (share, tally) in enumerate(zip(shares, total, strict=True)):
+        if not tally.num_documents:
+            raise DataError(
+                f"sources.{number}: no document of it is left for training; expected at least one."
+                " Give more data, raise its max_tokens and max_bytes, or leave it out"
+            )
+        sources.append(
+            {
+                "asked_share": round(share.weight / weight, 6),
+                "share": round(tally.num_tokens / num_tokens, 6),
+                "tokens": tally.num_tokens,
+                "documents": tally.num_documents,
+                "distinct_documents": tally.num_distinct_documents,
+                "unused_documents": num_of_source[number] - tally.num_distinct_documents,
+                "epochs": tally.num_epochs,
+            }
+        )
+    return sources
+
+
 def _refuse_empty(files: Iterable[DocumentFile]) -> None:
     if empty := [str(documents.path) for documents in files if not len(documents)]:
         raise DataError(
@@ -228,18 +335,18 @@ def _refuse_empty(files: Iterable[DocumentFile]) -> None:
         )
 
 
-def _refuse_too_little(info: SplitInfo, layout: RowLayout, path: Path) -> None:
-    if info.num_target_tokens == 0:
+def _refuse_too_little(counts: RowCounts, layout: RowLayout, split: str, path: Path) -> None:
+    if counts.num_target_tokens == 0:
         raise DataError(
             f"{path}: nothing in it is a target to learn; expected text, or chats with answers of"
             " the assistant"
         )
-    if layout.content == "text" and path.stem == "train" and info.num_tokens <= layout.seq_len:
+    if layout.content == "text" and split == "train" and counts.num_tokens <= layout.seq_len:
         raise DataError(
-            f"{path}: {info.num_tokens} tokens, less than one row of pack.seq_len + 1 ="
+            f"{path}: {counts.num_tokens} tokens, less than one row of pack.seq_len + 1 ="
             f" {layout.seq_len + 1}; lower pack.seq_len or give more text"
         )
 
 
 if __name__ == "__main__":
-    run_job(pack)
+    run_job(pack, pack_shard)

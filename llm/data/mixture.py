@@ -6,12 +6,11 @@ when every source has been read once; a source that is too small for its weight 
 that is counted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from llm.config import ShareConfig
-from llm.errors import DataError
 
 Item = TypeVar("Item")
 
@@ -49,25 +48,36 @@ def mix(
 
     `tallies`, one for each source, are filled as the documents are taken.
 
-    Raises:
-        DataError: a source gives no document, or its caps allow none.
+    A source that gives nothing, as when its caps allow no document, is left out.
     """
-    numbered = enumerate(zip(shares, sources, tallies, strict=True))
-    readings = [_read(number, *parts, size_of) for number, parts in numbered]
+    parts = zip(shares, sources, tallies, strict=True)
+    readings = [_read(share, source, tally, size_of) for share, source, tally in parts]
     unread = set(range(len(shares)))
-    while True:
-        number = min(range(len(shares)), key=lambda n: tallies[n].num_tokens / shares[n].weight)
+    giving = list(unread)
+    while unread:
+        number = min(giving, key=lambda n: tallies[n].num_tokens / shares[n].weight)
         item = next(readings[number])
         if item is not None:
             tallies[number].num_tokens += size_of(item).num_tokens
             tallies[number].num_documents += 1
             yield item
-        elif not (unread := unread - {number}):
-            return
+        else:
+            unread.discard(number)
+            if not tallies[number].num_documents:
+                giving.remove(number)
+
+
+def add_tallies(tallies: Iterable[SourceTally]) -> SourceTally:
+    """Return what a source gave to the parts of a mixture together."""
+    total = SourceTally()
+    for tally in tallies:
+        total.num_tokens += tally.num_tokens
+        total.num_documents += tally.num_documents
+        total.num_distinct_documents += tally.num_distinct_documents
+    return total
 
 
 def _read(
-    number: int,
     share: ShareConfig,
     source: Callable[[], Iterator[Item]],
     tally: SourceTally,
@@ -82,11 +92,6 @@ def _read(
             break
         tally.num_distinct_documents += 1
         yield item
-    if tally.num_distinct_documents == 0:
-        raise DataError(
-            f"sources.{number}: no document of it is left for training; expected at least one. Give"
-            " more data, raise its max_tokens and max_bytes, or leave it out"
-        )
     yield None
     while True:
         again = source()

@@ -1,26 +1,32 @@
 """Rows of tokens on disk: written once by `pack`, read memory-mapped by training and evaluation.
 
-A row holds T + 1 tokens: positions 0 .. T-1 are the inputs and 1 .. T the targets. Files of a split
-of N rows, little endian:
+A row holds T + 1 tokens: positions 0 .. T-1 are the inputs and 1 .. T the targets. It is made of
+pieces of documents, which begin at its position 0 and leave room at its end alone, for padding. A
+piece that goes on with a document begins with the last token of the piece before it, so that what
+follows has something to be told from; each token is a target once at most.
 
-    <split>.tokens.bin          uint16 or uint32 (N, T+1)
-    <split>.mask.bin            uint8 (N, T+1), chats only: 1 where the token is a target to learn
-    <split>.first_document.bin  uint64 (N,): the document a row begins in, its place in packed order
-    <split>.document_ids.bin    16 bytes a document, in packed order
-    <split>.kinds.bin           uint16 a document, chats only: a place in `SplitInfo.kinds`
+`pack.json` lists the shards of each split. Files of one of N rows, P pieces and D documents:
 
-and `pack.json`. Every document begins with bos, so document boundaries need no further file.
+    <split>/00000.tokens.bin        uint16 or uint32 (N, T+1)
+    <split>/00000.mask.bin          uint8 (N, T+1), chats only: 1 where the token is to be learned
+    <split>/00000.pieces.bin        uint32 (P, 3), row after row: the document a piece is of, its
+                                    first token's place in the document, and in the row
+    <split>/00000.first_pieces.bin  uint64 (N + 1, 1): the first piece of each row, and P
+    <split>/00000.document_ids.bin  uint8 (D, 16): the ids that `clean` gave
+    <split>/00000.kinds.bin         uint16 (D, 1), chats only: a place in `ShardInfo.kinds`
 
-Shapes: B rows read, T positions, N rows in the split.
+All are little endian, and begin with a header of 64 bytes: see `HEADER`.
+
+Shapes: B rows read, T positions, N rows, P pieces and D documents of a shard, S tokens in all.
 """
 
 import json
+import struct
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +37,12 @@ from llm.errors import ArtifactError
 from llm.seeds import derive_seed
 
 PACK_JSON = "pack.json"
-FORMAT, VERSION = "fromscratch.rows", 1
+FORMAT, VERSION = "fromscratch.rows", 2
+MAGIC = b"\x89FSROWS\n"
+HEADER = struct.Struct("<8sI4x8s16sQQ8x")  # magic, version, type of an item, name, shape
 DOCUMENT_ID_BYTES = 16
-MAX_KINDS = 1000  # a source that gives every chat a kind of its own says nothing by it
-OTHER_KINDS = "other"
+
+Content = Literal["text", "chats"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +53,7 @@ class RowLayout:
     """T: positions in a row."""
     vocab_size: int
     """Ids run from 0 to vocab_size - 1."""
-    content: Literal["text", "chats"]
+    content: Content
     """text: every token but padding is a target; chats: the mask says which."""
     bos_id: int
     """Begins every document."""
@@ -55,25 +63,38 @@ class RowLayout:
     @property
     def dtype(self) -> str:
         """The type of a token on disk."""
-        return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+        return "<u2" if self.vocab_size <= 1 << 16 else "<u4"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SplitInfo:
-    """The figures of one split."""
+class RowCounts:
+    """The figures of a shard, or of all shards of a split together."""
 
-    num_rows: int
-    num_documents: int
-    num_tokens: int
-    """Tokens of all documents; the one by which a row repeats the end of another counts once."""
-    num_padding_tokens: int
-    num_target_tokens: int
-    num_bytes: int
+    num_rows: int = 0
+    num_documents: int = 0
+    num_cut_documents: int = 0
+    """Documents of which some tokens do not see those before them: they are in another row."""
+    num_pieces: int = 0
+    num_tokens: int = 0
+    """Tokens of all documents; the one by which a piece repeats the end of another counts once."""
+    num_padding_tokens: int = 0
+    num_target_tokens: int = 0
+    num_bytes: int = 0
     """UTF-8 bytes that the targets stand for: all of a text, the assistant's words of a chat."""
-    num_split_chats: int
-    """Chats longer than a row, which go on in the next."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardInfo:
+    """What `pack.json` says of a shard."""
+
+    counts: RowCounts
     kinds: tuple[str, ...] = ()
-    """What the chats ask for, where their source says so; `kinds.bin` counts in this list."""
+    """What the chats ask for, where their source says so."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "ShardInfo":
+        """Read what `asdict` made of one."""
+        return cls(counts=RowCounts(**data["counts"]), kinds=tuple(data["kinds"]))
 
 
 class RowArrays(NamedTuple):
@@ -84,158 +105,179 @@ class RowArrays(NamedTuple):
     document_ids: npt.NDArray[np.int64]
 
 
-class RowWriter:
-    """Write the rows of one split and count what they hold."""
+def file_shapes(layout: RowLayout, counts: RowCounts) -> dict[str, tuple[str, int, int]]:
+    """Return the type and the shape of every file of a shard."""
+    N, D, width = counts.num_rows, counts.num_documents, layout.seq_len + 1
+    shapes = {
+        "tokens": (layout.dtype, N, width),
+        "pieces": ("<u4", counts.num_pieces, 3),
+        "first_pieces": ("<u8", N + 1, 1),
+        "document_ids": ("<u1", D, DOCUMENT_ID_BYTES),
+    }
+    of_chats = {"mask": ("<u1", N, width), "kinds": ("<u2", D, 1)}
+    return shapes | (of_chats if layout.content == "chats" else {})
 
-    def __init__(
-        self,
-        writer: ArtifactWriter,
-        split: str,
-        layout: RowLayout,
-        token_bytes: npt.NDArray[np.int64],
-    ) -> None:
-        self.layout = layout
-        self.num_split_chats = 0  # counted by the packer, which alone knows
-        self._token_bytes = token_bytes
-        self._stack = ExitStack()
-        names = ["tokens", "first_document", "document_ids"]
-        names += ["mask", "kinds"] if layout.content == "chats" else []
-        self._files: dict[str, IO[bytes]] = {
-            name: self._stack.enter_context(writer.open(f"{split}.{name}.bin")) for name in names
-        }
-        self._num_rows = self._num_documents = self._num_tokens = 0
-        self._num_padding = self._num_targets = self._num_bytes = 0
-        self._last_document = -1
-        self._kinds: dict[str, int] = {}
 
-    def __enter__(self) -> "RowWriter":
-        return self
+def file_header(name: str, kind: str, shape: tuple[int, int]) -> bytes:
+    """Return what a file begins with."""
+    return HEADER.pack(MAGIC, VERSION, kind.encode(), name.encode(), *shape)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
 
-    def write_rows(
-        self,
-        tokens: npt.NDArray[np.uint32],
-        mask: npt.NDArray[np.bool_] | None,
-        first_documents: npt.NDArray[np.int64],
-    ) -> None:
-        """Append rows: tokens (B, T+1), mask (B, T+1) for chats, first_documents (B,)."""
-        is_padding = tokens == self.layout.pad_id
-        targets = ~is_padding if mask is None else mask & ~is_padding
-        targets[:, 0] = False  # the input before it is in another row
-        self._files["tokens"].write(tokens.astype(_little_endian(self.layout)).tobytes())
-        self._files["first_document"].write(first_documents.astype("<u8").tobytes())
-        if mask is not None:
-            self._files["mask"].write(targets.tobytes())
-        last = first_documents + (tokens[:, 1:] == self.layout.bos_id).sum(axis=1)
-        before = np.concatenate([[self._last_document], last[:-1]])
-        self._last_document = int(last[-1])
-        num_repeated = int((first_documents == before).sum())  # rows that go on with a document
-        self._num_rows += len(tokens)
-        self._num_padding += int(is_padding.sum())
-        self._num_tokens += int((~is_padding).sum()) - num_repeated
-        self._num_targets += int(targets.sum())
-        self._num_bytes += int(self._token_bytes[tokens[targets]].sum())
-
-    def write_documents(self, documents: Sequence[tuple[bytes, str]]) -> None:
-        """Append the ids, 16 bytes each, and kinds of the next documents in packed order."""
-        assert all(len(identifier) == DOCUMENT_ID_BYTES for identifier, _ in documents)
-        self._files["document_ids"].write(b"".join(identifier for identifier, _ in documents))
-        if "kinds" in self._files:
-            numbers = [self._kind_number(kind) for _, kind in documents]
-            self._files["kinds"].write(np.array(numbers, dtype="<u2").tobytes())
-        self._num_documents += len(documents)
-
-    def _kind_number(self, kind: str) -> int:
-        if kind not in self._kinds and len(self._kinds) >= MAX_KINDS:
-            kind = OTHER_KINDS
-        return self._kinds.setdefault(kind, len(self._kinds))
-
-    def info(self) -> SplitInfo:
-        """Return the figures of what was written so far."""
-        assert self._last_document == self._num_documents - 1
-        return SplitInfo(
-            num_rows=self._num_rows,
-            num_documents=self._num_documents,
-            num_tokens=self._num_tokens,
-            num_padding_tokens=self._num_padding,
-            num_target_tokens=self._num_targets,
-            num_bytes=self._num_bytes,
-            num_split_chats=self.num_split_chats,
-            kinds=tuple(self._kinds),
-        )
+def starts(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Return how many come before each."""
+    counts = np.asarray(counts, dtype=np.int64)
+    return np.cumsum(counts) - counts
 
 
 def write_pack_json(
     writer: ArtifactWriter,
     layout: RowLayout,
-    splits: Mapping[str, SplitInfo],
+    splits: Mapping[str, Sequence[ShardInfo]],
     sources: Sequence[Mapping[str, Json]] = (),
 ) -> None:
-    """Write `pack.json`, by which `Rows` reads the other files.
+    """Write `pack.json`, by which `Rows` finds and checks the other files.
 
     `sources` says of a mixture, for people, what each of its sources gave to the training rows.
     """
     head = {"format": FORMAT, "version": VERSION, "dtype": layout.dtype}
-    infos = {split: asdict(info) for split, info in splits.items()}
+    infos = {split: [asdict(info) for info in shards] for split, shards in splits.items()}
     mixture = {"sources": list(sources)} if sources else {}
     writer.write_json(PACK_JSON, head | asdict(layout) | {"splits": infos} | mixture)
+
+
+def shard_prefix(split: str, number: int) -> str:
+    """Return what the names of a shard's files begin with."""
+    return f"{split}/{number:05}."
+
+
+def add_counts(shards: Sequence[ShardInfo]) -> RowCounts:
+    """Return the figures of shards together."""
+    names = [known.name for known in fields(RowCounts)]
+    return RowCounts(**{name: sum(getattr(s.counts, name) for s in shards) for name in names})
 
 
 class Rows:
     """The rows of one split, memory-mapped: only the rows asked for are read."""
 
     def __init__(self, folder: Path, split: str) -> None:
-        """Open a split of a pack artifact.
+        """Open a split of a pack artifact; its shards are opened when rows of them are read.
 
         Raises:
-            ArtifactError: a file is missing, damaged or of another size than `pack.json` says.
+            ArtifactError: `pack.json` is missing or damaged, or does not know the split.
         """
-        self.layout, infos = _read_pack_json(folder)
-        if split not in infos:
-            raise ArtifactError(f"{folder}: no split {split}; there are {', '.join(infos)}")
-        self.info = infos[split]
+        self.layout, splits = _read_pack_json(folder)
+        if split not in splits:
+            raise ArtifactError(f"{folder}: no split {split}; there are {', '.join(splits)}")
+        infos = splits[split]
+        self.info = add_counts(infos)
         self.num_rows, self.seq_len = self.info.num_rows, self.layout.seq_len
-        width = self.seq_len + 1
-        N, D = self.num_rows, self.info.num_documents
-
-        def map_file(name: str, kind: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-            return _map_file(folder / f"{split}.{name}.bin", np.dtype(kind), shape)
-
-        self._tokens = map_file("tokens", _little_endian(self.layout), (N, width))
-        self._first_document = map_file("first_document", "<u8", (N,))
-        self._document_ids = map_file("document_ids", "u1", (D, DOCUMENT_ID_BYTES))
-        has_mask = self.layout.content == "chats"
-        self._mask = map_file("mask", "u1", (N, width)) if has_mask else None
-        self._kinds = map_file("kinds", "<u2", (D,)) if has_mask else None
+        self._first_rows = starts([info.counts.num_rows for info in infos])
+        self._first_documents = starts([info.counts.num_documents for info in infos])
+        self._shards = [
+            _Shard(folder, shard_prefix(split, number), self.layout, info)
+            for number, info in enumerate(infos)
+        ]
 
     def read(self, indices: npt.ArrayLike) -> RowArrays:
-        """Return the rows at `indices` (B,)."""
+        """Return the rows at `indices` (B,).
+
+        Raises:
+            ArtifactError: a file of a shard is missing, or not what `pack.json` says.
+        """
         indices = np.asarray(indices, dtype=np.int64)
-        tokens = self._tokens[indices].astype(np.int64)  # (B,) -> (B, T+1)
-        if self._mask is None:
-            mask = tokens != self.layout.pad_id
-            mask[:, 0] = False
-        else:
-            mask = self._mask[indices] != 0
-        document_ids = (tokens == self.layout.bos_id).astype(np.int64)
-        document_ids[:, 0] = self._first_document[indices]
-        np.cumsum(document_ids, axis=1, out=document_ids)
-        return RowArrays(tokens, mask, document_ids)
+        if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_rows:
+            raise IndexError(f"rows {indices.min()} to {indices.max()} of {self.num_rows}")
+        shape = len(indices), self.seq_len + 1
+        rows = RowArrays(
+            tokens=np.empty(shape, dtype=np.int64),
+            mask=np.empty(shape, dtype=np.bool_),
+            document_ids=np.empty(shape, dtype=np.int64),
+        )
+        numbers = np.searchsorted(self._first_rows, indices, side="right") - 1
+        order = np.argsort(numbers, kind="stable")
+        for places in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
+            if len(places):
+                number = int(numbers[places[0]])
+                found = self._shards[number].read(indices[places] - self._first_rows[number])
+                rows.tokens[places], rows.mask[places] = found.tokens, found.mask
+                rows.document_ids[places] = found.document_ids + self._first_documents[number]
+        return rows
+
+    def cut_documents(self) -> npt.NDArray[np.int64]:
+        """Return the ordinals of the documents that are in several pieces, ascending."""
+        found = [np.zeros(0, dtype=np.int64)]
+        for shard, first in zip(self._shards, self._first_documents, strict=True):
+            found.append(first + np.flatnonzero(np.bincount(shard.pieces[:, 0]) > 1))
+        return np.concatenate(found)
 
     def kind(self, ordinal: int) -> str:
         """Return what the chat `ordinal` asks for, or nothing where its source did not say."""
-        return "" if self._kinds is None else self.info.kinds[int(self._kinds[ordinal])]
+        number = int(np.searchsorted(self._first_documents, ordinal, side="right")) - 1
+        return self._shards[number].kind(ordinal - int(self._first_documents[number]))
 
-    def source_id(self, ordinal: int) -> str:
-        """Return the id, 32 hexadecimal characters, that `clean` gave the document `ordinal`."""
-        return self._document_ids[ordinal].tobytes().hex()
+
+class _Shard:
+    """The files of a shard, each mapped when it is first needed."""
+
+    def __init__(self, folder: Path, prefix: str, layout: RowLayout, info: ShardInfo) -> None:
+        self._folder, self._prefix, self._layout, self._info = folder, prefix, layout, info
+
+    def read(self, indices: npt.NDArray[np.int64]) -> RowArrays:
+        """Return rows; documents are counted from the shard's first."""
+        first, end = self.first_pieces[indices, 0], self.first_pieces[indices + 1, 0]  # 2 x (B,)
+        counts = (end - first).astype(np.int64)
+        row = np.repeat(np.arange(len(indices)), counts)  # (pieces read,)
+        nth_in_row = np.arange(len(row)) - np.repeat(starts(counts), counts)
+        pieces = self.pieces[np.repeat(first.astype(np.int64), counts) + nth_in_row]
+        document, offset, start = pieces.astype(np.int64).T
+        tokens = self.tokens[indices]  # (B, T+1)
+        if self._layout.content == "chats":
+            mask = self.mask[indices] != 0
+        else:
+            mask = tokens != self._layout.pad_id
+            mask[:, 0] = False  # the input before it is in another row
+            mask[row[offset > 0], start[offset > 0]] = False  # repeated
+        document_ids = np.zeros(tokens.shape, dtype=np.int64)
+        document_ids[row, start] = np.diff(document, prepend=0)
+        document_ids[row[nth_in_row == 0], 0] = document[nth_in_row == 0]
+        np.cumsum(document_ids, axis=1, out=document_ids)
+        return RowArrays(tokens.astype(np.int64), mask, document_ids)
+
+    def kind(self, ordinal: int) -> str:
+        """Return what a chat asks for."""
+        if self._layout.content == "text":
+            return ""
+        return self._info.kinds[int(self.kinds[ordinal, 0])]
+
+    @cached_property
+    def tokens(self) -> npt.NDArray[Any]:
+        """(N, T+1)"""
+        return self._map("tokens")
+
+    @cached_property
+    def mask(self) -> npt.NDArray[Any]:
+        """(N, T+1), of chats"""
+        return self._map("mask")
+
+    @cached_property
+    def pieces(self) -> npt.NDArray[Any]:
+        """(P, 3): document, offset, start"""
+        return self._map("pieces")
+
+    @cached_property
+    def first_pieces(self) -> npt.NDArray[Any]:
+        """(N + 1, 1)"""
+        return self._map("first_pieces")
+
+    @cached_property
+    def kinds(self) -> npt.NDArray[Any]:
+        """(D, 1), of chats"""
+        return self._map("kinds")
+
+    def _map(self, name: str) -> npt.NDArray[Any]:
+        kind, *shape = file_shapes(self._layout, self._info.counts)[name]
+        path = _local_path(self._folder, f"{self._prefix}{name}.bin")
+        return _map_file(path, name, kind, (shape[0], shape[1]))
 
 
 def row_order(
@@ -248,21 +290,17 @@ def row_order(
     return permute(indices, num_rows, derive_seed(seed, "row order", epoch))
 
 
-def _little_endian(layout: RowLayout) -> np.dtype[Any]:
-    return np.dtype(layout.dtype).newbyteorder("<")
-
-
-def _read_pack_json(folder: Path) -> tuple[RowLayout, dict[str, SplitInfo]]:
+def _read_pack_json(folder: Path) -> tuple[RowLayout, dict[str, list[ShardInfo]]]:
     path = folder / PACK_JSON
     try:
         data = json.loads(path.read_bytes())
         found = (data.pop("format"), data.pop("version"))
         if found != (FORMAT, VERSION):
             raise ValueError(f"format and version {found}, expected {(FORMAT, VERSION)}")
-        infos: dict[str, SplitInfo] = {}
-        for split, info in data.pop("splits").items():
-            info["kinds"] = tuple(info["kinds"])
-            infos[split] = SplitInfo(**info)
+        splits = {
+            split: [ShardInfo.from_json(info) for info in infos]
+            for split, infos in data.pop("splits").items()
+        }
         dtype = data.pop("dtype")
         data.pop("sources", None)  # of a mixture, for people
         layout = RowLayout(**data)
@@ -270,17 +308,30 @@ def _read_pack_json(folder: Path) -> tuple[RowLayout, dict[str, SplitInfo]]:
             raise ValueError(f"dtype {dtype} for a vocabulary of {layout.vocab_size}")
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: not there; run pack") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path}: damaged ({error!r}); run pack again") from error
-    return layout, infos
+    return layout, splits
 
 
-def _map_file(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    expected = dtype.itemsize * int(np.prod(shape))
+def _local_path(folder: Path, name: str) -> Path:
+    """Return where the file `name` of an artifact can be mapped."""
+    return folder / name
+
+
+def _map_file(path: Path, name: str, kind: str, shape: tuple[int, int]) -> npt.NDArray[Any]:
+    expected = HEADER.size + np.dtype(kind).itemsize * shape[0] * shape[1]
     try:
         size = path.stat().st_size
+        with path.open("rb") as file:
+            header = file.read(HEADER.size)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: not there; run pack again") from error
-    if size != expected or size == 0:
+    if size != expected:
         raise ArtifactError(f"{path}: {size} bytes, expected {expected}; run pack again")
-    return np.memmap(path, dtype=dtype, mode="r", shape=shape).view(np.ndarray)
+    if header != file_header(name, kind, shape):
+        raise ArtifactError(
+            f"{path}: its header says {HEADER.unpack(header)}, expected"
+            f" {HEADER.unpack(file_header(name, kind, shape))}; run pack again"
+        )
+    mapped = np.memmap(path, dtype=kind, mode="r", offset=HEADER.size, shape=shape)
+    return mapped.view(np.ndarray)

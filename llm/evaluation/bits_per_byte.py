@@ -53,15 +53,11 @@ class DocumentScores:
                 "the model gave a loss that is not finite, so its training diverged; lower"
                 " pretrain.learning_rate or finetune.learning_rate"
             )
-        if not len(scored.documents):
-            return
-        first = int(scored.documents.min())  # rows next to each other hold documents next to others
-        documents = scored.documents - first
-        span = slice(first, first + int(documents.max()) + 1)
-        self.nats[span] += np.bincount(documents, weights=scored.nats)
-        self.num_tokens[span] += np.bincount(documents)
+        ordinals, documents = np.unique(scored.documents, return_inverse=True)
+        self.nats[ordinals] += np.bincount(documents, weights=scored.nats)
+        self.num_tokens[ordinals] += np.bincount(documents)
         weights = scored.num_bytes.astype(np.float64)  # exact: rows hold far fewer than 2**53
-        self.num_bytes[span] += np.bincount(documents, weights=weights).astype(np.int64)
+        self.num_bytes[ordinals] += np.bincount(documents, weights=weights).astype(np.int64)
 
     def bits_per_byte(self) -> Metric:
         """Return the bits of all targets over their bytes."""

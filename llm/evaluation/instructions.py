@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -38,11 +39,11 @@ class Instruction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOut:
-    """The instructions taken, and what was passed over until there were enough."""
+    """The instructions taken, and what was passed over."""
 
     instructions: tuple[Instruction, ...]
     num_other_shapes: int
-    """Chats that are not one question and one answer."""
+    """Chats that are not one question and one answer, until there were enough that are."""
     num_too_long: int
     """Chats longer than the context, so that there is no room for the answer."""
 
@@ -53,15 +54,13 @@ def read_instructions(rows: Rows, tokenizer: Tokenizer, limit: int) -> HeldOut:
     With fewer there than asked for, all are taken; the count goes with every figure made of them.
     """
     found: list[Instruction] = []
-    num_other_shapes = num_too_long = 0
-    for ordinal, ids in enumerate(read_documents(rows)):
+    num_other_shapes = 0
+    for ordinal, ids in read_whole_documents(rows):
         if len(found) == limit:
             break
         split = ids.index(tokenizer.assistant_id) + 1 if tokenizer.assistant_id in ids else 0
         prompt, expected = ids[:split], ids[split:]
-        if len(ids) > rows.seq_len + 1:
-            num_too_long += 1
-        elif prompt.count(tokenizer.user_id) != 1 or expected.count(tokenizer.end_id) != 1:
+        if prompt.count(tokenizer.user_id) != 1 or expected.count(tokenizer.end_id) != 1:
             num_other_shapes += 1
         else:
             found.append(
@@ -75,29 +74,22 @@ def read_instructions(rows: Rows, tokenizer: Tokenizer, limit: int) -> HeldOut:
     return HeldOut(
         instructions=tuple(found),
         num_other_shapes=num_other_shapes,
-        num_too_long=num_too_long,
+        num_too_long=rows.info.num_cut_documents,
     )
 
 
-def read_documents(rows: Rows) -> Iterator[list[int]]:
-    """Yield every document's ids, bos first and without padding, in packed order."""
-    ids: list[int] = []
-    current = -1
+def read_whole_documents(rows: Rows) -> Iterator[tuple[int, list[int]]]:
+    """Yield ordinal and ids, bos first, of every document that is in one row, row after row."""
+    cut = set(rows.cut_documents().tolist())
     for start in range(0, rows.num_rows, ROWS_PER_READ):
         indices = np.arange(start, min(start + ROWS_PER_READ, rows.num_rows))
         tokens, _, documents = rows.read(indices)
-        for row, owners in zip(tokens.tolist(), documents.tolist(), strict=True):
-            goes_on = owners[0] == current  # then this row repeats the last token of the one before
-            for token, owner in list(zip(row, owners, strict=True))[goes_on:]:
-                if token == rows.layout.pad_id:
-                    break
-                if owner != current:
-                    if ids:
-                        yield ids
-                    ids, current = [], owner
-                ids.append(token)
-    if ids:
-        yield ids
+        for row, owners in zip(tokens, documents, strict=True):
+            ends = np.flatnonzero(np.diff(owners, append=-1)) + 1
+            for begin, end in pairwise([0, *ends.tolist()]):
+                ids = row[begin:end]
+                if int(owners[begin]) not in cut:
+                    yield int(owners[begin]), ids[ids != rows.layout.pad_id].tolist()
 
 
 def answer_instructions(

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from llm.artifact import ArtifactWriter, Json
+from llm.config import RuntimeConfig
 from llm.data.document_file import Message
 from llm.job import Job, StageFunction, finish
 from llm.tokenizer.base import TOKENIZER_JSON
@@ -79,6 +80,7 @@ def run_stage(tmp_path: Path) -> RunStage:
     ) -> tuple[Path, Mapping[str, Json]]:
         folders = {name: str(folder) for name, folder in inputs.items()}
         job = Job(stage=stage.__name__, settings=settings, seed=seed, inputs=folders)
+        job.runtime = RuntimeConfig(shard_workers=1)  # shards in this process
         job.out, job.work = tmp_path / out, tmp_path / f"{out}.work"
         job.work.mkdir(exist_ok=True)
         writer = ArtifactWriter(job.out)

@@ -24,8 +24,8 @@ from llm.evaluation.instructions import (
     exact_match,
     exact_match_by_kind,
     one_of_each_kind,
-    read_documents,
     read_instructions,
+    read_whole_documents,
 )
 from llm.evaluation.report import Report
 from llm.job import PROGRESS, Job, write_job
@@ -315,15 +315,6 @@ def test_it_stops_when_asked(
         run_stage(evaluate, SETTINGS, **inputs)
 
 
-def test_every_document_is_read_back_from_the_rows(
-    make_rows: MakeRows, corpus: list[str], tokenizer: ByteLevelBPE
-) -> None:
-    texts = [*corpus[2:6], "x"]
-    found = list(read_documents(Rows(make_rows("text", texts), "validation")))
-    assert all(ids[0] == tokenizer.bos_id and tokenizer.pad_id not in ids for ids in found)
-    assert sorted(map(tokenizer.decode, found)) == sorted(texts)
-
-
 def test_instructions_are_the_first_single_questions_and_the_rest_is_counted(
     make_rows: MakeRows, tokenizer: ByteLevelBPE
 ) -> None:
@@ -348,21 +339,24 @@ def test_instructions_are_the_first_single_questions_and_the_rest_is_counted(
     assert first.instructions == found.instructions[:3]
 
 
-def test_a_chat_split_over_rows_by_its_neighbors_is_read_whole(
+def test_every_chat_in_one_row_is_read_and_the_others_are_counted(
     make_rows: MakeRows, tokenizer: ByteLevelBPE
 ) -> None:
-    # a chat of more than a row leaves room in its last one, which whole chats fill
+    # what remains of a chat of more than a row stands in a row with whole ones
     chats = [chat_of("long " * 30, "long " * n) for n in range(10, 60)] + CHATS
     rows = Rows(make_rows("mixed", chats), "validation")
-    whole = {tuple(ids) for ids in read_documents(rows)}
-    rendered = {
+    found = sorted(tuple(ids) for _, ids in read_whole_documents(rows))
+    rendered = [
         (*render_prompt(chat[:-1], tokenizer), *answer, tokenizer.end_id)
         for chat, answer in zip(
             chats, tokenizer.encode_batch([chat[-1]["content"] for chat in chats]), strict=True
         )
-    }
-    assert whole == rendered
-    assert len(read_instructions(rows, tokenizer, 100).instructions) == len(CHATS)
+    ]
+    whole = sorted(ids for ids in rendered if len(ids) <= rows.seq_len + 1)
+    assert found == whole
+    held_out = read_instructions(rows, tokenizer, 100)
+    assert len(held_out.instructions) == len(whole) >= len(CHATS)
+    assert held_out.num_too_long == len(chats) - len(whole) > 0
 
 
 def test_an_answer_matches_but_for_white_space_at_its_ends() -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch.nn import functional as F
 
 from llm.config import OptimizationConfig
-from llm.data.rows import Rows
+from llm.data.rows import RowArrays, Rows
 from llm.errors import DataError, StageError
 from llm.model.loss import ModelWithLoss
 from llm.model.masking import Masking
@@ -33,6 +34,15 @@ from tests.llm.training_setup import (
 )
 
 CONFIG = OptimizationConfig(num_steps=6, rows_per_step=8, warmup_steps=2, learning_rate=1e-2)
+
+
+class NoTargets(Rows):
+    """Rows of which nothing is to be learned."""
+
+    def read(self, indices: npt.ArrayLike) -> RowArrays:
+        """Return the rows at `indices`."""
+        found = super().read(indices)
+        return found._replace(mask=np.zeros_like(found.mask))
 
 
 @pytest.fixture
@@ -436,9 +446,7 @@ def test_a_gradient_that_is_not_finite_stops_too(text: Path) -> None:
 def test_a_step_without_a_target_changes_nothing_and_is_counted(
     chats: Path, tokenizer: ByteLevelBPE
 ) -> None:
-    rows = Rows(chats, "train")
-    assert rows._mask is not None
-    rows._mask = np.zeros_like(rows._mask)
+    rows = NoTargets(chats, "train")
     model = tiny_model()
     weights = [parameter.clone() for parameter in model.parameters()]
     state = TrainState()
@@ -510,8 +518,6 @@ def test_validation_equals_sums_by_hand(
 
 
 def test_validation_without_text_is_refused(chats: Path, tokenizer: ByteLevelBPE) -> None:
-    rows = Rows(chats, "validation")
-    assert rows._mask is not None
-    rows._mask = np.zeros_like(rows._mask)
+    rows = NoTargets(chats, "validation")
     with pytest.raises(DataError, match="the first 5 validation rows hold no text"):
         check(tiny_model(), rows, tokenizer)

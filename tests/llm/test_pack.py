@@ -11,7 +11,7 @@ from llm import pack as pack_module
 from llm.artifact import Json, read_manifest
 from llm.data.chat import render_chat
 from llm.data.document_file import Message
-from llm.data.rows import Rows
+from llm.data.rows import HEADER, Rows
 from llm.errors import ArtifactError, ConfigError, DataError
 from llm.job import PROGRESS, Interrupted, Job
 from llm.pack import pack
@@ -32,17 +32,24 @@ def chat(question: str, answer: str) -> list[Message]:
 CHATS = [chat(f"what is {n} + {n}?", f"{n} and {n} make {2 * n}." * (n % 4)) for n in range(200)]
 
 
-def contents_of_documents(rows: Rows) -> list[list[int]]:
-    """Every document's tokens in packed order, joined over rows."""
-    contents: list[list[int]] = []
-    for index in range(rows.num_rows):
-        tokens, _, ordinals = (array[0] for array in rows.read([index]))
-        starts_anew = not contents or int(ordinals[0]) == len(contents)
-        for position in range(0 if starts_anew else 1, len(tokens)):
-            if int(tokens[position]) != rows.layout.pad_id:
-                if int(ordinals[position]) == len(contents):
-                    contents.append([])
-                contents[int(ordinals[position])].append(int(tokens[position]))
+def contents_of_documents(folder: Path, split: str) -> dict[str, list[int]]:
+    """Every document's tokens by its id, joined over rows."""
+    rows = Rows(folder, split)
+    ids = [
+        data[place : place + 16].hex()
+        for path in sorted(folder.glob(f"{split}/*.document_ids.bin"))
+        for data in [path.read_bytes()[HEADER.size :]]
+        for place in range(0, len(data), 16)
+    ]
+    contents: dict[str, list[int]] = {}
+    all_tokens, _, all_ordinals = map(np.ndarray.tolist, rows.read(np.arange(rows.num_rows)))
+    for tokens, ordinals in zip(all_tokens, all_ordinals, strict=True):
+        for position, token in enumerate(tokens):
+            found = contents.setdefault(ids[ordinals[position]], [])
+            is_repeated = position == 0 and bool(found)
+            if token != rows.layout.pad_id and not is_repeated:
+                found.append(token)
+    assert len(ids) == len(contents) == rows.info.num_documents
     return contents
 
 
@@ -55,26 +62,23 @@ def test_every_document_comes_back_from_the_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pack_module, "BATCH_BYTES", 2000)
-    monkeypatch.setattr(pack_module, "ORDER_DOCUMENTS", 7)
     train, validation = corpus[:-5], [*corpus[-5:], "", "<|bos|> typed <|pad|>"]
     documents = make_documents(train, validation)
     out, summary = run_stage(pack, {"seq_len": 64}, documents=documents, tokenizer=tokenizer_folder)
     for split, texts in (("train", train), ("validation", validation)):
         rows = Rows(out, split)
-        contents = contents_of_documents(rows)
-        assert sorted(tokenizer.decode(ids) for ids in contents) == sorted(texts)
-        assert all(ids[0] == tokenizer.bos_id for ids in contents)
+        contents = contents_of_documents(out, split)
+        assert all(ids[0] == tokenizer.bos_id for ids in contents.values())
         lines = (documents / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         texts_by_id = {record["id"]: record["text"] for record in map(json.loads, lines)}
-        for ordinal, ids in enumerate(contents):
-            assert texts_by_id[rows.source_id(ordinal)] == tokenizer.decode(ids)
-        assert [tokenizer.decode(ids) for ids in contents] != texts, "documents are shuffled"
+        assert {name: tokenizer.decode(ids) for name, ids in contents.items()} == texts_by_id
+        assert list(contents) != list(texts_by_id), "documents are shuffled"
         num_tokens = sum(map(len, tokenizer.encode_batch(texts))) + len(texts)
         assert (rows.info.num_tokens, rows.info.num_documents) == (num_tokens, len(texts))
         assert rows.info.num_bytes == sum(len(text.encode()) for text in texts)
         assert rows.info.num_target_tokens == num_tokens - 1
         assert summary[f"{split}_rows"] == rows.num_rows
-    assert not list(out.glob("*.mask.bin"))
+    assert not list(out.glob("*/*.mask.bin"))
 
 
 def test_every_chat_comes_back_with_its_mask(
@@ -89,7 +93,9 @@ def test_every_chat_comes_back_with_its_mask(
     out, summary = run_stage(pack, {"seq_len": 64}, documents=documents, tokenizer=tokenizer_folder)
     rows = Rows(out, "train")
     rendered = [render_chat(messages, tokenizer) for messages in train]
-    assert sorted(contents_of_documents(rows)) == sorted(ids for ids, _ in rendered)
+    in_one_row = [ids for ids, _ in rendered if len(ids) <= 65]
+    contents = contents_of_documents(out, "train").values()
+    assert sorted(ids for ids in contents if len(ids) <= 65) == sorted(in_one_row)
     tokens, mask, _ = rows.read(np.arange(rows.num_rows))
     assert mask.sum() == sum(sum(each) for _, each in rendered)
     expected = sorted(
@@ -101,7 +107,7 @@ def test_every_chat_comes_back_with_its_mask(
     assert sorted(tokens[mask].tolist()) == expected
     assert rows.info.num_bytes == sum(len(messages[1]["content"]) for messages in train)
     num_long = sum(len(ids) > 65 for ids, _ in rendered)
-    assert summary["train_split_chats"] == num_long < len(train) / 2
+    assert summary["train_cut_documents"] == num_long < len(train) / 2
 
 
 def test_documents_that_the_vocabulary_cannot_say_are_left_out_and_counted(
@@ -114,7 +120,7 @@ def test_documents_that_the_vocabulary_cannot_say_are_left_out_and_counted(
     out, summary = run_stage(
         pack, {"seq_len": 8}, documents=documents, tokenizer=tmp_path / "narrow"
     )
-    contents = contents_of_documents(Rows(out, "train"))
+    contents = contents_of_documents(out, "train").values()
     assert sorted(map(tokenizer.decode, contents)) == ["ab" * 9, "ba"]
     assert summary["train_documents"] == 2
     assert summary["train_documents_with_unknown_characters"] == 2
@@ -183,7 +189,7 @@ def test_training_text_of_exactly_one_row_is_enough(
     out, _ = run_stage(pack, {"seq_len": 32}, **inputs)
     assert Rows(out, "train").num_rows == 1
     with pytest.raises(DataError, match="33 tokens, less than one row"):
-        run_stage(pack, {"seq_len": 33}, **inputs)
+        run_stage(pack, {"seq_len": 33}, out="longer", **inputs)
 
 
 def test_bad_inputs_are_named(
@@ -253,7 +259,7 @@ def test_real_instructions_fill_97_of_100_positions(
     )
     rows = Rows(out, "train")
     assert rows.info.num_padding_tokens <= 0.03 * rows.num_rows * 257
-    assert summary["train_split_chats"] == 0
+    assert summary["train_cut_documents"] == 0
 
 
 def test_pack_keeps_what_each_chat_asks_for(
@@ -277,5 +283,6 @@ def test_pack_keeps_what_each_chat_asks_for(
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))
     out, _ = run_stage(pack, {"seq_len": 64}, documents=folder, tokenizer=tokenizer_folder)
     rows = Rows(out, "train")
-    found = {rows.source_id(ordinal): rows.kind(ordinal) for ordinal in range(50)}
-    assert found == {chat["id"]: chat["kind"] for chat in chats}
+    data = (out / "train/00000.document_ids.bin").read_bytes()[HEADER.size :]
+    numbers = [int.from_bytes(data[place : place + 16], "big") for place in range(0, 800, 16)]
+    assert [rows.kind(ordinal) for ordinal in range(50)] == [f"kind {n % 3}" for n in numbers]

@@ -1,4 +1,4 @@
-"""Rows on disk: what was written is read, figures are true, damage is found."""
+"""Rows on disk: what was written is read, whichever shard it is in; damage is found."""
 
 import json
 from collections.abc import Sequence
@@ -8,131 +8,198 @@ import numpy as np
 import pytest
 
 from llm.artifact import ArtifactWriter
-from llm.data.rows import PACK_JSON, RowLayout, Rows, RowWriter, row_order, write_pack_json
+from llm.data.row_writing import Documents, EncodedDocument, Pieces, write_shard
+from llm.data.rows import (
+    HEADER,
+    MAGIC,
+    PACK_JSON,
+    RowLayout,
+    Rows,
+    row_order,
+    shard_prefix,
+    write_pack_json,
+)
 from llm.errors import ArtifactError
 
 BOS, PAD = 0, 5
 IDS = [bytes([number]) * 16 for number in range(3)]
 
+# T = 4; rows: 0 7 8 0 9 | 9 10 0 11 .    the second document goes on in the second row
+TEXT = [[0, 7, 8], [0, 9, 10], [0, 11]]
+PIECES = [(0, 0, 3, 0, 0), (1, 0, 2, 0, 3), (1, 1, 2, 1, 0), (2, 0, 2, 1, 2)]
+ROWS = [[0, 7, 8, 0, 9], [9, 10, 0, 11, 5]]
+
+# a document of two rows, the end of which stands in the middle of the second
+LONG = [[0, 7, 8, 9, 10, 11], [0, 12, 13]]
+LONG_PIECES = [(0, 0, 5, 0, 0), (1, 0, 3, 1, 0), (0, 4, 2, 1, 3)]
+LONG_ROWS = [[0, 7, 8, 9, 10], [0, 12, 13, 10, 11]]
+
+Shard = tuple[Sequence[Sequence[int]], Sequence[tuple[int, ...]]]
+
 
 def write(
     folder: Path,
-    tokens: Sequence[Sequence[int]],
-    mask: Sequence[Sequence[int]] | None = None,
-    first_documents: Sequence[int] = (0, 1),
+    *shards: Shard,
+    masks: Sequence[Sequence[int]] | None = None,
     vocab_size: int = 300,
+    seq_len: int = 4,
 ) -> Path:
     """Write a pack artifact whose only split is `train`, without a manifest."""
     layout = RowLayout(
-        seq_len=len(tokens[0]) - 1,
+        seq_len=seq_len,
         vocab_size=vocab_size,
-        content="text" if mask is None else "chats",
+        content="text" if masks is None else "chats",
         bos_id=BOS,
         pad_id=PAD,
     )
     writer = ArtifactWriter(folder)
     token_bytes = np.ones(vocab_size, dtype=np.int64)
     token_bytes[:6] = 0
-    with RowWriter(writer, "train", layout, token_bytes) as rows:
-        rows.write_documents([(identifier, "") for identifier in IDS[:2]])
-        rows.write_documents([(identifier, "") for identifier in IDS[2:]])
-        rows.write_rows(
-            np.array(tokens, dtype=np.uint32),
-            None if mask is None else np.array(mask, dtype=np.bool_),
-            np.array(first_documents),
-        )
-    write_pack_json(writer, layout, {"train": rows.info()})
+    infos = []
+    for number, (tokens, pieces) in enumerate(shards):
+        documents = Documents(layout.dtype)
+        for ordinal, ids in enumerate(tokens):
+            mask = None if masks is None else np.array(masks[ordinal], dtype=np.bool_)
+            array, kind = np.array(ids, dtype=np.uint32), f"kind {number} {ordinal}"
+            documents.add([EncodedDocument(id=IDS[ordinal], tokens=array, mask=mask, kind=kind)])
+        laid, prefix = Pieces(*np.array(pieces).T), shard_prefix("train", number)
+        infos.append(write_shard(writer, prefix, layout, documents, laid, token_bytes))
+    write_pack_json(writer, layout, {"train": infos})
     return folder
 
 
-TEXT = [[0, 7, 8, 0, 9], [9, 10, 0, 11, 5]]  # documents 7 8 | 9 9 10 | 11, T = 4
-
-
 def test_text_is_read_as_it_was_written(tmp_path: Path) -> None:
-    rows = Rows(write(tmp_path / "out", TEXT), "train")
+    rows = Rows(write(tmp_path / "out", (TEXT, PIECES)), "train")
     tokens, mask, documents = rows.read([1, 0, 1])
     assert tokens.dtype == documents.dtype == np.int64 and mask.dtype == np.bool_
-    assert tokens.tolist() == [TEXT[1], TEXT[0], TEXT[1]]
+    assert tokens.tolist() == [ROWS[1], ROWS[0], ROWS[1]]
     assert mask.tolist()[:2] == [[False, True, True, True, False], [False] + [True] * 4]
     assert documents.tolist()[:2] == [[1, 1, 2, 2, 2], [0, 0, 0, 1, 1]]
-    assert [rows.source_id(ordinal) for ordinal in range(3)] == [name.hex() for name in IDS]
     assert (rows.num_rows, rows.seq_len) == (2, 4)
+    assert rows.cut_documents().tolist() == [1]
+    assert rows.read([]).tokens.shape == (0, 5)
+
+
+def test_a_piece_that_goes_on_in_the_middle_of_a_row_begins_with_no_target(tmp_path: Path) -> None:
+    for masks in (None, [[1] * 6, [1] * 3]):
+        rows = Rows(write(tmp_path / str(masks), (LONG, LONG_PIECES), masks=masks), "train")
+        tokens, mask, documents = rows.read([0, 1])
+        assert tokens.tolist() == LONG_ROWS
+        assert documents.tolist() == [[0] * 5, [1, 1, 1, 0, 0]]
+        learned = [[False] + [True] * 4, [False, True, True, False, True]]
+        assert mask.tolist() == learned
+        assert rows.info.num_target_tokens == 7
+        assert rows.info.num_bytes == 7, "what both rows hold is told once"
+        assert (rows.info.num_tokens, rows.info.num_cut_documents) == (9, 1)
+
+
+def test_rows_of_many_shards_are_one_sequence(tmp_path: Path) -> None:
+    shards = [(TEXT, PIECES), (LONG, LONG_PIECES), (TEXT, PIECES)]
+    rows = Rows(write(tmp_path / "out", *shards), "train")
+    apart = [Rows(write(tmp_path / f"{n}", shard), "train") for n, shard in enumerate(shards)]
+    first_documents = [0, 3, 5]
+    indices = [4, 0, 3, 3, 5, 1, 2]
+    tokens, mask, documents = rows.read(indices)
+    for place, index in enumerate(indices):
+        one = apart[index // 2].read([index % 2])
+        assert tokens[place].tolist() == one.tokens[0].tolist()
+        assert mask[place].tolist() == one.mask[0].tolist()
+        expected = one.document_ids[0] + first_documents[index // 2]
+        assert documents[place].tolist() == expected.tolist()
+    assert rows.info.num_documents == 8
+    assert rows.info.num_tokens == sum(each.info.num_tokens for each in apart)
+    assert rows.cut_documents().tolist() == [1, 3, 6]
+    for outside in (-1, 6):
+        with pytest.raises(IndexError, match="of 6"):
+            rows.read([0, outside])
 
 
 def test_figures_count_each_token_once(tmp_path: Path) -> None:
-    info = Rows(write(tmp_path / "out", TEXT), "train").info
-    assert (info.num_rows, info.num_documents) == (2, 3)
+    info = Rows(write(tmp_path / "out", (TEXT, PIECES)), "train").info
+    assert (info.num_rows, info.num_documents, info.num_cut_documents) == (2, 3, 1)
     assert info.num_tokens == 8, "the 9 that both rows hold is one token"
     assert (info.num_padding_tokens, info.num_target_tokens) == (1, 7)
     assert info.num_bytes == 5, "control tokens stand for none"
 
 
 def test_the_mask_of_chats_says_what_is_learned_but_never_position_0(tmp_path: Path) -> None:
-    mask = [[0, 1, 0, 0, 1], [1, 1, 0, 0, 0]]
-    rows = Rows(write(tmp_path / "out", TEXT, mask), "train")
-    assert rows.read([0, 1]).mask.tolist() == [
-        [False, True, False, False, True],
-        [False, True, False, False, False],
-    ]
-    assert rows.info.num_target_tokens == 3
+    masks = [[0, 1, 0], [0, 1, 1], [1, 0]]
+    rows = Rows(write(tmp_path / "out", (TEXT, PIECES), (TEXT, PIECES), masks=masks), "train")
+    learned = [[False, True, False, False, True], [False, True, True, False, False]]
+    assert rows.read([0, 1, 2, 3]).mask.tolist() == learned * 2
+    assert rows.info.num_target_tokens == 8
+    expected = [f"kind {number} {ordinal}" for number in range(2) for ordinal in range(3)]
+    assert [rows.kind(ordinal) for ordinal in range(6)] == expected
 
 
 @pytest.mark.parametrize(
     ("vocab_size", "dtype", "item_bytes"),
-    [(65_536, "uint16", 2), (65_537, "uint32", 4), (200_000, "uint32", 4)],
+    [(65_536, "<u2", 2), (65_537, "<u4", 4), (200_000, "<u4", 4)],
 )
 def test_the_last_id_survives_in_the_smallest_type_that_holds_it(
     tmp_path: Path, vocab_size: int, dtype: str, item_bytes: int
 ) -> None:
-    tokens = [[0, vocab_size - 1, 0, 0, vocab_size - 2]]
-    folder = write(tmp_path / "out", tokens, first_documents=[0], vocab_size=vocab_size)
+    tokens = [[0, vocab_size - 1, 7, 8, vocab_size - 2]]
+    folder = write(tmp_path / "out", (tokens, [(0, 0, 5, 0, 0)]), vocab_size=vocab_size)
     assert Rows(folder, "train").read([0]).tokens.tolist() == tokens
     assert json.loads((folder / PACK_JSON).read_text())["dtype"] == dtype
-    assert (folder / "train.tokens.bin").stat().st_size == 5 * item_bytes
+    assert (folder / "train/00000.tokens.bin").stat().st_size == HEADER.size + 5 * item_bytes
 
 
 def test_files_are_little_endian_and_as_documented(tmp_path: Path) -> None:
-    folder = write(tmp_path / "out", TEXT, [[0, 1, 1, 1, 1]] * 2)
-    assert (folder / "train.tokens.bin").read_bytes() == bytes(
-        byte for row in TEXT for token in row for byte in (token % 256, token // 256)
-    )
-    assert (folder / "train.mask.bin").read_bytes() == bytes([0, 1, 1, 1, 1, 0, 1, 1, 1, 0])
-    assert (folder / "train.first_document.bin").read_bytes() == bytes([0] * 8 + [1] + [0] * 7)
-    assert (folder / "train.document_ids.bin").read_bytes() == b"".join(IDS)
+    masks = [[0, 1, 0], [0, 1, 1], [1, 0]]
+    folder = write(tmp_path / "out", (TEXT, PIECES), masks=masks)
+
+    def body(name: str, kind: bytes, shape: tuple[int, int]) -> bytes:
+        data = (folder / f"train/00000.{name}.bin").read_bytes()
+        expected = (MAGIC, 2, kind.ljust(8, b"\0"), name.encode().ljust(16, b"\0"), *shape)
+        assert HEADER.unpack(data[:64]) == expected
+        return data[64:]
+
+    tokens = bytes(byte for row in ROWS for token in row for byte in (token, 0))
+    assert body("tokens", b"<u2", (2, 5)) == tokens
+    assert body("mask", b"<u1", (2, 5)) == bytes([0, 1, 0, 0, 1, 0, 1, 1, 0, 0])
+    pieces = [(piece[0], piece[1], piece[4]) for piece in PIECES]
+    assert body("pieces", b"<u4", (4, 3)) == np.array(pieces, dtype="<u4").tobytes()
+    first_pieces = np.array([0, 2, 4], dtype="<u8").tobytes()
+    assert body("first_pieces", b"<u8", (3, 1)) == first_pieces
+    assert body("document_ids", b"<u1", (3, 16)) == b"".join(IDS)
+    assert body("kinds", b"<u2", (3, 1)) == bytes([0, 0, 1, 0, 2, 0])
 
 
-FILES = ["train.tokens.bin", "train.mask.bin", "train.first_document.bin", "train.document_ids.bin"]
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "grown"])
-def test_a_file_of_another_size_is_named(tmp_path: Path, name: str, damage: str) -> None:
-    folder = write(tmp_path / "out", TEXT, [[0, 1, 1, 1, 1]] * 2)
-    path = folder / name
+@pytest.mark.parametrize("name", ["tokens", "mask", "pieces", "first_pieces"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "grown", "magic", "version", "shape"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    masks = [[0, 1, 0], [0, 1, 1], [1, 0]]
+    folder = write(tmp_path / "out", (TEXT, PIECES), masks=masks)
+    path = folder / f"train/00000.{name}.bin"
     data = path.read_bytes()
     if damage == "gone":
         path.unlink()
+    elif damage in ("magic", "version", "shape"):
+        place = {"magic": 0, "version": 8, "shape": 40}[damage]
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     else:
         path.write_bytes({"empty": b"", "cut": data[:-1], "grown": data + b"\0"}[damage])
-    with pytest.raises(ArtifactError, match=name) as caught:
-        Rows(folder, "train")
+    with pytest.raises(ArtifactError, match=rf"00000\.{name}\.bin") as caught:
+        Rows(folder, "train").read([0])
     assert "run pack again" in str(caught.value)
 
 
 def test_another_seq_len_in_pack_json_does_not_pass(tmp_path: Path) -> None:
-    folder = write(tmp_path / "out", TEXT)
+    folder = write(tmp_path / "out", (TEXT, PIECES))
     path = folder / PACK_JSON
     path.write_text(path.read_text().replace('"seq_len": 4', '"seq_len": 3'))
-    with pytest.raises(ArtifactError, match="20 bytes, expected 16"):
-        Rows(folder, "train")
+    with pytest.raises(ArtifactError, match="84 bytes, expected 80"):
+        Rows(folder, "train").read([0])
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('"version": 1', '"version": 2'),
+        ('"version": 2', '"version": 1'),
         ('"format": "fromscratch.rows"', '"format": "other"'),
-        ('"dtype": "uint16"', '"dtype": "uint32"'),
+        ('"dtype": "<u2"', '"dtype": "<u4"'),
         ('"seq_len"', '"sequence"'),
         ('"num_rows"', '"rows"'),
         ('"splits"', '"parts"'),
@@ -140,7 +207,7 @@ def test_another_seq_len_in_pack_json_does_not_pass(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_pack_json_is_named(tmp_path: Path, old: str, new: str) -> None:
-    folder = write(tmp_path / "out", TEXT)
+    folder = write(tmp_path / "out", (TEXT, PIECES))
     path = folder / PACK_JSON
     text = path.read_text()
     assert old in text
@@ -150,7 +217,7 @@ def test_a_damaged_pack_json_is_named(tmp_path: Path, old: str, new: str) -> Non
 
 
 def test_a_missing_split_or_pack_json_is_named(tmp_path: Path) -> None:
-    folder = write(tmp_path / "out", TEXT)
+    folder = write(tmp_path / "out", (TEXT, PIECES))
     with pytest.raises(ArtifactError, match="no split validation; there are train"):
         Rows(folder, "validation")
     (folder / PACK_JSON).unlink()

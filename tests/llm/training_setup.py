@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from accelerate.state import AcceleratorState, GradientState
 from llm.artifact import ArtifactWriter, Json
 from llm.config import FinetuneConfig, ModelConfig, PretrainConfig, RuntimeConfig
 from llm.data.chat import render_chats
-from llm.data.rows import RowLayout, RowWriter, write_pack_json
+from llm.data.row_writing import Documents, EncodedDocument, Pieces, write_shard
+from llm.data.rows import RowLayout, ShardInfo, shard_prefix, write_pack_json
 from llm.job import Job, StageFunction, read_job, write_job
 from llm.model.transformer import Transformer
 from llm.tokenizer.bpe import ByteLevelBPE
@@ -160,17 +162,22 @@ def _write_rows(
     )
     writer = ArtifactWriter(folder)
     is_validation = np.arange(len(tokens)) % 5 == 0
-    infos = {}
+    infos: dict[str, list[ShardInfo]] = {}
     for split, is_in in (("train", ~is_validation), ("validation", is_validation)):
-        some = tokens[is_in]
-        # each row begins in the document after the last of the row before
-        num_in_row = 1 + (some[:, 1:] == layout.bos_id).sum(axis=1)
-        first = np.cumsum(num_in_row) - num_in_row
-        num_documents = int(num_in_row.sum())
-        with RowWriter(writer, split, layout, tokenizer.token_bytes) as rows:
-            rows.write_rows(some, None if mask is None else mask[is_in], first)
-            rows.write_documents([(bytes(16), "")] * num_documents)
-            infos[split] = rows.info()
+        documents, pieces = Documents(layout.dtype), []
+        for row, (ids, is_target) in enumerate(
+            zip(tokens[is_in], tokens[is_in] * 0 if mask is None else mask[is_in], strict=True)
+        ):
+            is_first = np.r_[True, ids[1:] == layout.bos_id]  # of a document, or of the row
+            starts = np.flatnonzero(is_first & (ids != layout.pad_id)).tolist()
+            for start, end in pairwise([*starts, int((ids != layout.pad_id).sum())]):
+                pieces.append((len(documents), 0, end - start, row, start))
+                of_chat = None if mask is None else is_target[start:end]
+                documents.add([EncodedDocument(id=bytes(16), tokens=ids[start:end], mask=of_chat)])
+        laid = Pieces(*np.array(pieces).T)
+        prefix = shard_prefix(split, 0)
+        info = write_shard(writer, prefix, layout, documents, laid, tokenizer.token_bytes)
+        infos[split] = [info]
     write_pack_json(writer, layout, infos)
     writer.finish(stage="pack", summary={})
     return folder
