@@ -97,7 +97,7 @@ def do_shards(
     progress = _Progress(job, shards, missing, unit)
     progress.look([])
     num_workers = job.runtime.shard_workers or len(os.sched_getaffinity(0))
-    if missing and job.runtime.shard_runner != "processes":
+    if len(missing) > 1 and job.runtime.shard_runner != "processes":
         _leave_to_cluster(job, missing, progress)
     elif min(len(missing), num_workers) > 1:
         _do_in_processes(job, missing, num_workers, progress)
