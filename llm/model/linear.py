@@ -37,9 +37,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return the same for left (..., I) and right (O, I), without a gradient: -> (..., O).
 
-    The right one may be a view of any kind; a left one that is not contiguous may be copied.
+    Where they are no whole tensors they are copied; the right one may be a transposed one.
     """
     if _is_for_onednn(left, right):
+        if not right.T.is_contiguous():  # of a part of a tensor oneDNN is a hundred times slower
+            right = right.contiguous()
         return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
     return F.linear(left, right, bias)
 
@@ -48,7 +50,7 @@ def transposed_product(left: Tensor, right: Tensor) -> Tensor:
     """Return left (N, O)^T x right (N, I) -> (O, I), without a gradient."""
     if not _is_for_onednn(left.T, right.T):
         return left.T @ right
-    if left.shape[1] < right.shape[1]:  # the narrower one is copied
+    if left.shape[1] < right.shape[1] or not left.is_contiguous():  # the narrower is copied
         return product(left.T.contiguous(), right.T)
     return product(right.T.contiguous(), left.T).T
 

@@ -42,12 +42,13 @@ def test_any_layout_of_what_is_multiplied_gives_the_same() -> None:
     wide, many = normal(192, 384, seed=2), normal(3, 192, 128, seed=3)
     pairs = [(left.T.contiguous().T, right), (left, right.T.contiguous().T)]
     pairs += [(wide[:, 100:228], right), (many[:, ::2], right), (left[:1].expand(192, -1), right)]
+    pairs += [(left, wide[:, 100:228]), (left, wide.T[:128].T[:100])]
     for some, other in pairs:
         assert some.numel() * len(other) >= MIN_MULTIPLICATIONS
         wanted = some @ other.T
         torch.testing.assert_close(product(some, other), wanted, atol=TOLERANCE, rtol=0)
         torch.testing.assert_close(linear(some, other, None), wanted, atol=TOLERANCE, rtol=0)
-    for narrow, broad in ((left, wide), (wide, left)):
+    for narrow, broad in ((left, wide), (wide, left), (wide[:, 100:228], left)):
         found = transposed_product(narrow, broad)
         torch.testing.assert_close(found, narrow.T @ broad, atol=TOLERANCE, rtol=0)
 
