@@ -222,7 +222,7 @@ def read_elsewhere(folder: Path) -> dict[str, Place]:
         return {name: parse_place(str(place)) for name, place in listed.items()}
     except FileNotFoundError:
         return {}
-    except (ValueError, ConfigError) as error:
+    except (ValueError, RecursionError, ConfigError) as error:
         raise ArtifactError(f"{path}: damaged ({error})") from error
 
 

@@ -27,6 +27,7 @@ from llm.evaluation.leak import LeakResult, find_leaks, leak_metrics
 from llm.evaluation.prompts import encode_prompts
 from llm.evaluation.report import Metric, Report, Sample, rounded, samples_json
 from llm.evaluation.samples import continue_prompts
+from llm.file_cache import file_cache
 from llm.inference.sampling import Sampling
 from llm.job import Job, run_job
 from llm.model.masking import Masking
@@ -168,8 +169,9 @@ def _open_data(job: Job, config: EvaluateConfig, manifests: dict[str, Manifest])
             mask_id=tokenizer.mask_id,
             is_text=tokenizer.token_bytes > 0,
         )
-    text = Rows(Path(job.inputs["text_rows"]), "validation")
-    chats = Rows(Path(job.inputs["chat_rows"]), "validation")
+    cache = file_cache(job.runtime)
+    text = Rows(Path(job.inputs["text_rows"]), "validation", cache)
+    chats = Rows(Path(job.inputs["chat_rows"]), "validation", cache)
     return Data(
         tokenizer=tokenizer,
         text=text,

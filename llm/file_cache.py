@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from llm.artifact import FileRecord, HashingFile, read_manifest
+from llm.config import RuntimeConfig
 from llm.elsewhere import InStore, OnDisk, Place, disk_failure, read_elsewhere
 from llm.errors import ArtifactError, ConfigError, Interrupted, PlaceError
 
@@ -170,6 +171,12 @@ class ArtifactFiles:
     @cached_property
     def _records(self) -> dict[str, FileRecord]:
         return {record.path: record for record in read_manifest(self._folder).files}
+
+
+def file_cache(runtime: RuntimeConfig) -> FileCache:
+    """Return the cache of this machine."""
+    folder = runtime.cache_dir or Path(runtime.artifacts_dir) / "cache"
+    return FileCache(Path(folder).absolute(), runtime.cache_bytes)
 
 
 def fetch(

@@ -21,12 +21,13 @@ Shapes: B rows read, T positions, N rows, P pieces and D documents of a shard, S
 """
 
 import json
+import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,7 @@ import numpy.typing as npt
 from llm.artifact import ArtifactWriter, Json
 from llm.data.permutation import permute
 from llm.errors import ArtifactError
+from llm.file_cache import ArtifactFiles, FileCache
 from llm.seeds import derive_seed
 
 PACK_JSON = "pack.json"
@@ -41,6 +43,7 @@ FORMAT, VERSION = "fromscratch.rows", 2
 MAGIC = b"\x89FSROWS\n"
 HEADER = struct.Struct("<8sI4x8s16sQQ8x")  # magic, version, type of an item, name, shape
 DOCUMENT_ID_BYTES = 16
+OF_DOCUMENTS = ("document_ids", "kinds")  # what is read of documents, not of rows
 
 Content = Literal["text", "chats"]
 
@@ -159,8 +162,10 @@ def add_counts(shards: Sequence[ShardInfo]) -> RowCounts:
 class Rows:
     """The rows of one split, memory-mapped: only the rows asked for are read."""
 
-    def __init__(self, folder: Path, split: str) -> None:
+    def __init__(self, folder: Path, split: str, cache: FileCache | None = None) -> None:
         """Open a split of a pack artifact; its shards are opened when rows of them are read.
+
+        Those that are in a store are fetched into `cache` then, or all at once by `fetch`.
 
         Raises:
             ArtifactError: `pack.json` is missing or damaged, or does not know the split.
@@ -173,8 +178,9 @@ class Rows:
         self.num_rows, self.seq_len = self.info.num_rows, self.layout.seq_len
         self._first_rows = starts([info.counts.num_rows for info in infos])
         self._first_documents = starts([info.counts.num_documents for info in infos])
+        self._files = ArtifactFiles(folder, cache)
         self._shards = [
-            _Shard(folder, shard_prefix(split, number), self.layout, info)
+            _Shard(self._files, shard_prefix(split, number), self.layout, info)
             for number, info in enumerate(infos)
         ]
 
@@ -203,6 +209,17 @@ class Rows:
                 rows.document_ids[places] = found.document_ids + self._first_documents[number]
         return rows
 
+    def fetch(self, report: Callable[[int, int], None]) -> None:
+        """Bring the shards here that are in a store: a shuffled order wants all of them at once.
+
+        `report` is told how many bytes have come, and of how many; what it raises ends the
+        fetching.
+
+        Raises:
+            ConfigError, PlaceError, ArtifactError: as `ArtifactFiles.fetch`.
+        """
+        self._files.fetch([name for shard in self._shards for name in shard.row_files()], report)
+
     def cut_documents(self) -> npt.NDArray[np.int64]:
         """Return the ordinals of the documents that are in several pieces, ascending."""
         found = [np.zeros(0, dtype=np.int64)]
@@ -219,8 +236,15 @@ class Rows:
 class _Shard:
     """The files of a shard, each mapped when it is first needed."""
 
-    def __init__(self, folder: Path, prefix: str, layout: RowLayout, info: ShardInfo) -> None:
-        self._folder, self._prefix, self._layout, self._info = folder, prefix, layout, info
+    def __init__(
+        self, files: ArtifactFiles, prefix: str, layout: RowLayout, info: ShardInfo
+    ) -> None:
+        self._files, self._prefix, self._layout, self._info = files, prefix, layout, info
+
+    def row_files(self) -> list[str]:
+        """Return the names of the files that reading rows takes."""
+        shapes = file_shapes(self._layout, self._info.counts)
+        return [f"{self._prefix}{name}.bin" for name in shapes if name not in OF_DOCUMENTS]
 
     def read(self, indices: npt.NDArray[np.int64]) -> RowArrays:
         """Return rows; documents are counted from the shard's first."""
@@ -276,8 +300,12 @@ class _Shard:
 
     def _map(self, name: str) -> npt.NDArray[Any]:
         kind, *shape = file_shapes(self._layout, self._info.counts)[name]
-        path = _local_path(self._folder, f"{self._prefix}{name}.bin")
-        return _map_file(path, name, kind, (shape[0], shape[1]))
+        try:
+            file = self._files.open(f"{self._prefix}{name}.bin")
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{error.filename}: not there; run pack again") from error
+        with file:
+            return _map_file(file, name, kind, (shape[0], shape[1]))
 
 
 def row_order(
@@ -313,25 +341,15 @@ def _read_pack_json(folder: Path) -> tuple[RowLayout, dict[str, list[ShardInfo]]
     return layout, splits
 
 
-def _local_path(folder: Path, name: str) -> Path:
-    """Return where the file `name` of an artifact can be mapped."""
-    return folder / name
-
-
-def _map_file(path: Path, name: str, kind: str, shape: tuple[int, int]) -> npt.NDArray[Any]:
+def _map_file(file: IO[bytes], name: str, kind: str, shape: tuple[int, int]) -> npt.NDArray[Any]:
     expected = HEADER.size + np.dtype(kind).itemsize * shape[0] * shape[1]
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header = file.read(HEADER.size)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: not there; run pack again") from error
+    header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
     if size != expected:
-        raise ArtifactError(f"{path}: {size} bytes, expected {expected}; run pack again")
+        raise ArtifactError(f"{file.name}: {size} bytes, expected {expected}; run pack again")
     if header != file_header(name, kind, shape):
         raise ArtifactError(
-            f"{path}: its header says {HEADER.unpack(header)}, expected"
+            f"{file.name}: its header says {HEADER.unpack(header)}, expected"
             f" {HEADER.unpack(file_header(name, kind, shape))}; run pack again"
         )
-    mapped = np.memmap(path, dtype=kind, mode="r", offset=HEADER.size, shape=shape)
+    mapped = np.memmap(file, dtype=kind, mode="r", offset=HEADER.size, shape=shape)
     return mapped.view(np.ndarray)

@@ -16,6 +16,7 @@ from llm.artifact import ArtifactWriter, Json
 from llm.config import OptimizationConfig, RuntimeConfig
 from llm.data.rows import Rows
 from llm.errors import ConfigError, DataError, Interrupted
+from llm.file_cache import file_cache
 from llm.job import METRICS, Job
 from llm.model.loss import ModelWithLoss
 from llm.model.masking import Masking
@@ -116,8 +117,9 @@ class _Run:
         device = self.accelerator.device
         self.is_writer = self.accelerator.is_main_process
         self.tokenizer = load_tokenizer(tokenizer_folder)
-        rows, self._validation_rows = _open_rows(Path(job.inputs["rows"]), model, self.tokenizer)
+        rows, self._validation_rows = _open_rows(job, model, self.tokenizer)
         _check_rows_per_step(job.stage, config, self.accelerator)
+        rows.fetch(self._report_fetching)
         self.flops_per_token = flops_per_token(model)
         self.peak = peak_flops(device, config.precision)
         is_gpu = device.type == "cuda"
@@ -151,6 +153,11 @@ class _Run:
                 or self.is_due(step, runtime.validate_every_steps)
             ),
         )
+
+    def _report_fetching(self, done_bytes: int, total_bytes: int) -> None:
+        if self.is_writer:
+            self._job.report_progress(done_bytes, total_bytes, "bytes fetched")
+        self._job.raise_if_stopping()
 
     def is_due(self, step: int, every_steps: int) -> bool:
         """Tell whether what happens every so many steps, and after the last, happens at `step`."""
@@ -256,13 +263,14 @@ def _resume(
     return load_checkpoint(path, model, optimizer) if path else TrainState()
 
 
-def _open_rows(folder: Path, model: Transformer, tokenizer: Tokenizer) -> tuple[Rows, Rows]:
+def _open_rows(job: Job, model: Transformer, tokenizer: Tokenizer) -> tuple[Rows, Rows]:
     """Open the rows of both splits and compare them with the model.
 
     Raises:
         DataError: they are of another context or vocabulary, or there are none.
     """
-    splits = Rows(folder, "train"), Rows(folder, "validation")
+    folder, cache = Path(job.inputs["rows"]), file_cache(job.runtime)
+    splits = Rows(folder, "train", cache), Rows(folder, "validation", cache)
     layout = splits[0].layout
     problems: list[str] = []
     if layout.seq_len != model.seq_len:

@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm.errors import DataError, StageError
-from llm.job import EXIT_INTERRUPTED
+from llm.errors import ConfigError, DataError, StageError
+from llm.job import EXIT_INTERRUPTED, read_job
 from llm.model.store import load_model
 from llm.model.transformer import Block
 from llm.pretrain import pretrain
+from llm.spread import spread
 from llm.tokenizer.base import TOKENIZER_JSON
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.training.validation import Validation
@@ -225,6 +226,23 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_no_bits(
     assert "set aside as damaged-step-00000008" in errors
     assert digest(tmp_path) == digest(undisturbed["adamw"])
     assert points(tmp_path) == points(undisturbed["adamw"])
+
+
+def test_rows_in_a_store_train_as_rows_here(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    config = tiny_pretrain(num_steps=3)
+    expected = run_inside(pretrain, write_job_file(tmp_path / "here", "pretrain", config, inputs))
+    rows = Path(shutil.copytree(inputs["rows"], tmp_path / "rows"))
+    list(spread(rows, ["memory://test_pretrain"]))
+    there, cache = {**inputs, "rows": rows}, tmp_path / "cache"
+    settings = {"cache_dir": str(cache)}
+    job = write_job_file(tmp_path / "there", "pretrain", config, there, **settings)
+    read_job(job).work.mkdir()  # as the stage's process does
+    assert run_inside(pretrain, job) == expected
+    assert points(tmp_path / "there") == points(tmp_path / "here")
+    assert any(path.stat().st_size > 0 for path in cache.iterdir())
+    small = write_job_file(tmp_path, "pretrain", config, there, cache_bytes=9, **settings)
+    with pytest.raises(ConfigError, match=r"runtime\.cache_bytes: found 9, expected at least"):
+        run_inside(pretrain, small)
 
 
 def test_micro_batches_change_the_loss_by_rounding_alone(

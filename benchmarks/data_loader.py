@@ -1,0 +1,78 @@
+"""Rows of the loader: what training gets to read, from rows that the system has in memory."""
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from data_stages import Figure
+
+from llm.artifact import ArtifactWriter
+from llm.config import OptimizationConfig
+from llm.data.packing import lay_best_fit
+from llm.data.row_writing import Documents, EncodedDocument, write_shard
+from llm.data.rows import RowLayout, Rows, shard_prefix, write_pack_json
+from llm.training.batches import NextToken, batches_of_steps
+
+SEQ_LEN, VOCAB_SIZE = 2048, 50_257
+MEAN_DOCUMENT_TOKENS = 700
+ROWS_PER_STEP = 64
+TOKENS_MEASURED = 100_000_000
+
+
+def measure_loader(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
+    """Tokens a second of `batches_of_steps`, rows in a random order, one thread of torch's."""
+    torch.set_num_threads(1)
+    num_tokens = options.megabytes * 1_000_000 // 2  # uint16
+    for num_shards in (12, 256):
+        rows = _write_rows(folder / str(num_shards), num_tokens // num_shards, num_shards)
+        rows.read(np.arange(rows.num_rows))  # opens every shard, and has it in memory
+        for is_document_masked in (False, True):
+            rates = [_rate(rows, is_document_masked) for _ in range(options.repeats)]
+            documents = " with document ids" if is_document_masked else ""
+            yield Figure(
+                measure=f"loader, T={SEQ_LEN}, {num_shards} shards{documents}",
+                value=f"{np.median(rates):.1f} M tokens/s",
+                target=">= 12",
+            )
+
+
+def _rate(rows: Rows, is_document_masked: bool) -> float:
+    num_steps = TOKENS_MEASURED // (ROWS_PER_STEP * SEQ_LEN)
+    steps = batches_of_steps(
+        rows,
+        NextToken(is_document_masked=is_document_masked),
+        OptimizationConfig(num_steps=num_steps, rows_per_step=ROWS_PER_STEP),
+        seed=1,
+        first_step=0,
+        process=0,
+        num_processes=1,
+        micro_batch_rows=8,
+        device=torch.device("cpu"),
+    )
+    started_at = time.perf_counter()
+    num_tokens = sum(batch.inputs.numel() for step in steps for batch in step.micro_batches)
+    return num_tokens / (time.perf_counter() - started_at) / 1e6
+
+
+def _write_rows(folder: Path, shard_tokens: int, num_shards: int) -> Rows:
+    layout = RowLayout(
+        seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE, content="text", bos_id=0, pad_id=VOCAB_SIZE - 1
+    )
+    rng = np.random.default_rng(1)
+    writer, infos = ArtifactWriter(folder), []
+    for number in range(num_shards):
+        lengths = rng.exponential(MEAN_DOCUMENT_TOKENS, shard_tokens // MEAN_DOCUMENT_TOKENS)
+        documents = Documents(layout.dtype)
+        for length in lengths.astype(np.int64) + 2:
+            tokens = rng.integers(1, VOCAB_SIZE - 1, length, dtype=np.uint32)
+            tokens[0] = layout.bos_id
+            documents.add([EncodedDocument(id=bytes(16), tokens=tokens)])
+        pieces = lay_best_fit(documents.lengths, SEQ_LEN)
+        prefix = shard_prefix("train", number)
+        token_bytes = np.ones(VOCAB_SIZE, dtype=np.int64)
+        infos.append(write_shard(writer, prefix, layout, documents, pieces, token_bytes))
+    write_pack_json(writer, layout, {"train": infos})
+    return Rows(folder, "train")
