@@ -244,7 +244,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(
             f"{folder}: no {MANIFEST} there, so the artifact is missing or unfinished"
         ) from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ArtifactError(
             f"{path}: not a manifest of this version ({error}); remove the folder"
         ) from error

@@ -245,7 +245,7 @@ class Store:
     def _read_stamps(self, folder: Path) -> Mapping[str, Sequence[int]]:
         try:
             return json.loads(self._stamps_path(folder).read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}  # then every file is hashed again, which is always right
 
     def _write_stamps(self, folder: Path) -> None:
@@ -288,5 +288,5 @@ def _read_record(path: Path) -> KeyRecord | None:
         data = json.loads(path.read_bytes())
         data["parts"] = KeyParts(**data["parts"])
         return KeyRecord(**data)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None

@@ -101,7 +101,7 @@ class DocumentFile:
                 line = os.pread(file.fileno(), end - start, start)
                 try:
                     yield _parse(line, self._content)
-                except (ValueError, TypeError, KeyError) as error:
+                except (ValueError, TypeError, KeyError, RecursionError) as error:
                     raise ArtifactError(
                         f"{self.path}:{ordinal + 1}: no document of kind {self._content}"
                         f" ({type(error).__name__}: {error}); run clean again"
@@ -119,7 +119,7 @@ def read_content(folder: Path) -> Content:
         content = json.loads(path.read_bytes())["content"]
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: not there; run clean again") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ArtifactError(f"{path}: damaged ({error!r}); run clean again") from error
     if content not in ("text", "chats"):
         raise ArtifactError(f"{path}: content is {content!r}, expected text or chats")

@@ -160,7 +160,7 @@ def _read_cache(cache_file: Path | None) -> dict[str, list[int | str]]:
     """Return what was remembered; a cache that cannot be read is as good as none."""
     try:
         cached = json.loads(cache_file.read_bytes()) if cache_file is not None else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(cached, dict):
         return {}

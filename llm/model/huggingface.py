@@ -18,7 +18,7 @@ from llm.artifact import ArtifactWriter
 from llm.errors import ArtifactError, ConfigError
 from llm.model.config_json import Shape
 from llm.model.layouts import LAYOUTS, Layout, layout_for, read_shape, write_shape
-from llm.model.store import WEIGHTS, check_tensors, weights_of, write_tensors
+from llm.model.store import WEIGHTS, check_tensors, make_outline, weights_of, write_tensors
 from llm.model.transformer import Transformer
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -195,11 +195,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _check_weights(layout: Layout, shape: Shape, stored: dict[str, _Stored], folder: Path) -> None:
     """Compare what is stored with what the model needs, before any of it is allocated."""
-    try:
-        with torch.device("meta"):
-            needed = LayoutTensors(layout, weights_of(Transformer(*shape)))
-    except ConfigError as error:
-        raise ArtifactError(f"{folder / CONFIG}: {error}") from error
+    outline = make_outline(*shape, len(stored), folder / CONFIG)
+    needed = LayoutTensors(layout, weights_of(outline))
     wrong = [
         f"{name}: found type {tensor.type_name}, expected one of {', '.join(READABLE_TYPES)}"
         for name, tensor in stored.items()

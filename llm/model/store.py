@@ -24,6 +24,7 @@ from llm.model.transformer import Transformer
 
 MODEL, WEIGHTS = "model.json", "model.safetensors"
 HEADER_ALIGNMENT_BYTES = 8
+MAX_SEQ_LEN = 1 << 22  # of a model that is loaded: rotary positions take memory for each
 TYPE_NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -60,14 +61,42 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Transformer:
     try:
         data = json.loads(path.read_bytes())
         config = read_section(ModelConfig, data["model"])
-        model = Transformer(config, int(data["vocab_size"]), int(data["seq_len"]))
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        vocab_size, seq_len = int(data["vocab_size"]), int(data["seq_len"])
+    except (
+        OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, ConfigError
+    ) as error:  # fmt: skip
         raise ArtifactError(
             f"{path}: no model description of this version ({type(error).__name__}: {error});"
             " train the model again"
         ) from error
-    set_weights(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    tensors = read_tensors(folder / WEIGHTS)
+    outline = make_outline(config, vocab_size, seq_len, len(tensors), path)
+    needed = {name: weight.shape for name, weight in weights_of(outline).items()}
+    check_tensors(tensors, needed, folder / WEIGHTS)
+    model = Transformer(config, vocab_size, seq_len)
+    set_weights(model, tensors, folder / WEIGHTS)
     return model.to(device)
+
+
+def make_outline(
+    config: ModelConfig, vocab_size: int, seq_len: int, num_tensors: int, source: Path
+) -> Transformer:
+    """Make a model without memory for its weights, to compare with `num_tensors` that are stored.
+
+    Raises:
+        ArtifactError: what `source` says goes together with no weights, or not with so few.
+    """
+    if config.num_layers > num_tensors or not 0 < seq_len <= MAX_SEQ_LEN or vocab_size < 1:
+        raise ArtifactError(
+            f"{source}: found {config.num_layers} layers, a vocabulary of {vocab_size} and a"
+            f" context of {seq_len} beside {num_tensors} tensors; expected a tensor a layer at"
+            f" least, a vocabulary, and a context up to {MAX_SEQ_LEN}"
+        )
+    try:
+        with torch.device("meta"):
+            return Transformer(config, vocab_size, seq_len)
+    except (ConfigError, RuntimeError) as error:  # torch's: a size beyond 2^63
+        raise ArtifactError(f"{source}: no shape of a model: {error}") from error
 
 
 def weights_of(model: Transformer) -> dict[str, Tensor]:
