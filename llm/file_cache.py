@@ -123,11 +123,6 @@ class ArtifactFiles:
             path = place.path
         return path.open("rb")
 
-    def release(self, name: str) -> None:
-        """Say that a file is not read any more."""
-        if self._cache is not None and name in self._elsewhere:
-            self._cache.release(self._records[name])
-
     def fetch(self, names: Sequence[str], report: Callable[[int, int], None]) -> None:
         """Bring all these files of stores here, several at once.
 

@@ -337,10 +337,10 @@ def test_the_cache_keeps_what_was_opened_last_and_what_is_in_use(
     mapped = files.open(names[0])
     os.utime(cache.folder / record_of(rows, names[0]).sha256, (9, 9))
     for name in names[:2]:
-        files.release(name)
+        cache.release(record_of(rows, name))
     files.open(names[2]).close()
     assert kept() == {names[0], names[2]}, "the other was opened longer ago"
-    files.release(names[2])
+    cache.release(record_of(rows, names[2]))
     files.open(names[3]).close()
     assert names[0] not in kept()
     assert mapped.read() == CONTENT[names[0]], "what is open is read on"
