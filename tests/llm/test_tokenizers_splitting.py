@@ -116,6 +116,7 @@ def test_long_texts_come_in_bounded_pieces_that_join_to_the_text(
 def test_ids_by_words_are_the_librarys_own(tokenizer: ByteLevelBPE, corpus: list[str]) -> None:
     """Also where the cache starts anew in the middle, and where a text needs the library."""
     texts = [*corpus, "a\u1e9e \U00010330 b", "", "x\u0378"]  # of Unicode 5.1, beyond 16 bits, none
+    texts += ["a\uffffb", "\uffff"]  # what words are joined by
     expected = [list(ids) for ids in tokenizer._encode_by_library(texts)]
     assert tokenizer.encode_batch(texts) == expected
     with pytest.MonkeyPatch.context() as patch:
