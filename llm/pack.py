@@ -5,6 +5,7 @@ are encoded and laid into rows by themselves, as shards.
 """
 
 import functools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.load import load_tokenizer
 
 BATCH_BYTES = 1 << 20
+MIN_DOCUMENTS = 8  # of mean length, in a part's share of a cap: else its first one may be too long
 
 Ordinals = npt.NDArray[np.int64]
 
@@ -168,16 +170,19 @@ def _count_by_source(file: DocumentFile, config: PackConfig) -> list[int]:
 
 
 def _num_parts(file: DocumentFile, config: PackConfig, num_of_source: Sequence[int]) -> int:
-    """Return into how many parts a split is cut, so that each has a document of every source."""
+    """Return into how many parts a split is cut, so that each has documents of every source."""
     size_bytes, most = float(file.size_bytes), len(file)
     if num_of_source:
         weights = [share.weight for share in config.shares]
-        most = min(num_of_source)
+        caps = [cap for s in config.shares for cap in (s.max_tokens, s.max_bytes) if cap]
+        mean_bytes = file.size_bytes / len(file)  # of a document, which has fewer tokens
+        num_by_caps = [int(cap / mean_bytes / MIN_DOCUMENTS) for cap in caps]
+        most = min(*num_of_source, *num_by_caps)
         # where small sources are read again, a mixture is longer than its sources: until the one
         # with the most documents for its weight is read once
         readings = max(n / weight for n, weight in zip(num_of_source, weights, strict=True))
         size_bytes *= readings * sum(weights) / len(file)
-    return max(1, min(most, round(size_bytes / config.shard_bytes)))
+    return max(1, min(most, math.ceil(size_bytes / config.shard_bytes)))
 
 
 def _run(ordinals: Ordinals, part: Part, seed: int) -> Ordinals:
