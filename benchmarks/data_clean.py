@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 from data_stages import HERE, Figure, StageRun, run_stage, write_corpus
 
-from llm.artifact import Json
-from llm.config import CleanConfig, NearDuplicatesConfig
-from llm.data.deduplicate import Deduplication
-from llm.data.near_duplicates import NearDuplicates, jaccard
+from llm.artifact import ArtifactWriter, Json
+from llm.config import NearDuplicatesConfig, RuntimeConfig
+from llm.data.decisions import Decisions
+from llm.data.deduplicate import UnitWriter, find_near_duplicates
+from llm.data.near_duplicates import NearDuplicates, Signer, jaccard
 from llm.data.ngrams import hash_distinct_ngrams
 from llm.data.records import Place
-from llm.data.staging import StagedDocument, Staging
+from llm.data.staging import Staged, StagedDocument, StagedShard, StagingWriter
 from llm.data.stdlib import library_files
 
 ALL_ON: dict[str, Json] = {
@@ -30,18 +31,23 @@ def measure_clean(options: argparse.Namespace, folder: Path) -> Iterator[Figure]
     """Speed of cleaning with every optional step off, and with each of them."""
     write_corpus(folder / "corpus.jsonl", options.megabytes * 1_000_000)
     raw = _raw(folder)
-    places = [HERE] + ([options.baseline] if options.baseline else [])
-    rates: dict[Path, list[float]] = {place: [] for place in places}
-    for _ in range(options.repeats):
-        for place in places:
-            seconds = _run_clean(raw, {}, place).seconds
-            rates[place].append(options.megabytes / seconds)
-    yield Figure(
-        measure="clean, nothing on", value=f"{np.median(rates[HERE]):.0f} MB/s", target=">= 100"
-    )
-    if options.baseline:
-        ratio = np.median(np.array(rates[HERE]) / np.array(rates[options.baseline]))
-        yield Figure(measure="  of the baseline's speed", value=f"{ratio:.2f}", target=">= 1")
+    places = [(HERE, 1), (HERE, 2)] + ([(options.baseline, 1)] if options.baseline else [])
+    for steps, chosen in (("nothing on", dict[str, Json]()), ("all steps on", ALL_ON)):
+        rates: dict[tuple[Path, int], list[float]] = {place: [] for place in places}
+        for _ in range(options.repeats):
+            for code, num_workers in places:
+                seconds = _run_clean(raw, chosen, code, num_workers).seconds
+                rates[code, num_workers].append(options.megabytes / seconds)
+        for num_workers in (1, 2):
+            found = rates[HERE, num_workers]
+            yield Figure(
+                measure=f"clean, {steps}, workers: {num_workers}",
+                value=f"{np.median(found):.1f} MB/s",
+                target=">= 100" if not chosen else "",
+            )
+            if options.baseline:
+                ratio = np.median(np.array(found) / np.array(rates[options.baseline, 1]))
+                yield Figure(measure="  of the baseline's speed", value=f"{ratio:.2f}")
     for name, settings in (
         ("NFC, line ends, masks", {key: ALL_ON[key] for key in list(ALL_ON)[:4]}),
         ("gopher", {"filters": "gopher"}),
@@ -61,24 +67,23 @@ def measure_clean(options: argparse.Namespace, folder: Path) -> Iterator[Figure]
 def measure_near_duplicates(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
     """Speed of near dedup with everything it reads and writes, and recall against brute force."""
     texts = _texts_with_near_copies(options.documents)
+    config = NearDuplicatesConfig(unit="document")
     started_at = time.monotonic()
-    with Staging(folder / "staged") as staging:
-        settings = CleanConfig(near_duplicates=NearDuplicatesConfig(unit="document"))
-        duplicates = Deduplication(staging.folder, settings)
-        size_bytes = 0
+    writer, size_bytes = ArtifactWriter(folder / "staged"), 0
+    with StagingWriter(writer, has_sources=False) as staging, UnitWriter(writer, config) as units:
         for number, text in enumerate(texts):
             document = _staged(number, text)
             size_bytes += document.size_bytes
+            units.add(number, text)
             staging.add(document)
-            duplicates.add(text)
-        signed_at = time.monotonic()
-        duplicates.resolve(staging, lambda _: True, lambda *_: None)
-        num_dropped = sum(reason != "" for _, reason in duplicates.left(staging))
+    signed_at = time.monotonic()
+    staged = Staged([StagedShard(folder / "staged")])
+    cuts = find_near_duplicates(staged, Decisions.none(len(staged)), config, lambda *_: None)
     ended_at = time.monotonic()
     yield Figure(
         measure=f"near dedup of {options.documents:,} documents, {size_bytes / 1e6:.0f} MB",
         value=f"{ended_at - started_at:.1f} s ({signed_at - started_at:.1f} s to sign),"
-        f" {num_dropped:,} dropped",
+        f" {len(cuts):,} dropped",
         target="<= 60 s",
     )
     num_pairs, num_found = _recall(list(_texts_with_near_copies(2000)), folder / "recall")
@@ -89,9 +94,14 @@ def measure_near_duplicates(options: argparse.Namespace, folder: Path) -> Iterat
     )
 
 
-def _run_clean(raw: Path, settings: Mapping[str, Json], code: Path) -> StageRun:
+def _run_clean(
+    raw: Path, settings: Mapping[str, Json], code: Path, num_workers: int = 1
+) -> StageRun:
+    runtime = RuntimeConfig(shard_workers=num_workers)
     with tempfile.TemporaryDirectory(dir=raw.parent) as name:
-        return run_stage(Path(name) / "clean", "clean", settings, {"raw": raw}, code=code)
+        return run_stage(
+            Path(name) / "clean", "clean", settings, {"raw": raw}, code=code, runtime=runtime
+        )
 
 
 def _raw(folder: Path) -> Path:
@@ -126,11 +136,11 @@ def _texts_with_near_copies(num_texts: int) -> Iterator[str]:
 
 def _recall(texts: Sequence[str], folder: Path) -> tuple[int, int]:
     """Return how many pairs brute force finds, and how many of them are in one cluster."""
-    folder.mkdir()
-    near = NearDuplicates(folder, NearDuplicatesConfig(unit="document"))
-    taken = [text for text in texts if near.add(text)]
-    *_, first = near.find(np.arange(len(taken)), taken.__getitem__)
-    near.close()
+    config = NearDuplicatesConfig(unit="document")
+    with Signer(ArtifactWriter(folder), config) as signer:
+        taken = [text for text in texts if signer.add(text)]
+    with NearDuplicates([folder], config) as near:
+        *_, first = near.find(np.arange(len(taken)), taken.__getitem__)
     sets = [hash_distinct_ngrams(text, 5) for text in taken]
     num_pairs = num_found = 0
     for one in range(len(sets)):
@@ -145,5 +155,5 @@ def _staged(number: int, text: str) -> StagedDocument:
     identifier = random.Random(number).randbytes(16)
     line = json.dumps({"id": identifier.hex(), "text": text}).encode() + b"\n"
     place = Place(file="a", line=number, offset_bytes=0)
-    return StagedDocument(id=identifier, line=line, text=text, size_bytes=len(text.encode()),
-                          is_validation=False, place=place)  # fmt: skip
+    return StagedDocument(id=identifier, content=identifier, line=line, record=number, place=place,
+                          size_bytes=len(text.encode()), is_validation=False)  # fmt: skip

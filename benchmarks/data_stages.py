@@ -7,12 +7,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm.artifact import Json, load_artifact
+from llm.artifact import ArtifactWriter, Json, load_artifact
+from llm.data.document_file import (
+    SPLITS,
+    DocumentShard,
+    DocumentsWriter,
+    write_documents_json,
+)
+from llm.data.staging import ENCODER
 from llm.data.stdlib import library_files
 from llm.job import Job, write_job
 
@@ -67,16 +74,23 @@ def write_corpus(path: Path, num_bytes: int) -> None:
 
 def write_documents(folder: Path, texts: Iterable[str]) -> None:
     """Write texts as `clean` does, one of a hundred and the first for validation."""
-    folder.mkdir(parents=True)
-    (folder / "documents.json").write_text('{"content": "text"}')
-    with (
-        (folder / "train.jsonl").open("w", encoding="utf-8") as train,
-        (folder / "validation.jsonl").open("w", encoding="utf-8") as validation,
-    ):
+    writer = ArtifactWriter(folder)
+    counts: dict[str, int] = dict.fromkeys(SPLITS, 0)
+    with ExitStack() as stack:
+        sides = {
+            split: stack.enter_context(DocumentsWriter(writer, f"{split}/00000", has_sources=False))
+            for split in SPLITS
+        }
         for number, text in enumerate(texts):
             record = {"id": random.Random(number).randbytes(16).hex(), "text": text}
-            line = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
-            (train if number % 100 else validation).write(line + "\n")
+            split = "train" if number % 100 else "validation"
+            sides[split].add(ENCODER.encode(record).encode() + b"\n", 0)
+            counts[split] += 1
+    shards = {
+        split: [DocumentShard(name="00000", documents=counts[split], bytes=sides[split].num_bytes)]
+        for split in SPLITS
+    }
+    write_documents_json(writer, "text", shards)
 
 
 def run_stage(

@@ -5,9 +5,11 @@ assistant) and `content`, or else `instruction`, `input` and `output`; `kind` ma
 
 The steps, in this order, each off unless a setting turns it on or nothing is said of it here:
 decode; normalize (off); mask personal data (off); the rules of C4 and Gopher (off); length; exact
-duplicates; near duplicates (off); decontamination (off); split. Up to the exact duplicates one pass
-over the raw files is all; near duplicates and decontamination need two looks, so documents wait on
-disk between.
+duplicates; near duplicates (off); decontamination (off); split. The work is done by shards, each
+with the documents of about `clean.shard_bytes` of raw files: up to the length a document is judged
+alone, in a first look. What must be known of all, ids and signatures, is compared here. The later
+looks, by shards again, write what is left. Texts pass through this process only where two of them
+may be nearly the same.
 
 A document's id is the hash of its content, and the hash alone decides its side of the split: adding
 data never moves a document from one side to the other. Chats with the same `group` (questions on
@@ -16,36 +18,58 @@ the same the one of the lowest hash is kept, which is in validation if any of th
 dropped without being counted.
 """
 
-import hashlib
 import json
-import sqlite3
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+import numpy.typing as npt
+
 from llm.artifact import ArtifactWriter, Json
 from llm.config import CleanConfig, read_section
-from llm.data.decontaminate import Decontamination
-from llm.data.deduplicate import Deduplication
-from llm.data.document_file import DocumentFile
-from llm.data.document_steps import DocumentSteps
-from llm.data.documents import Document, read_documents
+from llm.data.decisions import FATES, Decisions
+from llm.data.decontaminate import DocumentCounts, merge_ngrams, ngrams_of, write_uncommon
+from llm.data.deduplicate import REST, compares, find_near_duplicates, judge_rests
+from llm.data.document_file import (
+    LINES,
+    SPLITS,
+    SUFFIXES,
+    DocumentFile,
+    DocumentShard,
+    write_documents_json,
+)
+from llm.data.document_steps import add_changes
+from llm.data.exact_duplicates import find_repeated
+from llm.data.first_look import read_shard
 from llm.data.formats import Content
-from llm.data.records import EXCERPT_CHARACTERS, Skip
-from llm.data.staging import ENCODER, StagedDocument, Staging, joined_text
-from llm.data.tally import Tally
+from llm.data.last_look import (
+    COUNTS,
+    DECISIONS,
+    JUDGED,
+    NGRAMS,
+    PROTECTED,
+    RESTS,
+    count_shard,
+    protect_shard,
+    rest_shard,
+    write_shard,
+)
+from llm.data.raw_shards import RawInput
+from llm.data.staging import Staged, StagedShard
+from llm.data.tally import MAX_REJECTED_EXAMPLES, Tally
 from llm.errors import DataError
 from llm.job import Job, run_job
+from llm.shards import FinishedShard, Shard, do_shards
 
-ID_BYTES = 16
-SEEN_CACHE_KIBIBYTES = 64 * 1024
-
-IsNew = Callable[[bytes], bool]
+LOOKS = {
+    "read": read_shard, "rest": rest_shard, "protect": protect_shard, "count": count_shard,
+    "write": write_shard,
+}  # fmt: skip
 
 
 def clean(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
-    """Write the documents of the input `raw` to `train.jsonl` and `validation.jsonl`.
+    """Write the documents of the input `raw` to the files of `train` and `validation`.
 
     Of several sources, `raw_0`, `raw_1` and so on, each document says which one it is from.
     An input `held_out`, documents cleaned before, has a validation side to keep out of training.
@@ -54,255 +78,216 @@ def clean(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
         DataError: a side of the split is empty, or a file cannot be read as what its name says.
     """
     settings = read_section(CleanConfig, job.settings)
-    by_number = sorted(job.inputs.items(), key=lambda item: (len(item[0]), item[0]))
-    raws = [Path(folder) for name, folder in by_number if name.startswith("raw")]
-    content = cast(Content, json.loads((raws[0] / "source.json").read_bytes())["content"])
+    raw = RawInput.of(job.inputs)
     tally, summary = Tally(), dict[str, Json]()
-    with (
-        writer.open("train.jsonl") as train,
-        writer.open("validation.jsonl") as validation,
-        _seen_hashes(job.work / "seen.sqlite3") as is_new,
-    ):
-        documents = _look_at_each(job, raws, content, settings, is_new, tally, summary)
-        if settings.near_duplicates.unit != "none" or settings.decontamination.action != "none":
-            documents = _compare(job, documents, content, settings, is_new, tally, summary)
-        for document in documents:
-            (validation if document.is_validation else train).write(document.line)
-            tally.keep("validation" if document.is_validation else "train", document.size_bytes)
-    summary = _summary(tally, content) | summary
+    read, staged = _read(job, raw, settings, tally, summary)
+    decisions = Decisions.none(len(staged))
+    _drop_exact_duplicates(job, staged, decisions, tally)
+    if compares(settings, raw.content):
+        _drop_near_duplicates(job, staged, decisions, settings, tally, summary)
+    decisions.write(job.work / "shards" / DECISIONS, staged)
+    if settings.decontamination.action != "none":
+        _protect(job, staged, settings)
+    shards = _write(job, read, staged, decisions, settings, writer, tally, summary)
     _refuse_empty_side(tally, settings)
-    lines = (json.dumps(example, sort_keys=True) + "\n" for example in tally.rejected)
+    lines = (json.dumps(example, sort_keys=True) + "\n" for example in tally.rejected())
     writer.write_bytes("rejected.jsonl", "".join(lines).encode())
-    several = {"num_sources": len(raws)} if len(raws) > 1 else {}
-    writer.write_json("documents.json", {"content": content, **several})
-    return summary
+    write_documents_json(writer, raw.content, shards, len(raw.folders))
+    return _summary(tally, raw.content) | summary
 
 
-def _look_at_each(
+def clean_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
+    """Do one shard of the stage."""
+    return LOOKS[cast(str, job.shard["look"])](job, writer)
+
+
+def _read(
+    job: Job, raw: RawInput, settings: CleanConfig, tally: Tally, summary: dict[str, Json]
+) -> tuple[list[FinishedShard], Staged]:
+    """Have documents staged that pass the steps up to the length, and count the others."""
+    parts = raw.plan(settings.shard_bytes)
+    shards = [
+        _shard("read", number, part.size_bytes, part.to_json()) for number, part in enumerate(parts)
+    ]
+    finished = do_shards(job, clean_shard, shards, "bytes")
+    staged: list[StagedShard] = []
+    lines_before = 0
+    for number, (part, shard) in enumerate(zip(parts, finished, strict=True)):
+        lines_before *= part.goes_on
+        found = Tally.from_json(shard.summary["tally"])
+        tally.add(found, number, lines_before)
+        staged.append(StagedShard(shard.folder, lines_before))
+        lines_before += found.num_read  # of a file that is cut each line is a record
+        add_changes(summary, cast(dict[str, Json], shard.summary["changes"]))
+    return finished, Staged(staged)
+
+
+def _drop_exact_duplicates(job: Job, staged: Staged, decisions: Decisions, tally: Tally) -> None:
+    """Let the first of the documents with the same content stay."""
+    is_whole = ~staged.column("is_tail")  # a tail goes with the document it was cut from
+
+    def contents() -> Iterator[npt.NDArray[np.uint64]]:
+        start = 0
+        for block in staged.columns("content"):
+            yield block[is_whole[start : start + len(block)]]
+            start += len(block)
+
+    is_repeated = find_repeated(contents(), int(is_whole.sum()), job.work)
+    goes = is_repeated[np.cumsum(is_whole) - 1]
+    decisions.fates[goes] = FATES.index("duplicate")
+    tally.num_read += int((~is_whole & ~goes).sum())
+    _count(staged, goes & is_whole, "duplicate", "exact duplicates", tally)
+
+
+def _drop_near_duplicates(
     job: Job,
-    raws: Sequence[Path],
-    content: Content,
+    staged: Staged,
+    decisions: Decisions,
     settings: CleanConfig,
-    is_new: IsNew,
     tally: Tally,
     summary: dict[str, Json],
-) -> Iterator[StagedDocument]:
-    """Yield what passes the steps up to the exact duplicates."""
-    files = [(number, path) for number, raw in enumerate(raws) for path in _files(raw)]
-    text_keys = [json.loads((raw / "source.json").read_bytes())["text_key"] for raw in raws]
-    total_bytes, done_bytes = sum(path.stat().st_size for _, path in files), 0
-    steps = DocumentSteps(settings)
-    for number, path in files:
-        name = path.relative_to(raws[number] / "files").as_posix()
-        documents = read_documents(
-            path,
-            f"{number}/{name}" if len(raws) > 1 else name,
-            content=content,
-            text_key=text_keys[number],
-            policy=settings.decode_errors,
-            text_document_bytes=settings.text_document_bytes,
-            limits=settings.reading,
-            scratch=job.work,
-        )
-        for document in documents:
-            tally.num_read += 1
-            tally.num_decode_errors += document.num_decode_errors
-            if isinstance(document, Skip):
-                tally.skip(document, "read")
-            else:
-                document.source = number if len(raws) > 1 else None
-                yield from _take(document, content, settings, steps, is_new, tally)
-            job.report_progress(done_bytes + document.place.read_bytes, total_bytes, "bytes")
-        done_bytes += path.stat().st_size
-    job.report_progress(total_bytes, total_bytes, "bytes")
-    summary |= steps.summary()
-
-
-def _files(raw: Path) -> list[Path]:
-    return sorted(path for path in (raw / "files").rglob("*") if path.is_file())
-
-
-def _take(
-    document: Document,
-    content: Content,
-    settings: CleanConfig,
-    steps: DocumentSteps,
-    is_new: IsNew,
-    tally: Tally,
-) -> Iterator[StagedDocument]:
-    """Yield one document, or the two sides of one that is cut, or count why not."""
-    if reason := steps.apply(document):
-        tally.skip(_skip(document, document.text, reason), "filters")
-        return
-    if content == "text":
-        data = document.text.encode()
-        size_bytes, has_words = len(data), bool(document.text.strip())
-        fields: dict[str, Json] = {"text": document.text}
+) -> None:
+    """Let the first of each cluster stay, or what is left of a document without the paragraphs
+    that stand elsewhere.
+    """
+    config = settings.near_duplicates
+    cuts = find_near_duplicates(staged, decisions, config, job.report_progress)
+    if config.unit == "document":
+        decisions.fates[cuts["document"]] = FATES.index("near duplicate")
     else:
-        data = ENCODER.encode(document.messages).encode()  # role, then content
-        size_bytes = sum(len(message["content"].encode()) for message in document.messages)
-        has_words = True
-        fields = {"messages": cast(Json, document.messages), "kind": document.kind}
-    sha256 = hashlib.sha256(data).digest()
-    reason, step = "", "length"
-    if not has_words:
-        reason = "empty"
-    elif size_bytes < settings.min_document_bytes:
-        reason = "too short"
-    elif not is_new(sha256):
-        reason, step = "duplicate", "exact duplicates"
-    if reason:
-        tally.skip(
-            _skip(document, data[:EXCERPT_CHARACTERS].decode(errors="replace"), reason), step
-        )
+        decisions.cuts = cuts
+        decisions.write(job.work / "shards" / DECISIONS, staged)
+        numbers = np.searchsorted(staged.starts, np.unique(cuts["document"]), side="right") - 1
+        rests: list[npt.NDArray[np.void]] = []
+        for number, shard in _look_again(job, staged, "rest", np.unique(numbers).tolist()):
+            rests.append(np.fromfile(shard.folder / RESTS, dtype=REST))
+            rests[-1]["document"] += staged.starts[number]
+        judge_rests(staged, decisions, rests, job.work)
+        summary["removed_paragraphs"] = len(cuts)
+    for fate in ("near duplicate", "duplicate when cut"):
+        goes = decisions.fates == FATES.index(fate)
+        _count(staged, goes, fate, "near duplicates", tally)
+
+
+def _protect(job: Job, staged: Staged, settings: CleanConfig) -> None:
+    """Collect the n-grams of all that is measured on, and those by which training is judged."""
+    config = settings.decontamination
+    shared = job.work / "shards"
+    other = shared / "other-ngrams.bin"
+    with other.open("wb") as file:
+        for text in config.texts:
+            file.write(ngrams_of(text, config.ngram_words))
+        if "held_out" in job.inputs:
+            held_out = DocumentFile(Path(job.inputs["held_out"]), "validation")
+            for document in held_out.read(range(len(held_out))):
+                file.write(ngrams_of("\n".join(document.texts), config.ngram_words))
+    numbers = range(len(staged.shards))
+    found = [shard.folder / NGRAMS for _, shard in _look_again(job, staged, "protect", numbers)]
+    if not config.max_documents:
+        merge_ngrams([other, *found], shared / JUDGED)
         return
-    if content == "text" and settings.split == "tail":
-        parts = _cut_tail(document.text, settings.validation_fraction)
-        tally.num_read += len(parts) - 1
-        for side, part in parts.items():
-            digest = hashlib.sha256(part.encode()).digest()
-            size_bytes = len(part.encode())
-            yield _staged(
-                document, digest, fields | {"text": part}, size_bytes, side == "validation"
-            )
-        return
-    deciding = (
-        sha256 if document.group is None else hashlib.sha256(document.group.encode()).digest()
-    )
-    is_validation = int.from_bytes(deciding[:8], "big") < settings.validation_fraction * 2**64
-    yield _staged(document, sha256, fields, size_bytes, is_validation)
+    counts = DocumentCounts(merge_ngrams([other, *found], shared / PROTECTED))
+    for _, shard in _look_again(job, staged, "count", numbers):
+        counts.add_bytes((shard.folder / COUNTS).read_bytes())
+    write_uncommon(shared / PROTECTED, counts, config.max_documents, shared / JUDGED)
 
 
-def _staged(
-    document: Document, sha256: bytes, fields: dict[str, Json], size_bytes: int, is_validation: bool
-) -> StagedDocument:
-    source: dict[str, Json] = {} if document.source is None else {"source": document.source}
-    line = ENCODER.encode({"id": sha256[:ID_BYTES].hex(), **source, **fields}).encode() + b"\n"
-    return StagedDocument(
-        id=sha256[:ID_BYTES],
-        line=line,
-        text=joined_text(fields),
-        size_bytes=size_bytes,
-        is_validation=is_validation,
-        place=document.place,
-    )
-
-
-def _cut_tail(text: str, fraction: float) -> dict[str, str]:
-    """Cut a text in two by characters, the last `fraction` for validation; a side without any is
-    left out.
-    """
-    end = int(len(text) * (1 - fraction))
-    parts = {"train": text[:end], "validation": text[end:]}
-    return {side: part for side, part in parts.items() if part}
-
-
-def _compare(
+def _write(
     job: Job,
-    documents: Iterator[StagedDocument],
-    content: Content,
+    read: Sequence[FinishedShard],
+    staged: Staged,
+    decisions: Decisions,
     settings: CleanConfig,
-    is_new: IsNew,
+    writer: ArtifactWriter,
     tally: Tally,
     summary: dict[str, Json],
-) -> Iterator[StagedDocument]:
-    """Yield what is left after the steps that compare documents, which wait on disk meanwhile."""
-    unit = settings.near_duplicates.unit
-    with Staging(job.work / "staged") as staging:
-        duplicates = None
-        if unit == "document" or (unit == "paragraph" and content == "text"):
-            duplicates = Deduplication(staging.folder, settings)
-        for document in documents:
-            staging.add(document)
-            if duplicates is not None:
-                duplicates.add(document.text)
-        if duplicates is not None:
-            duplicates.resolve(staging, is_new, job.report_progress)
-            summary |= duplicates.summary()
-
-        def left() -> Iterator[tuple[StagedDocument, str]]:
-            found = duplicates.left(staging) if duplicates else ((one, "") for one in staging)
-            for number, (document, reason) in enumerate(found, start=1):
-                job.report_progress(number, len(staging), "documents")
-                yield document, reason
-
-        contamination, num_contaminated = None, 0
-        if settings.decontamination.action != "none":
-            contamination = _protect(job, staging.folder / "ngrams.bin", settings, left)
-        for document, reason in left():
-            if reason:
-                tally.skip(_skip(document, document.text, reason), "near duplicates")
-                continue
-            if contamination and contamination.is_contaminated(document):
-                num_contaminated += 1
-                if settings.decontamination.action == "drop":
-                    skip = _skip(document, document.text, "contaminated")
-                    tally.skip(skip, "decontamination")
-                    continue
-            yield document
-        if contamination:
-            summary["contaminated_documents"] = num_contaminated
-
-
-def _protect(
-    job: Job,
-    path: Path,
-    settings: CleanConfig,
-    left: Callable[[], Iterator[tuple[StagedDocument, str]]],
-) -> Decontamination:
-    """Return what knows the n-grams of all texts that are measured on."""
-    contamination = Decontamination(path, settings.decontamination)
-    for text in settings.decontamination.texts:
-        contamination.protect(text)
-    if "held_out" in job.inputs:
-        held_out = DocumentFile(Path(job.inputs["held_out"]), "validation")
-        for document in held_out.read(range(len(held_out))):
-            contamination.protect("\n".join(document.texts))
-    for document, reason in left():
-        if document.is_validation and not reason:
-            contamination.protect(document.text)
-    contamination.finish()
-    if contamination.is_counting:
-        for document, reason in left():
-            if not reason:
-                contamination.count(document)
-    return contamination
-
-
-def _skip(document: Document | StagedDocument, text: str, reason: str) -> Skip:
-    return Skip(place=document.place, reason=reason, excerpt=text[:EXCERPT_CHARACTERS])
-
-
-@contextmanager
-def _seen_hashes(path: Path) -> Generator[IsNew]:
-    """Give a function that tells whether a hash comes for the first time. The set is on disk:
-    memory stays bounded however many documents there are.
+) -> dict[str, list[DocumentShard]]:
+    """Write the sides of each shard from which something goes; those that stay as they are staged
+    are taken as they are.
     """
-    path.unlink(missing_ok=True)
-    connection = sqlite3.connect(path, isolation_level=None)
-    try:
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode = OFF")  # it is thrown away in any case
-        cursor.execute("PRAGMA synchronous = OFF")
-        cursor.execute(f"PRAGMA cache_size = -{SEEN_CACHE_KIBIBYTES}")
-        cursor.execute("CREATE TABLE seen (id BLOB PRIMARY KEY) WITHOUT ROWID")
-        cursor.execute("BEGIN")
+    is_judging = settings.decontamination.action != "none"
+    sides: dict[int, list[str]] = {}
+    for number, shard in enumerate(staged.shards):
+        changed = decisions.part(staged, number).changed_sides(shard)
+        if is_judging and len(shard):
+            changed.add("train")
+        if changed:
+            sides[number] = sorted(changed)
+    written = dict(_look_again(job, staged, "write", list(sides), sides))
+    found: dict[str, list[DocumentShard]] = {side: [] for side in SPLITS}
+    for number, shard in enumerate(read):
+        for side in SPLITS:
+            from_shard = written[number] if side in sides.get(number, []) else shard
+            _adopt(from_shard, side, f"{number:05}", writer, tally, found[side])
+    for number, shard in written.items():
+        lines_before = staged.shards[number].lines_before
+        tally.add(Tally.from_json(shard.summary["tally"]), number, lines_before)
+    if is_judging:
+        counts = (shard.summary["contaminated_documents"] for shard in written.values())
+        summary["contaminated_documents"] = sum(cast(Iterator[int], counts))
+    return found
 
-        def is_new(sha256: bytes) -> bool:
-            cursor.execute("INSERT OR IGNORE INTO seen VALUES (?)", (sha256[:ID_BYTES],))
-            return cursor.rowcount == 1
 
-        yield is_new
-    finally:
-        connection.close()
-        path.unlink(missing_ok=True)
+def _adopt(
+    shard: FinishedShard,
+    side: str,
+    name: str,
+    writer: ArtifactWriter,
+    tally: Tally,
+    found: list[DocumentShard],
+) -> None:
+    """Make the documents of a shard on one side the files `name` of that side, if there are any."""
+    kept = Tally.from_json(shard.summary["tally"])
+    if not kept.num_kept[side]:
+        return
+    sizes = {record.path: record.size_bytes for record in shard.files}
+    suffixes = [suffix for suffix in SUFFIXES if side + suffix in sizes]
+    shard.adopt(writer, {side + suffix: f"{side}/{name}{suffix}" for suffix in suffixes})
+    tally.keep(side, kept.kept_bytes[side], kept.num_kept[side])
+    found.append(DocumentShard(name=name, documents=kept.num_kept[side], bytes=sizes[side + LINES]))
+
+
+def _look_again(
+    job: Job,
+    staged: Staged,
+    look: str,
+    numbers: Iterable[int],
+    sides: Mapping[int, list[str]] | None = None,
+) -> Iterator[tuple[int, FinishedShard]]:
+    """Have another look at some of the staged shards; yield what came of each."""
+    numbers = [number for number in numbers if len(staged.shards[number])]
+    shards: list[Shard] = []
+    for number in numbers:
+        shard = staged.shards[number]
+        more: dict[str, Json] = {} if sides is None else {"sides": cast(Json, sides[number])}
+        settings = {"number": number, "staged": shard.folder.name, **more}
+        shards.append(_shard(look, number, len(shard), settings))
+    yield from zip(numbers, do_shards(job, clean_shard, shards, "documents"), strict=True)
+
+
+def _shard(look: str, number: int, size: int, settings: Mapping[str, Json]) -> Shard:
+    return Shard(name=f"{look}-{number:05}", size=size, settings={"look": look, **settings})
+
+
+def _count(
+    staged: Staged, goes: npt.NDArray[np.bool_], reason: str, step: str, tally: Tally
+) -> None:
+    """Count the documents that go, and show the first."""
+    numbers = np.flatnonzero(goes)
+    tally.count(reason, step, len(numbers))
+    for number in numbers[:MAX_REJECTED_EXAMPLES].tolist():
+        shard, place = staged.locate(number)
+        skip, record = staged.shards[shard].skip(place, reason)
+        tally.show(skip, record, shard)
 
 
 def _refuse_empty_side(tally: Tally, settings: CleanConfig) -> None:
     if tally.num_kept["train"] and tally.num_kept["validation"]:
         return
     counts = [f"{count} {reason}" for reason, count in sorted(tally.skipped.items())]
-    first = [f"the first in {example['file']} line {example['line']}" for example in tally.rejected]
+    first = [
+        f"the first in {example['file']} line {example['line']}" for example in tally.rejected()
+    ]
     side = "train" if tally.num_kept["validation"] else "validation"
     raise DataError(
         f"of {tally.num_read} documents {tally.num_kept.total()} are left"
@@ -328,4 +313,4 @@ def _summary(tally: Tally, content: Content) -> dict[str, Json]:
 
 
 if __name__ == "__main__":
-    run_job(clean)
+    run_job(clean, clean_shard)

@@ -210,7 +210,8 @@ class Builder:
         )
         self.store.remember(record)
         self._records[step] = record
-        shutil.rmtree(folder / "work" / "checkpoints", ignore_errors=True)
+        for name in ("checkpoints", "shards"):
+            shutil.rmtree(folder / "work" / name, ignore_errors=True)
         self.tracker.stage_finished(
             parts.stage, parts.role, artifact.digest, seconds, artifact.summary, "FINISHED"
         )

@@ -5,113 +5,142 @@ then by place in the document. It is the same wherever a document came from.
 """
 
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
-from llm.artifact import Json
-from llm.config import CleanConfig
-from llm.data.near_duplicates import NearDuplicates
-from llm.data.staging import ENCODER, StagedDocument, Staging
+from llm.artifact import ArtifactWriter
+from llm.config import CleanConfig, NearDuplicatesConfig
+from llm.data.decisions import CUT, FATES, Cuts, Decisions, LeftDocument
+from llm.data.exact_duplicates import find_repeated
+from llm.data.formats import Content
+from llm.data.near_duplicates import NearDuplicates, Signer
+from llm.data.open_files import OpenFiles
+from llm.data.staging import Staged
 
 BLANK_LINES = re.compile(r"\n[ \t\r]*\n[ \t\r\n]*")
-UNIT = np.dtype([("document", "<u8"), ("start", "<u4"), ("end", "<u4")])
-"""What is compared: characters `start` to `end` of the text of a document."""
-REASONS = ("", "near duplicate", "duplicate when cut")
+UNITS = "units.bin"
+"""What is compared, each as a CUT of the document it is from."""
+PACKED_UNIT = struct.Struct("<qII")
+REST = np.dtype([("document", "<i8"), ("content", ">u8", 2), ("is_too_short", "?")])
+"""What is left of a document that was cut."""
 
 Report = Callable[[int, int, str], None]
-IsNew = Callable[[bytes], bool]
 
 
-class Deduplication:
-    """Add each document as it is staged, resolve, then ask what is left."""
+def compares(settings: CleanConfig, content: Content) -> bool:
+    """Tell whether near duplicates are looked for; chats are compared whole or not at all."""
+    unit = settings.near_duplicates.unit
+    return unit == "document" or (unit == "paragraph" and content == "text")
 
-    def __init__(self, folder: Path, settings: CleanConfig) -> None:
-        """Keep signatures in `folder`, which must be there.
+
+class UnitWriter:
+    """Write what is to be compared of a shard's documents, signed."""
+
+    def __init__(self, writer: ArtifactWriter, config: NearDuplicatesConfig) -> None:
+        """Open the files.
 
         Raises:
             ConfigError: the library is missing.
         """
-        self._settings = settings
-        self._near = NearDuplicates(folder, settings.near_duplicates)
-        self._units = (folder / "units.bin").open("w+b")
-        self._num_documents = 0
-        self._cuts = np.zeros(0, dtype=UNIT)  # by document and start
-        self._fates = np.zeros(0, dtype=np.uint8)  # (documents,): which of REASONS
+        self._is_whole = config.unit == "document"
+        self._stack = ExitStack()
+        self._signer = self._stack.enter_context(Signer(writer, config))
+        self._units = self._stack.enter_context(writer.open(UNITS))
 
-    def add(self, text: str) -> None:
-        """Take the text of the next document."""
-        is_whole = self._settings.near_duplicates.unit == "document"
-        for start, end in [(0, len(text))] if is_whole else _paragraphs(text):
-            if self._near.add(text[start:end]):
-                unit = np.array((self._num_documents, start, end), dtype=UNIT)
-                self._units.write(unit.tobytes())
-        self._num_documents += 1
+    def __enter__(self) -> "UnitWriter":
+        return self
 
-    def resolve(self, staging: Staging, is_new: IsNew, report: Report) -> None:
-        """Decide what goes. `is_new` tells of the hash of a rest whether it comes for the first
-        time.
-        """
-        ranks = _ranks(staging)
-        self._units.seek(0)
-        units = np.frombuffer(self._units.read(), dtype=UNIT)
-        order = np.argsort(ranks[units["document"]], kind="stable")
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def add(self, number: int, text: str) -> None:
+        """Take the text of the document of this number in the shard."""
+        for start, end in [(0, len(text))] if self._is_whole else _paragraphs(text):
+            if self._signer.add(text[start:end]):
+                self._units.write(PACKED_UNIT.pack(number, start, end))
+
+
+def find_near_duplicates(
+    staged: Staged, decisions: Decisions, config: NearDuplicatesConfig, report: Report
+) -> Cuts:
+    """Return what goes of the documents that are left, by document and start."""
+    units = _units(staged)
+    ranks = _ranks(staged)
+    order = np.flatnonzero(decisions.fates[units["document"]] == 0)
+    order = order[np.argsort(ranks[units["document"][order]], kind="stable")]
+    del ranks
+    goes = np.zeros(len(units), dtype=np.bool_)
+    with OpenFiles() as files, NearDuplicates(_folders(staged), config) as near:
 
         def read_text(number: int) -> str:
             document, start, end = units[number].tolist()
-            return staging.read(document).text[start:end]
+            return staged.text(document, files)[start:end]
 
-        goes = np.zeros(len(units), dtype=np.bool_)
-        for band, first in enumerate(self._near.find(order, read_text), start=1):
-            report(band, self._near.num_bands, "bands")
+        for band, first in enumerate(near.find(order, read_text), start=1):
+            report(band, near.num_bands, "bands")
             goes[order] = first != np.arange(len(first))
-        self._near.close()
-        self._units.close()
-        self._cuts = units[goes]
-        self._fates = np.zeros(self._num_documents, dtype=np.uint8)
-        changed = np.unique(self._cuts["document"])
-        for number in changed[np.argsort(ranks[changed])].tolist():
-            rest = self._rest(number, staging.read(number))
-            if not rest.text.strip() or rest.size_bytes < self._settings.min_document_bytes:
-                self._fates[number] = 1
-            elif not is_new(hashlib.sha256(rest.text.encode()).digest()):
-                self._fates[number] = 2
-
-    def left(self, staging: Staging) -> Iterator[tuple[StagedDocument, str]]:
-        """Yield what is left of each document, and the reason where it is nothing."""
-        for number, document in enumerate(staging):
-            fate = int(self._fates[number])
-            yield (document if fate else self._rest(number, document)), REASONS[fate]
-
-    def summary(self) -> dict[str, Json]:
-        """Return how many paragraphs were cut out, where that is what is done."""
-        if self._settings.near_duplicates.unit == "document":
-            return {}
-        return {"removed_paragraphs": len(self._cuts)}
-
-    def _rest(self, number: int, document: StagedDocument) -> StagedDocument:
-        """Return the document without what goes of it."""
-        first, last = np.searchsorted(self._cuts["document"], [number, number + 1])
-        if first == last:
-            return document
-        pieces, end = list[str](), 0
-        for cut in self._cuts[first:last]:
-            pieces.append(document.text[end : cut["start"]])
-            end = int(cut["end"])
-        text = "".join([*pieces, document.text[end:]])
-        record = {**json.loads(document.line), "text": text}
-        line = ENCODER.encode(record).encode() + b"\n"
-        return replace(document, line=line, text=text, size_bytes=len(text.encode()))
+    return units[goes]
 
 
-def _ranks(staging: Staging) -> npt.NDArray[np.int64]:
+def judge_rests(
+    staged: Staged, decisions: Decisions, found: Sequence[npt.NDArray[np.void]], scratch: Path
+) -> None:
+    """Decide on the documents that were cut, given the RESTs of each shard: those of which next to
+    nothing is left go, and those of which the same is left as there is elsewhere.
+    """
+    rests = np.concatenate([np.zeros(0, dtype=REST), *found])
+    is_too_short = rests["is_too_short"]
+    decisions.fates[rests["document"][is_too_short]] = FATES.index("near duplicate")
+    rests = rests[~is_too_short]
+    rests = rests[np.argsort(_ranks(staged)[rests["document"]])]
+
+    def contents() -> Iterator[npt.NDArray[np.uint64]]:
+        yield from staged.columns("content")
+        yield rests["content"].astype(np.uint64)
+
+    is_repeated = find_repeated(contents(), len(staged) + len(rests), scratch)[len(staged) :]
+    decisions.fates[rests["document"][is_repeated]] = FATES.index("duplicate when cut")
+
+
+def rest_of(document: LeftDocument, min_bytes: int) -> bytes:
+    """Return what is to be known of what is left of a document, as a REST."""
+    text = document.text
+    rest = np.zeros(1, dtype=REST)
+    rest["document"] = document.number
+    rest["content"] = np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], dtype=">u8")
+    rest["is_too_short"] = not text.strip() or document.size_bytes < min_bytes
+    return rest.tobytes()
+
+
+def _folders(staged: Staged) -> Sequence[Path]:
+    return [shard.folder for shard in staged.shards]
+
+
+def _units(staged: Staged) -> Cuts:
+    """Return what is compared, of all documents."""
+    parts = [np.zeros(0, dtype=CUT)]
+    for folder, start in zip(_folders(staged), staged.starts, strict=False):
+        units = np.fromfile(folder / UNITS, dtype=CUT)
+        units["document"] += start
+        parts.append(units)
+    return np.concatenate(parts)
+
+
+def _ranks(staged: Staged) -> npt.NDArray[np.int64]:
     """Return the place of each document in the order of what is kept, (documents,)."""
-    ids, is_validation = staging.column("id"), staging.column("is_validation")
+    ids, is_validation = staged.column("id"), staged.column("is_validation")
     ranks = np.empty(len(ids), dtype=np.int64)
     ranks[np.lexsort((ids[:, 1], ids[:, 0], ~is_validation))] = np.arange(len(ids))
     return ranks

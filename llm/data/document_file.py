@@ -1,22 +1,35 @@
-"""Read the documents that `clean` left, in any order, without holding them in memory."""
+"""The documents that `clean` leaves: written once, read in any order, not held in memory.
+
+documents.json               what they are, and the files of each side in their order
+train/00000.jsonl            a document a line; a shard without any has no file
+train/00000.offsets.bin      where each line begins, so that nobody must look for line ends
+train/00000.sources.bin      of several sources, which one each document is from
+validation/00000.jsonl ...
+"""
 
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator
+import struct
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from llm.artifact import ArtifactWriter
+from llm.data.open_files import OpenFiles
 from llm.errors import ArtifactError
 
 SPLITS = ("train", "validation")
-SCAN_BYTES = 1 << 22
-HEAD_BYTES = 80
-SOURCE_NUMBER = re.compile(rb'\{"id":"[0-9a-f]{32}","source":(\d{1,9}),')
+SUFFIXES = LINES, OFFSETS, SOURCES = ".jsonl", ".offsets.bin", ".sources.bin"
+SHARD_NAME = re.compile(r"\d{5,9}")
+OFFSET, SOURCE = struct.Struct("<Q"), struct.Struct("<I")
 
 Content = Literal["text", "chats"]
 
@@ -47,63 +60,138 @@ class Document:
         return [message["content"] for message in self.messages] if self.messages else [self.text]
 
 
+class DocumentsWriter:
+    """Write documents to `<name>.jsonl` of an artifact, and where each begins to another file.
+
+    `<name>.offsets.bin` holds that of each line, and at last the length of the file, as 8 bytes,
+    little endian; where there are several sources, `<name>.sources.bin` holds the number of each
+    document's in 4.
+    """
+
+    def __init__(self, writer: ArtifactWriter, name: str, *, has_sources: bool) -> None:
+        """Open the files."""
+        self.num_bytes = 0
+        self._stack = ExitStack()
+        self._lines, self._offsets = (
+            self._stack.enter_context(writer.open(name + suffix)) for suffix in (LINES, OFFSETS)
+        )
+        self._sources = (
+            self._stack.enter_context(writer.open(name + SOURCES)) if has_sources else None
+        )
+        self._offsets.write(OFFSET.pack(0))
+
+    def __enter__(self) -> "DocumentsWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def add(self, line: bytes, source: int) -> None:
+        """Append a document, given as its line with the line's end."""
+        self._lines.write(line)
+        self.num_bytes += len(line)
+        self._offsets.write(OFFSET.pack(self.num_bytes))
+        if self._sources is not None:
+            self._sources.write(SOURCE.pack(source))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentShard:
+    """One of the files that the documents of a side lie in."""
+
+    name: str
+    documents: int
+    bytes: int
+
+
+def write_documents_json(
+    writer: ArtifactWriter,
+    content: Content,
+    shards: Mapping[str, Sequence[DocumentShard]],
+    num_sources: int = 1,
+) -> None:
+    """Say what the documents are, and in which files those of each side lie, in their order."""
+    several = {"num_sources": num_sources} if num_sources > 1 else {}
+    writer.write_json("documents.json", {"content": content, **several, **shards})
+
+
 class DocumentFile:
-    """The documents of `train.jsonl` or `validation.jsonl`, located by their lines' offsets."""
+    """The documents of one side of the split, in all the files they lie in."""
 
     def __init__(self, folder: Path, split: str) -> None:
-        """Find the lines.
+        """Find the files.
 
         Raises:
-            ArtifactError: the file is missing.
+            ArtifactError: one is missing, or not as long as it should be.
         """
-        self.path = folder / f"{split}.jsonl"
-        self._content: Content = read_content(folder)
-        try:
-            self._offsets = _line_offsets(self.path)  # (num_documents + 1,)
-        except FileNotFoundError as error:
-            raise ArtifactError(f"{self.path}: not there; run clean again") from error
+        self.path = folder / split
+        found = _read_documents_json(folder)
+        self._content: Content = found["content"]
+        self._has_sources = "num_sources" in found
+        self._shards: list[DocumentShard] = [DocumentShard(**one) for one in found[split]]
+        self._starts = list(accumulate((one.documents for one in self._shards), initial=0))
+        self._paths = [
+            (self.path / (shard.name + LINES), self.path / (shard.name + OFFSETS))
+            for shard in self._shards
+        ]
+        for shard, (lines, offsets) in zip(self._shards, self._paths, strict=True):
+            _refuse_other_size(lines, shard.bytes)
+            _refuse_other_size(offsets, OFFSET.size * (shard.documents + 1))
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return self._starts[-1]
 
     @property
     def size_bytes(self) -> int:
-        """Length of the file."""
-        return int(self._offsets[-1])
+        """Length of all files."""
+        return sum(shard.bytes for shard in self._shards)
 
     def source_numbers(self) -> npt.NDArray[np.int64]:
         """Return which of several sources each document is from, (num_documents,).
 
         Raises:
-            ArtifactError: a line does not say.
+            ArtifactError: the documents do not say.
         """
+        if not self._has_sources:
+            raise ArtifactError(
+                f"{self.path}: does not say which source a document is from; run clean again"
+            )
         numbers = np.zeros(len(self), dtype=np.int64)
-        with self.path.open("rb", buffering=0) as file:
-            for ordinal, start in enumerate(self._offsets[:-1].tolist()):
-                head = SOURCE_NUMBER.match(os.pread(file.fileno(), HEAD_BYTES, start))
-                if head is None:
-                    raise ArtifactError(
-                        f"{self.path}:{ordinal + 1}: does not say which source it is from; run"
-                        " clean again"
-                    )
-                numbers[ordinal] = int(head[1])
+        for shard, start in zip(self._shards, self._starts[:-1], strict=True):
+            path = self.path / (shard.name + SOURCES)
+            _refuse_other_size(path, SOURCE.size * shard.documents)
+            numbers[start : start + shard.documents] = np.fromfile(path, dtype="<u4")
         return numbers
 
     def read(self, ordinals: Iterable[int]) -> Iterator[Document]:
-        """Yield the documents on the given lines, counted from 0.
+        """Yield the documents of the given numbers, counted from 0 over all files.
 
         Raises:
             ArtifactError: a line is no document; the message names file and line.
         """
-        with self.path.open("rb", buffering=0) as file:
+        with OpenFiles() as files:
             for ordinal in ordinals:
-                start, end = self._offsets[ordinal : ordinal + 2].tolist()
-                line = os.pread(file.fileno(), end - start, start)
+                place = bisect_right(self._starts, ordinal) - 1
+                lines, offsets = self._paths[place]
+                number = int(ordinal) - self._starts[place]
+                ends = files.read(offsets, number * OFFSET.size, 2 * OFFSET.size)
+                (start,), (end,) = OFFSET.iter_unpack(ends)
+                if not start <= end <= self._shards[place].bytes:
+                    raise ArtifactError(
+                        f"{offsets}: line {number + 1} begins at {start} and ends at {end} of"
+                        f" {self._shards[place].bytes} bytes; run clean again"
+                    )
+                line = files.read(lines, start, end - start)
                 try:
                     yield _parse(line, self._content)
                 except (ValueError, TypeError, KeyError, RecursionError) as error:
                     raise ArtifactError(
-                        f"{self.path}:{ordinal + 1}: no document of kind {self._content}"
+                        f"{lines}:{number + 1}: no document of kind {self._content}"
                         f" ({type(error).__name__}: {error}); run clean again"
                     ) from error
 
@@ -114,29 +202,36 @@ def read_content(folder: Path) -> Content:
     Raises:
         ArtifactError: `documents.json` is missing or damaged.
     """
+    return _read_documents_json(folder)["content"]
+
+
+def _read_documents_json(folder: Path) -> dict[str, Any]:
     path = folder / "documents.json"
     try:
-        content = json.loads(path.read_bytes())["content"]
+        found = cast(dict[str, Any], json.loads(path.read_bytes()))
+        content = found["content"]
+        for split in SPLITS:
+            for shard in (DocumentShard(**shard) for shard in found[split]):
+                if not SHARD_NAME.fullmatch(shard.name) or min(shard.documents, shard.bytes) < 0:
+                    raise ValueError(str(shard))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: not there; run clean again") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ArtifactError(f"{path}: damaged ({error!r}); run clean again") from error
     if content not in ("text", "chats"):
         raise ArtifactError(f"{path}: content is {content!r}, expected text or chats")
-    return content
+    return found
 
 
-def _line_offsets(path: Path) -> npt.NDArray[np.int64]:
-    """Return where each line starts, and at last the length of the file."""
-    offsets, size_bytes = [np.zeros(1, dtype=np.int64)], 0
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(SCAN_BYTES):
-            line_ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n"))
-            offsets.append(line_ends + size_bytes + 1)
-            size_bytes += len(block)
-    if offsets[-1].size == 0 or offsets[-1][-1] != size_bytes:
-        offsets.append(np.array([size_bytes], dtype=np.int64))  # a last line without an end
-    return np.concatenate(offsets)
+def _refuse_other_size(path: Path, expected_bytes: int) -> None:
+    try:
+        found_bytes = path.stat().st_size
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: not there; run clean again") from error
+    if found_bytes != expected_bytes:
+        raise ArtifactError(
+            f"{path}: {found_bytes} bytes, expected {expected_bytes}; run clean again"
+        )
 
 
 def _parse(line: bytes, content: Content) -> Document:

@@ -1,7 +1,9 @@
 """The steps of cleaning that look at one document alone: write it anew, then judge it."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from llm.artifact import Json
 from llm.config import CleanConfig
@@ -72,3 +74,14 @@ class DocumentSteps:
                 ip_addresses=settings.masks_ip_addresses,
             )
         return text
+
+
+def add_changes(total: dict[str, Json], found: Mapping[str, Json]) -> None:
+    """Add the counts of changes in a shard to those of all."""
+    for name, value in found.items():
+        if isinstance(value, dict):
+            counts = Counter(cast(dict[str, int], total.get(name, {})))
+            counts.update(cast(dict[str, int], value))
+            total[name] = dict(sorted(counts.items()))
+        else:
+            total[name] = cast(int, total.get(name, 0)) + cast(int, value)

@@ -13,7 +13,7 @@ from llm.artifact import Json
 from llm.config import ReadingConfig
 from llm.data.formats import Content, keys_of
 from llm.data.reading import read_records
-from llm.data.records import EXCERPT_CHARACTERS, DecodePolicy, Place, Record, Skip
+from llm.data.records import EXCERPT_CHARACTERS, DecodePolicy, Place, Record, Skip, Span
 from llm.errors import DataError
 
 ROLES = frozenset(("system", "user", "assistant"))
@@ -30,7 +30,7 @@ class Document:
     kind: str = "chat"
     group: str | None = None
     """Chats with the same group stay on one side of the split."""
-    source: int | None = None
+    source: int = 0
     """Which of several sources it is from."""
     num_decode_errors: int = 0
 
@@ -49,8 +49,10 @@ def read_documents(
     text_document_bytes: int,
     limits: ReadingConfig,
     scratch: Path,
+    span: Span | None = None,
 ) -> Iterator[Document | Skip]:
-    """Yield every document of the file at `path`, called `name` in messages, in its order.
+    """Yield every document of the file at `path`, called `name` in messages, in its order; with a
+    `span` those of that part of it.
 
     Raises:
         DataError: the file cannot be read as what its name says; with the policy `strict`, text
@@ -64,6 +66,7 @@ def read_documents(
         text_document_bytes=text_document_bytes,
         limits=limits,
         scratch=scratch,
+        span=span,
     ):
         if isinstance(record, Skip):
             yield record

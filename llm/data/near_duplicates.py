@@ -6,21 +6,26 @@ way of others, are one cluster, of which the first in the order given is kept. T
 the texts and that order alone, not on where they come from or when.
 
 On disk a text takes 128 signature values of 4 bytes and a key of 8 bytes for each band; in memory
-60 bytes while bands are compared. Needs the library `rensa`.
+60 bytes while bands are compared. Signing, which takes the library `rensa`, is done apart from
+comparing, by shards: what is written of a text depends on it alone.
 
 U texts (units), M the members of a band's bucket.
 """
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import accumulate
 from pathlib import Path
-from types import ModuleType
-from typing import IO
+from types import ModuleType, TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
+from llm.artifact import ArtifactWriter
 from llm.config import NearDuplicatesConfig
 from llm.data.ngrams import POWERS, Hashes, hash_distinct_ngrams, hash_ngrams, hash_words
+from llm.data.open_files import OpenFiles
 from llm.errors import ConfigError
 
 Ranks = npt.NDArray[np.int64]
@@ -40,35 +45,45 @@ MAX_LEADERS = 64
 proportion to its size, also where thousands of pages share a template."""
 MAX_CACHED_BYTES = 64 << 20
 """Of n-grams of the texts in one bucket, which are compared with one leader after another."""
-TEXTS_AT_ONCE = 1024
+TEXTS_AT_ONCE, WORDS_AT_ONCE = 1024, 1 << 21
+"""Signed together."""
+SIGNATURES, KEYS = "signatures.bin", "keys.bin"
+SIGNATURE_BYTES = 4 * NUM_HASHES
 
 
-class NearDuplicates:
-    """Texts, added one after another, and afterwards which of them to drop."""
+class Signer:
+    """Write the signatures of texts to `signatures.bin`, and their keys, band by band, to
+    `keys.bin`.
+    """
 
-    def __init__(self, folder: Path, config: NearDuplicatesConfig) -> None:
-        """Keep signatures in `folder`, which must be there and empty.
+    def __init__(self, writer: ArtifactWriter, config: NearDuplicatesConfig) -> None:
+        """Open the first file.
 
         Raises:
             ConfigError: the library is missing.
         """
         self._rensa = _import_rensa()
-        self._config = config
-        self._rows_per_band = rows_per_band(config.min_jaccard)
-        num_bands = NUM_HASHES // self._rows_per_band
-        self._signatures = (folder / "signatures.bin").open("w+b")
-        self._bands = [(folder / f"band-{band}.bin").open("w+b") for band in range(num_bands)]
+        self._writer, self._config = writer, config
+        self._stack = ExitStack()
+        self._signatures = self._stack.enter_context(writer.open(SIGNATURES))
         self._waiting: list[Hashes] = []
-        self._num_texts = 0
-        self._unlike: set[tuple[int, int]] = set()
+        self._num_waiting = 0
+        self.num_texts = 0
 
-    @property
-    def num_bands(self) -> int:
-        """How many bands there are to compare."""
-        return len(self._bands)
+    def __enter__(self) -> "Signer":
+        return self
 
-    def __len__(self) -> int:
-        return self._num_texts
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self._sign()
+        self._stack.__exit__(kind, error, trace)
+        if error is None:
+            self._write_keys()
 
     def add(self, text: str) -> bool:
         """Take a text, unless it has too few words to be compared; return whether it was taken."""
@@ -76,45 +91,84 @@ class NearDuplicates:
         if len(words) < self._config.min_words:
             return False
         self._waiting.append(hash_ngrams(words, min(self._config.ngram_words, len(words))))
-        self._num_texts += 1
-        if len(self._waiting) >= TEXTS_AT_ONCE:
+        self._num_waiting += len(words)
+        self.num_texts += 1
+        if len(self._waiting) >= TEXTS_AT_ONCE or self._num_waiting >= WORDS_AT_ONCE:
             self._sign()
         return True
 
-    def find(self, order: Ranks, read_text: ReadText) -> Iterator[Ranks]:
-        """Yield after each band the first text of each one's cluster, as far as is known, (U,).
-
-        Both are by rank: `order` holds the number of the text at each rank, (U,). Those whose first
-        is not themselves are to be dropped.
-        """
-        self._sign()
-        first = np.arange(len(order), dtype=np.int64)  # (U,) by rank
-        for band in self._bands:
-            for members in _buckets(band, order, first):
-                self._link(members, order, first, read_text)
-            first = _flattened(first)
-            yield first
-
-    def close(self) -> None:
-        """Close the files."""
-        for file in (self._signatures, *self._bands):
-            file.close()
-
     def _sign(self) -> None:
-        """Write the signatures of the waiting texts and their key in each band."""
+        """Write the signatures of the waiting texts."""
         if not self._waiting:
             return
         ends = np.cumsum([0, *map(len, self._waiting)], dtype=np.uint64)
         matrix = self._rensa.RMinHash.digest_matrix_from_flat_token_hashes(
             np.concatenate(self._waiting), ends, NUM_HASHES, SEED
         )
-        signatures = np.array(matrix.to_rows(), dtype=np.uint32)  # (texts, NUM_HASHES)
-        self._signatures.write(signatures.tobytes())
-        for number, file in enumerate(self._bands):
-            start = number * self._rows_per_band
-            columns = signatures[:, start : start + self._rows_per_band]
-            file.write(_keys(columns).tobytes())
+        self._signatures.write(np.array(matrix.to_rows(), dtype="<u4").tobytes())
         self._waiting.clear()
+        self._num_waiting = 0
+
+    def _write_keys(self) -> None:
+        rows = rows_per_band(self._config.min_jaccard)
+        path = self._writer.folder / SIGNATURES
+        with self._writer.open(KEYS) as keys, path.open("rb", buffering=0) as file:
+            for start in range(0, NUM_HASHES - rows + 1, rows):
+                file.seek(0)
+                while block := file.read(TEXTS_AT_ONCE * SIGNATURE_BYTES):
+                    signatures = np.frombuffer(block, dtype="<u4").reshape(-1, NUM_HASHES)
+                    keys.write(_keys(signatures[:, start : start + rows]).tobytes())
+
+
+class NearDuplicates:
+    """Texts that were signed, and which of them to drop."""
+
+    def __init__(self, folders: Sequence[Path], config: NearDuplicatesConfig) -> None:
+        """Take the texts of all folders, numbered one folder after another."""
+        self._config = config
+        self._folders = folders
+        self._paths = [folder / SIGNATURES for folder in folders]
+        sizes = [path.stat().st_size // SIGNATURE_BYTES for path in self._paths]
+        self._starts = list(accumulate(sizes, initial=0))
+        self.num_bands = NUM_HASHES // rows_per_band(config.min_jaccard)
+        self._unlike: set[tuple[int, int]] = set()
+        self._files = OpenFiles()
+
+    def __enter__(self) -> "NearDuplicates":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._files.__exit__(kind, error, trace)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def find(self, order: Ranks, read_text: ReadText) -> Iterator[Ranks]:
+        """Yield after each band the first text of each one's cluster, as far as is known, (U,).
+
+        Both are by rank: `order` holds the number of the text at each rank, (U,); texts that are
+        not in it are not compared. Those whose first is not themselves are to be dropped.
+        """
+        first = np.arange(len(order), dtype=np.int64)  # (U,) by rank
+        for band in range(self.num_bands):
+            for members in _buckets(self._read_keys(band)[order], first):
+                self._link(members, order, first, read_text)
+            first = _flattened(first)
+            yield first
+
+    def _read_keys(self, band: int) -> Hashes:
+        """Return the keys of all texts in a band, (texts,)."""
+        keys = np.empty(len(self), dtype=np.uint64)
+        for folder, start, end in zip(self._folders, self._starts, self._starts[1:], strict=False):
+            keys[start:end] = np.fromfile(
+                folder / KEYS, dtype="<u8", count=end - start, offset=band * (end - start) * 8
+            )
+        return keys
 
     def _link(self, members: Ranks, order: Ranks, first: Ranks, read_text: ReadText) -> None:
         """Link the first member with all that are like it, then the first of the rest, and so on.
@@ -150,8 +204,10 @@ class NearDuplicates:
         return is_like
 
     def _signature(self, text: int) -> npt.NDArray[np.uint32]:
-        self._signatures.seek(text * NUM_HASHES * 4)
-        return np.frombuffer(self._signatures.read(NUM_HASHES * 4), dtype=np.uint32)
+        place = bisect_right(self._starts, text) - 1
+        path, number = self._paths[place], text - self._starts[place]
+        data = self._files.read(path, number * SIGNATURE_BYTES, SIGNATURE_BYTES)
+        return np.frombuffer(data, dtype="<u4")
 
 
 class _NgramCache:
@@ -192,10 +248,11 @@ def jaccard(ngrams: Hashes, others: Hashes) -> float:
     return num_shared / num_all if num_all else 1.0
 
 
-def _buckets(band: IO[bytes], order: Ranks, first: Ranks) -> Iterator[Ranks]:
-    """Yield the ranks, rising, of texts with the same key that are not all of one cluster yet."""
-    band.seek(0)
-    keys = np.frombuffer(band.read(), dtype=np.uint64)[order]  # by rank
+def _buckets(keys: Hashes, first: Ranks) -> Iterator[Ranks]:
+    """Yield the ranks, rising, of texts with the same key that are not all of one cluster yet.
+
+    Both are by rank, (U,).
+    """
     ranks = np.argsort(keys, kind="stable")
     keys = keys[ranks]
     is_same = np.concatenate([[False], keys[1:] == keys[:-1], [False]])  # as the one before

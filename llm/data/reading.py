@@ -22,6 +22,7 @@ from llm.data.records import (
     Place,
     Record,
     Skip,
+    Span,
     Stream,
     read_json,
     read_text,
@@ -42,8 +43,9 @@ def read_records(
     text_document_bytes: int,
     limits: ReadingConfig,
     scratch: Path,
+    span: Span | None = None,
 ) -> Iterator[Record | Skip]:
-    """Yield all that the file at `path`, called `name` in messages, holds, in its order.
+    """Yield all that the file at `path`, called `name` in messages, or a `span` of it holds.
 
     Of Parquet only the columns among `keys` are read. NUL is a character like any other; half a
     surrogate pair, which JSON can say, is left for the reader of the key that holds it.
@@ -62,6 +64,7 @@ def read_records(
             text_document_bytes=text_document_bytes,
             limits=limits,
             scratch=scratch,
+            span=span,
         )
 
 
@@ -75,6 +78,7 @@ def read_stream(
     text_document_bytes: int,
     limits: ReadingConfig,
     scratch: Path,
+    span: Span | None = None,
 ) -> Iterator[Record | Skip]:
     """Do what `read_records` does for a file of `size_bytes` that is open, here or far away."""
     budget = Budget(name, size_bytes, limits)
@@ -92,7 +96,11 @@ def read_stream(
                 )
                 yield from read_parquet(stream, keys, policy, budget)
             return
-        stream = make(name=shown, file=inner, start_bytes=_skip_byte_order_mark(inner, shown))
+        if span is not None and span.start_bytes:
+            start_bytes = inner.seek(span.start_bytes)
+        else:
+            start_bytes = _skip_byte_order_mark(inner, shown)
+        stream = make(name=shown, file=inner, start_bytes=start_bytes, span=span)
         if found.suffix in TEXT_SUFFIXES:
             yield from read_text(stream, policy, text_document_bytes)
         elif found.suffix == ".csv":

@@ -32,6 +32,17 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """A part of a plain `.jsonl` file: the lines that begin in these bytes."""
+
+    start_bytes: int
+    """Where a line begins."""
+    end_bytes: int
+    line: int = 1
+    """Number of the first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """A piece of a text file, or the JSON object of a record."""
 
@@ -63,6 +74,8 @@ class Stream:
     """Of the raw file, as it lies on the disk."""
     tell: Callable[[], int]
     """How much of the raw file was read."""
+    span: Span | None = None
+    """What of it to read; None for all."""
 
     def place(self, line: int, offset_bytes: int) -> Place:
         """Say where something begins."""
@@ -84,8 +97,13 @@ def read_text(stream: Stream, policy: DecodePolicy, target_bytes: int) -> Iterat
 
 def read_json(stream: Stream, policy: DecodePolicy, *, is_array: bool) -> Iterator[Record | Skip]:
     """Read objects, one a line or the elements of an array."""
-    split = split_array if is_array else split_lines
-    for line, offset_bytes, raw in split(stream.file, stream.name):
+    if is_array:
+        found = split_array(stream.file, stream.name)
+    elif stream.span is None:
+        found = split_lines(stream.file, stream.name)
+    else:
+        found = split_lines(stream.file, stream.name, stream.span.line, stream.span.end_bytes)
+    for line, offset_bytes, raw in found:
         place = stream.place(line, offset_bytes)
         if raw is None:
             yield Skip(place=place, reason=TOO_LONG, excerpt="")

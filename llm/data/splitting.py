@@ -38,10 +38,17 @@ def cut_text(file: IO[bytes], target_bytes: int) -> Iterator[bytes]:
             start = end
 
 
-def split_lines(file: IO[bytes], name: str) -> Iterator[tuple[int, int, bytes | None]]:
-    """Yield (line, offset, bytes) of each line, None where it is over the limit."""
-    line, offset = 1, file.tell()
-    while raw := file.readline(MAX_RECORD_BYTES + 1):
+def split_lines(
+    file: IO[bytes], name: str, line: int = 1, end_bytes: int | None = None
+) -> Iterator[tuple[int, int, bytes | None]]:
+    """Yield (line, offset, bytes) of each line, None where it is over the limit.
+
+    The first has the number `line`; the last one begins before `end_bytes`.
+    """
+    offset = file.tell()
+    while end_bytes is None or offset < end_bytes:
+        if not (raw := file.readline(MAX_RECORD_BYTES + 1)):
+            return
         is_too_long = len(raw) > MAX_RECORD_BYTES
         size_bytes = len(raw)
         while not raw.endswith(b"\n") and (more := file.readline(BLOCK_BYTES)):

@@ -1,8 +1,9 @@
 """What became of documents: each is kept, or counted under one reason; the steps are a funnel."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
 
 from llm.artifact import Json
 from llm.data.records import Skip
@@ -11,6 +12,20 @@ MAX_REJECTED_EXAMPLES = 20
 """Kept of each reason."""
 STEPS = ("read", "filters", "length", "exact duplicates", "near duplicates", "decontamination")
 """In their order."""
+COUNTERS = ("num_kept", "kept_bytes", "skipped", "skipped_at")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """A document that was left out."""
+
+    reason: str
+    file: str
+    line: int
+    excerpt: str
+    shard: int = 0
+    record: int = 0
+    """Which of the shard's records it is: examples are shown in the order they were read in."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,28 +41,81 @@ class Tally:
     """Documents by reason."""
     skipped_at: Counter[str] = field(default_factory=Counter[str])
     """Documents by step."""
-    rejected: list[dict[str, Json]] = field(default_factory=list[dict[str, Json]])
-    """The first examples of each reason."""
+    examples: list[Example] = field(default_factory=list[Example])
+    """The first of each reason."""
     num_decode_errors: int = 0
 
-    def skip(self, skip: Skip, step: str) -> None:
-        """Count a document that is left out, and keep it while it is one of the first."""
-        self.skipped_at[step] += 1
-        self.skipped[skip.reason] += 1
+    def skip(self, skip: Skip, record: int, step: str) -> None:
+        """Count a document that is left out, and show it while it is one of the first."""
+        self.count(skip.reason, step, 1)
         if self.skipped[skip.reason] <= MAX_REJECTED_EXAMPLES:
-            self.rejected.append(
-                {
-                    "reason": skip.reason,
-                    "file": skip.place.file,
-                    "line": skip.place.line,
-                    "excerpt": skip.excerpt,
-                }
-            )
+            self.show(skip, record)
 
-    def keep(self, side: str, size_bytes: int) -> None:
-        """Count a document that is written."""
-        self.num_kept[side] += 1
+    def count(self, reason: str, step: str, num_documents: int) -> None:
+        """Count documents that are left out; the first are for the caller to show."""
+        if num_documents:
+            self.skipped_at[step] += num_documents
+            self.skipped[reason] += num_documents
+
+    def show(self, skip: Skip, record: int, shard: int = 0) -> None:
+        """Keep a document that was left out as an example."""
+        place = skip.place
+        self.examples.append(
+            Example(reason=skip.reason, file=place.file, line=place.line, excerpt=skip.excerpt,
+                    shard=shard, record=record)
+        )  # fmt: skip
+
+    def keep(self, side: str, size_bytes: int, num_documents: int = 1) -> None:
+        """Count documents that are written."""
+        self.num_kept[side] += num_documents
         self.kept_bytes[side] += size_bytes
+
+    def add(self, other: "Tally", shard: int, lines_before: int) -> None:
+        """Add what a shard read and left out; what it kept may be left out later.
+
+        Shards are added in their order. What this one read begins `lines_before` lines after the
+        beginning of its file.
+        """
+        self.num_read += other.num_read
+        self.num_decode_errors += other.num_decode_errors
+        self.skipped += other.skipped
+        self.skipped_at += other.skipped_at
+        num_shown = Counter(example.reason for example in self.examples)
+        for example in other.examples:
+            num_shown[example.reason] += 1
+            if num_shown[example.reason] <= MAX_REJECTED_EXAMPLES:
+                line = example.line + lines_before
+                self.examples.append(replace(example, shard=shard, line=line))
+
+    def rejected(self) -> list[dict[str, Json]]:
+        """Return the examples in the order they were read in."""
+        examples = sorted(self.examples, key=lambda example: (example.shard, example.record))
+        names = ("reason", "file", "line", "excerpt")
+        return [{name: getattr(example, name) for name in names} for example in examples]
+
+    def to_json(self) -> dict[str, Json]:
+        """Return what `from_json` takes."""
+        counters: dict[str, Json] = {name: dict(getattr(self, name)) for name in COUNTERS}
+        return {
+            **counters,
+            "num_read": self.num_read,
+            "num_decode_errors": self.num_decode_errors,
+            "examples": [asdict(example) for example in self.examples],
+        }
+
+    @classmethod
+    def from_json(cls, found: Json) -> "Tally":
+        """Return the tally that `to_json` described."""
+        fields = cast(Mapping[str, Mapping[str, int]], found)
+        examples = [
+            Example(**example) for example in cast(list[dict[str, Any]], fields["examples"])
+        ]
+        return cls(
+            num_read=cast(int, fields["num_read"]),
+            num_decode_errors=cast(int, fields["num_decode_errors"]),
+            examples=examples,
+            **{name: Counter(fields[name]) for name in COUNTERS},
+        )
 
     def funnel(self, steps: Sequence[str] = STEPS) -> list[Json]:
         """Return for each step how many documents it dropped and how many it left."""

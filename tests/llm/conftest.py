@@ -11,7 +11,13 @@ from hypothesis import settings
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import RuntimeConfig
-from llm.data.document_file import Message
+from llm.data.document_file import (
+    Content,
+    DocumentShard,
+    DocumentsWriter,
+    Message,
+    write_documents_json,
+)
 from llm.job import Job, StageFunction, finish
 from llm.tokenizer.base import TOKENIZER_JSON
 from llm.tokenizer.bpe import ByteLevelBPE
@@ -51,18 +57,16 @@ def make_documents(tmp_path: Path) -> MakeDocuments:
     def make(
         train: Sequence[str | Sequence[Message]], validation: Sequence[str | Sequence[Message]]
     ) -> Path:
-        folder = tmp_path / "documents"
-        folder.mkdir(exist_ok=True)
         is_text = isinstance([*train, *validation, ""][0], str)
-        content = "text" if is_text else "chats"
-        (folder / "documents.json").write_text(json.dumps({"content": content}))
-        for split, documents in (("train", train), ("validation", validation)):
-            with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-                for document in documents:
-                    key = "text" if is_text else "messages"
-                    record = {"id": document_id(document), key: document}
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        return folder
+        key = "text" if is_text else "messages"
+        lines = {
+            split: [
+                json.dumps({"id": document_id(document), key: document}, ensure_ascii=False)
+                for document in documents
+            ]
+            for split, documents in (("train", train), ("validation", validation))
+        }
+        return write_lines(tmp_path / "documents", lines, "text" if is_text else "chats")
 
     return make
 
@@ -89,6 +93,26 @@ def run_stage(tmp_path: Path) -> RunStage:
         return job.out, summary
 
     return run
+
+
+def write_lines(
+    folder: Path,
+    lines: Mapping[str, Sequence[str]],
+    content: Content = "text",
+    num_sources: int = 1,
+) -> Path:
+    """Write the lines of each side as `clean` does documents, in turn from each of the sources, and
+    return the folder.
+    """
+    writer = ArtifactWriter(folder)
+    shards: dict[str, list[DocumentShard]] = {}
+    for split, found in lines.items():
+        with DocumentsWriter(writer, f"{split}/00000", has_sources=num_sources > 1) as file:
+            for n, line in enumerate(found):
+                file.add(line.encode(errors="surrogateescape") + b"\n", n % num_sources)
+        shards[split] = [DocumentShard(name="00000", documents=len(found), bytes=file.num_bytes)]
+    write_documents_json(writer, content, shards, num_sources)
+    return folder
 
 
 def document_id(document: str | Sequence[Message]) -> str:

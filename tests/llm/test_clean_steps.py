@@ -134,16 +134,6 @@ def test_training_documents_that_give_validation_away_are_dropped_or_counted(
         assert bool(left) == (action == "count")
 
 
-def test_a_killed_attempt_leaves_nothing_that_counts(tmp_path: Path) -> None:
-    staged = tmp_path / "work/staged"
-    staged.mkdir(parents=True)
-    for name in ("documents.jsonl", "rows.bin", "signatures.bin", "ngrams.bin", "units.bin"):
-        (staged / name).write_bytes(b"half of it")
-    files = {"a.jsonl": corpus([*map(sentences, range(90)), *near_copies(1, 9)])}
-    digests = {run_clean(folder, files, **EVERYTHING)[2] for folder in (tmp_path, tmp_path / "b")}
-    assert len(digests) == 1
-
-
 PARTS = st.lists(
     st.sampled_from([
         "", "\n\n", " ", "x", "{", "a@b.de", "8.8.8.8", "[1]", "e\u0301\r\n",

@@ -17,6 +17,7 @@ from llm.data.mixture import Size, SourceTally, mix
 from llm.data.rows import HEADER, Rows
 from llm.errors import DataError
 from llm.pack import pack
+from tests.llm.cleaning import lines_of
 
 Item = tuple[int, int, int]  # source, place in it, tokens
 LENGTHS = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=12), min_size=1, max_size=4)
@@ -136,7 +137,7 @@ def test_sources_of_a_mixture_come_out_of_pack_with_their_shares(
     documents, summary = run_stage(clean, {"validation_fraction": 0.1}, out="clean", **raws)
     assert summary["skipped"] == {"duplicate": 1}, "the sources are cleaned as one"
     assert json.loads((documents / "documents.json").read_bytes())["num_sources"] == 2
-    train = [json.loads(line) for line in (documents / "train.jsonl").read_bytes().splitlines()]
+    train = lines_of(documents, "train")
     by_source = [{d["id"] for d in train if d["source"] == number} for number in range(2)]
     inputs = {"documents": documents, "tokenizer": tokenizer_folder}
 

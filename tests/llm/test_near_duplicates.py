@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llm.artifact import ArtifactWriter
 from llm.config import NearDuplicatesConfig
 from llm.data import near_duplicates
-from llm.data.near_duplicates import NearDuplicates, jaccard, rows_per_band
+from llm.data.near_duplicates import NearDuplicates, Signer, jaccard, rows_per_band
 from llm.data.ngrams import hash_distinct_ngrams
 from llm.errors import ConfigError
 
@@ -37,12 +38,15 @@ def clusters(
     folder: Path, texts: Sequence[str], config: NearDuplicatesConfig = CONFIG
 ) -> list[int]:
     """The first text of each one's cluster, the order being that of the list."""
-    folder.mkdir()
-    near = NearDuplicates(folder, config)
-    assert all(map(near.add, texts))
-    *_, first = near.find(np.arange(len(texts)), texts.__getitem__)
-    near.close()
+    sign(folder, texts, config)
+    with NearDuplicates([folder], config) as near:
+        *_, first = near.find(np.arange(len(texts)), texts.__getitem__)
     return first.tolist()
+
+
+def sign(folder: Path, texts: Sequence[str], config: NearDuplicatesConfig = CONFIG) -> None:
+    with Signer(ArtifactWriter(folder), config) as signer:
+        assert all(map(signer.add, texts))
 
 
 def test_every_pair_that_brute_force_finds_is_in_one_cluster(tmp_path: Path) -> None:
@@ -65,18 +69,26 @@ def test_every_pair_that_brute_force_finds_is_in_one_cluster(tmp_path: Path) -> 
         assert first[number] in linked[number], "nothing is linked that brute force does not link"
 
 
-def test_the_result_does_not_depend_on_the_order_texts_are_added_in(tmp_path: Path) -> None:
+def test_the_result_does_not_depend_on_the_order_texts_are_signed_in(tmp_path: Path) -> None:
     texts = make_texts(150)
     expected = clusters(tmp_path / "in order", texts)
     shuffled = np.random.default_rng(1).permutation(len(texts))
-    (tmp_path / "shuffled").mkdir()
-    near = NearDuplicates(tmp_path / "shuffled", CONFIG)
-    for number in shuffled:
-        near.add(texts[number])
-    *_, first = near.find(np.argsort(shuffled), lambda place: texts[shuffled[place]])
-    near.close()
+    folders = [tmp_path / f"shard {number}" for number in range(3)]
+    for folder, numbers in zip(folders, np.split(shuffled, [0, 40]), strict=True):
+        sign(folder, [texts[number] for number in numbers])
+    with NearDuplicates(folders, CONFIG) as near:
+        *_, first = near.find(np.argsort(shuffled), lambda place: texts[shuffled[place]])
     assert first.tolist() == expected
     assert len(set(expected)) < len(texts)
+
+
+def test_texts_that_are_not_in_the_order_are_not_compared(tmp_path: Path) -> None:
+    texts = make_texts(150)
+    sign(tmp_path / "all", texts)
+    order = np.arange(50, 150)
+    with NearDuplicates([tmp_path / "all"], CONFIG) as near:
+        *_, first = near.find(order, texts.__getitem__)
+    assert first.tolist() == clusters(tmp_path / "some", texts[50:])
 
 
 def test_the_first_texts_of_clusters_are_like_no_other(tmp_path: Path) -> None:
@@ -96,9 +108,11 @@ def test_many_copies_of_one_text_are_compared_in_proportion(
 
 
 def test_short_texts_are_not_compared(tmp_path: Path) -> None:
-    near = NearDuplicates(tmp_path, NearDuplicatesConfig(unit="document", min_words=20))
-    assert not near.add("word " * 19) and near.add("word " * 20) and len(near) == 1
-    near.close()
+    config = NearDuplicatesConfig(unit="document", min_words=20)
+    with Signer(ArtifactWriter(tmp_path), config) as signer:
+        assert not signer.add("word " * 19) and signer.add("word " * 20)
+    with NearDuplicates([tmp_path], config) as near:
+        assert len(near) == 1
 
 
 @pytest.mark.parametrize("min_jaccard", [0.5, 0.7, 0.8, 0.9, 1.0])
@@ -114,4 +128,4 @@ def test_without_the_library_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "rensa", None)
     with pytest.raises(ConfigError, match="pip install rensa"):
-        NearDuplicates(tmp_path, CONFIG)
+        Signer(ArtifactWriter(tmp_path), CONFIG)

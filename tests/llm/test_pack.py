@@ -10,7 +10,7 @@ import pytest
 from llm import pack as pack_module
 from llm.artifact import Json, read_manifest
 from llm.data.chat import render_chat
-from llm.data.document_file import Message
+from llm.data.document_file import SPLITS, Message
 from llm.data.rows import HEADER, Rows
 from llm.errors import ArtifactError, ConfigError, DataError
 from llm.job import PROGRESS, Interrupted, Job
@@ -18,6 +18,8 @@ from llm.pack import pack
 from llm.tokenizer.base import TOKENIZER_JSON
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.tokenizer.characters import CharacterTokenizer
+from tests.llm.cleaning import lines_of
+from tests.llm.conftest import write_lines
 
 MakeDocuments = Callable[..., Path]
 RunStage = Callable[..., tuple[Path, Mapping[str, Json]]]
@@ -69,8 +71,7 @@ def test_every_document_comes_back_from_the_rows(
         rows = Rows(out, split)
         contents = contents_of_documents(out, split)
         assert all(ids[0] == tokenizer.bos_id for ids in contents.values())
-        lines = (documents / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-        texts_by_id = {record["id"]: record["text"] for record in map(json.loads, lines)}
+        texts_by_id = {record["id"]: record["text"] for record in lines_of(documents, split)}
         assert {name: tokenizer.decode(ids) for name, ids in contents.items()} == texts_by_id
         assert list(contents) != list(texts_by_id), "documents are shuffled"
         num_tokens = sum(map(len, tokenizer.encode_batch(texts))) + len(texts)
@@ -157,11 +158,11 @@ def test_the_size_of_batches_does_not_change_rows_of_text(
 @pytest.mark.parametrize(
     ("train", "validation", "message"),
     [
-        ([], ["text"], r"train\.jsonl: no documents, expected at least one"),
-        (["text " * 99], [], r"validation\.jsonl: no documents.*clean\.validation_fraction"),
+        ([], ["text"], r"train: no documents, expected at least one"),
+        (["text " * 99], [], r"validation: no documents.*clean\.validation_fraction"),
         (["short"], ["text"], r"tokens, less than one row of pack\.seq_len \+ 1 = 33; lower"),
-        (["text " * 99], [""], r"validation\.jsonl: nothing in it is a target"),
-        ([CHATS[0][:1]], CHATS[1:3], r"train\.jsonl: nothing in it is a target to learn"),
+        (["text " * 99], [""], r"validation: nothing in it is a target"),
+        ([CHATS[0][:1]], CHATS[1:3], r"train: nothing in it is a target to learn"),
     ],
 )
 def test_too_little_data_is_refused(
@@ -198,8 +199,10 @@ def test_bad_inputs_are_named(
     inputs = {"documents": make_documents(corpus, corpus[:9]), "tokenizer": tokenizer_folder}
     with pytest.raises(ConfigError, match="seq_len"):
         run_stage(pack, {"seq_len": 4}, **inputs)
-    (inputs["documents"] / "validation.jsonl").write_text("{}\n")
-    with pytest.raises(ArtifactError, match=r"validation\.jsonl:1: no document"):
+    lines = {split: [json.dumps(one) for one in lines_of(inputs["documents"], split)]
+             for split in SPLITS}  # fmt: skip
+    write_lines(inputs["documents"], lines | {"validation": ["{}"]})
+    with pytest.raises(ArtifactError, match=r"validation/00000\.jsonl:1: no document"):
         run_stage(pack, {"seq_len": 32}, **inputs)
     (tokenizer_folder / TOKENIZER_JSON).write_text("{}")
     with pytest.raises(ArtifactError, match=TOKENIZER_JSON):
@@ -215,7 +218,7 @@ def test_progress_is_reported_in_bytes_of_both_splits(
 ) -> None:
     documents = make_documents(corpus, corpus[:9])
     run_stage(pack, {"seq_len": 32}, documents=documents, tokenizer=tokenizer_folder)
-    total = sum(path.stat().st_size for path in documents.glob("*.jsonl"))
+    total = sum(path.stat().st_size for path in documents.glob("*/*.jsonl"))
     progress = json.loads((tmp_path / "out.work" / PROGRESS).read_text())
     assert progress == {"done": total, "total": total, "unit": "bytes"}
 
@@ -276,11 +279,9 @@ def test_pack_keeps_what_each_chat_asks_for(
         }
         for number in range(50)
     ]
+    lines = [json.dumps(chat) for chat in chats]
     folder = tmp_path / "documents"
-    folder.mkdir()
-    (folder / "documents.json").write_text('{"content": "chats"}')
-    for split in ("train", "validation"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))
+    write_lines(folder, {"train": lines, "validation": lines}, "chats")
     out, _ = run_stage(pack, {"seq_len": 64}, documents=folder, tokenizer=tokenizer_folder)
     rows = Rows(out, "train")
     data = (out / "train/00000.document_ids.bin").read_bytes()[HEADER.size :]

@@ -132,7 +132,7 @@ def test_no_text_is_refused(
     make_documents: MakeDocuments, run_stage: RunStage, train: list[str]
 ) -> None:
     documents = make_documents(train, ["text"])
-    with pytest.raises(DataError, match=r"train\.jsonl: no text to learn a tokenizer from"):
+    with pytest.raises(DataError, match=r"train: no text to learn a tokenizer from"):
         run_stage(train_tokenizer, SETTINGS, documents=documents)
 
 

@@ -1,0 +1,31 @@
+"""Exact duplicates: every hash that came before is found, in however many files they are sorted."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm.data import exact_duplicates
+from llm.data.exact_duplicates import find_repeated
+
+
+@pytest.mark.parametrize("hashes_per_file", [1, 7, 1000])
+def test_what_came_before_is_what_a_set_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashes_per_file: int
+) -> None:
+    monkeypatch.setattr(exact_duplicates, "HASHES_PER_FILE", hashes_per_file)
+    rng = np.random.default_rng(1)
+    distinct = rng.integers(0, 2**64, (40, 2), dtype=np.uint64)
+    distinct[20:, 0] = distinct[:20, 0]  # half a hash in common is nothing
+    hashes = distinct[rng.integers(0, 40, 200)]
+    blocks = np.split(hashes, [0, 1, 90])
+    found = find_repeated(blocks, len(hashes), tmp_path)
+    seen = set[tuple[int, ...]]()
+    for number, one in enumerate(map(tuple, hashes.tolist())):
+        assert found[number] == (one in seen)
+        seen.add(one)
+    assert not list(tmp_path.iterdir()), "what was needed on the way is removed"
+
+
+def test_nothing_repeats_nothing(tmp_path: Path) -> None:
+    assert find_repeated([], 0, tmp_path).tolist() == []
