@@ -15,12 +15,14 @@ import pytest
 
 from llm.artifact import Json, read_manifest
 from llm.config import RuntimeConfig
+from llm.data.document_file import SPLITS
 from llm.data.permutation import permute
 from llm.data.rows import HEADER, Rows
 from llm.errors import DataError
 from llm.job import Job, write_job
 from llm.pack import pack
 from llm.seeds import derive_seed
+from tests.llm.conftest import write_lines
 
 MakeDocuments = Callable[..., Path]
 RunStage = Callable[..., tuple[Path, Mapping[str, Json]]]
@@ -41,7 +43,7 @@ def inputs(make_documents: MakeDocuments, tokenizer_folder: Path) -> dict[str, P
 @pytest.fixture
 def settings(inputs: dict[str, Path]) -> dict[str, Json]:
     """Settings by which the training documents are four shards."""
-    size_bytes = (inputs["documents"] / "train.jsonl").stat().st_size
+    size_bytes = (inputs["documents"] / "train/00000.jsonl").stat().st_size
     return {"seq_len": 256, "packing": "best_fit", "shard_bytes": -(-size_bytes // 4)}
 
 
@@ -85,7 +87,7 @@ def test_each_shard_is_a_run_of_the_shuffled_documents(
     inputs: dict[str, Path], settings: dict[str, Json], run_stage: RunStage
 ) -> None:
     out, summary = run_stage(pack, settings, **inputs)
-    lines = (inputs["documents"] / "train.jsonl").read_text().splitlines()
+    lines = (inputs["documents"] / "train/00000.jsonl").read_text().splitlines()
     ids = [json.loads(line)["id"] for line in lines]
     order = permute(np.arange(NUM_TRAIN), NUM_TRAIN, derive_seed(1, "document order", "train"))
     runs = [range(NUM_TRAIN * n // 4, NUM_TRAIN * (n + 1) // 4) for n in range(4)]
@@ -152,13 +154,10 @@ def test_a_killed_stage_goes_on_with_what_is_missing_or_damaged(
 def test_a_mixture_of_many_shards_keeps_its_shares_and_its_caps(
     inputs: dict[str, Path], run_stage: RunStage
 ) -> None:
-    path = inputs["documents"] / "train.jsonl"
-    lines = path.read_text().splitlines()
-    sourced = [
-        line.replace('", "text"', f'","source":{n % 3},"text"').replace('{"id": ', '{"id":')
-        for n, line in enumerate(lines)
-    ]
-    path.write_text("".join(line + "\n" for line in sourced))
+    path = inputs["documents"] / "train/00000.jsonl"
+    sides = [inputs["documents"] / f"{split}/00000.jsonl" for split in SPLITS]
+    lines = {side.parent.name: side.read_text().splitlines() for side in sides}
+    write_lines(inputs["documents"], lines, num_sources=3)
     shares: list[Json] = [{"weight": 2}, {"weight": 1}, {"weight": 1, "max_bytes": 8000}]
     packed = {"seq_len": 64, "shares": shares, "shard_bytes": path.stat().st_size // 2}
     out, _ = run_stage(pack, packed, **inputs)
