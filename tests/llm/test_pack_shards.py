@@ -165,7 +165,8 @@ def test_a_mixture_of_many_shards_keeps_its_shares_and_its_caps(
     paths = sorted(out.glob("train/*.document_ids.bin"))
     assert len(paths) == 3, "with its second readings a mixture is longer than its sources"
     assert [source["share"] for source in report] == pytest.approx([0.5, 0.25, 0.25], abs=0.04)
-    numbers = {record["id"]: record["source"] for record in map(json.loads, sourced)}
+    records = [json.loads(line) for line in lines["train"]]
+    numbers = {record["id"]: n % 3 for n, record in enumerate(records)}
     times = Counter(name for each in paths for name in ids_of(each))
     used = Counter(numbers[name] for name in times)
     assert [source["distinct_documents"] for source in report] == [used[n] for n in range(3)]
@@ -173,7 +174,7 @@ def test_a_mixture_of_many_shards_keeps_its_shares_and_its_caps(
     given = Counter(numbers[name] for name in times.elements())
     assert [source["documents"] for source in report] == [given[n] for n in range(3)]
     assert Rows(out, "train").info.num_tokens == sum(source["tokens"] for source in report)
-    sizes = {record["id"]: len(record["text"]) for record in map(json.loads, sourced)}
+    sizes = {record["id"]: len(record["text"]) for record in records}
     assert sum(sizes[name] for name in times if numbers[name] == 2) <= 8000
     shares[2] = {"weight": 1, "max_tokens": 4}
     with pytest.raises(DataError, match=r"sources\.2: no document of it is left"):
