@@ -16,7 +16,8 @@ from pathlib import Path
 
 from data_clean import measure_clean, measure_near_duplicates
 from data_loader import measure_loader
-from data_memory import measure_memory
+from data_memory import measure_cost, measure_memory
+from data_pack import measure_pack
 from data_stages import Figure
 from data_tokenizers import measure_encode, measure_train
 
@@ -25,8 +26,10 @@ MEASURES: Mapping[str, tuple[Callable[[argparse.Namespace, Path], Iterator[Figur
     "near_duplicates": (measure_near_duplicates, 0),
     "train": (measure_train, 500),
     "encode": (measure_encode, 200),
+    "pack": (measure_pack, 0),
     "loader": (measure_loader, 400),
     "memory": (measure_memory, 4000),
+    "cost": (measure_cost, 400),
 }
 """What measures, and on how many megabytes where none are asked for."""
 
