@@ -212,7 +212,10 @@ def _read_documents_json(folder: Path) -> dict[str, Any]:
         content = found["content"]
         for split in SPLITS:
             for shard in (DocumentShard(**shard) for shard in found[split]):
-                if not SHARD_NAME.fullmatch(shard.name) or min(shard.documents, shard.bytes) < 0:
+                counts = (shard.documents, shard.bytes)
+                if not SHARD_NAME.fullmatch(shard.name) or any(
+                    type(count) is not int or count < 0 for count in counts
+                ):
                     raise ValueError(str(shard))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: not there; run clean again") from error

@@ -247,7 +247,8 @@ def good_things(folder: Path) -> dict[str, Loaded]:
         "checkpoint": Loaded(folder=folder / "checkpoints", load=checkpoint, has_sums=True),
         "rows": Loaded(folder=rows, load=read_rows),
         "documents": Loaded(
-            folder=documents, load=read_documents, files=("documents.json", "train.jsonl")
+            folder=documents, load=read_documents,
+            files=("documents.json", "train/00000.jsonl", "train/00000.offsets.bin"),
         ),
         "artifact": Loaded(folder=documents, load=load_artifact, files=(MANIFEST,)),
         "recipe": Loaded(folder=folder / "recipe", load=read_recipe),

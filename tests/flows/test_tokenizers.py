@@ -1,6 +1,7 @@
 """`fromscratch tokenizers`: any set of tokenizers on any text, in one table and a report."""
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,15 @@ def store(tmp_path: Path) -> Store:
     for kind, tokenizer in made.items():
         publish(store, "train_tokenizer", kind, tokenizer.to_files(), settings={"kind": kind})
     line = json.dumps({"id": "0" * 32, "text": TEXT}).encode() + b"\n"
-    documents = {"documents.json": b'{"content":"text"}', "train.jsonl": b""}
-    publish(store, "clean", "corpus", documents | {"validation.jsonl": line}, role="corpus")
+    shard = {"name": "00000", "documents": 1, "bytes": len(line)}
+    documents = {
+        "documents.json": json.dumps(
+            {"content": "text", "train": [], "validation": [shard]}
+        ).encode(),
+        "validation/00000.jsonl": line,
+        "validation/00000.offsets.bin": struct.pack("<2Q", 0, len(line)),
+    }
+    publish(store, "clean", "corpus", documents, role="corpus")
     publish(store, "clean", "chats", {"documents.json": b'{"content":"chats"}'}, role="chats")
     return store
 

@@ -101,7 +101,7 @@ SHARD = {"name": "00000", "documents": 1, "bytes": 1}
     [
         "", "{}", "[]", '{"content": "music"}', '{"content": "text", "train": [{}]}',
         *(json.dumps({"content": "text", "validation": [], "train": [SHARD | wrong]})
-          for wrong in ({"name": "../x"}, {"name": 3}, {"documents": "1"}, {"bytes": -1})),
+          for wrong in ({"name": "../x"}, {"name": 3}, {"documents": 1.0}, {"bytes": -1})),
     ],
 )  # fmt: skip
 def test_damaged_documents_json_is_named(make_documents: MakeDocuments, data: str) -> None:
