@@ -7,7 +7,7 @@ sorted in memory.
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +23,13 @@ def find_repeated(
 ) -> npt.NDArray[np.bool_]:
     """Return for each hash whether it came before, (num_hashes,).
 
-    They come as blocks of any length, each hash in two halves, (length, 2). Files are made in
-    `scratch` and removed.
+    They come as blocks of any length, each hash in two halves, (length, 2). The files lie in
+    `scratch` without a name.
     """
     num_files = min(max(num_hashes // HASHES_PER_FILE, 1), MAX_FILES)
     is_repeated = np.zeros(num_hashes, dtype=np.bool_)
-    with TemporaryDirectory(dir=scratch) as name, ExitStack() as stack:
-        paths = [Path(name, f"{number}.bin") for number in range(num_files)]
-        files = [stack.enter_context(path.open("wb")) for path in paths]
+    with ExitStack() as stack:
+        files = [stack.enter_context(TemporaryFile(dir=scratch)) for _ in range(num_files)]
         start = 0
         for hashes in blocks:
             entries = np.empty(len(hashes), dtype=ENTRY)
@@ -40,9 +39,9 @@ def find_repeated(
                 files[number].write(entries[dealt == number].tobytes())
             start += len(hashes)
         assert start == num_hashes
-        stack.close()
-        for path in paths:
-            entries = np.fromfile(path, dtype=ENTRY)
+        for file in files:
+            file.seek(0)
+            entries = np.frombuffer(file.read(), dtype=ENTRY)
             order = np.lexsort((entries["hash"][:, 1], entries["hash"][:, 0]))  # stable
             hashes = entries["hash"][order]
             is_same = (hashes[1:] == hashes[:-1]).all(axis=1)
