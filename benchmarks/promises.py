@@ -29,7 +29,7 @@ from tests.chaos.tokenizer_promises import (
     try_trainings,
 )
 
-RANDOM_FILES_OF_A_KIND = 300
+RANDOM_FILES_OF_A_KIND = 40
 CONTROL_TRIES = 100_000
 ROUND_TRIPS = 1_000_000
 THREADS = (1, 2) * 5

@@ -66,7 +66,7 @@ RAW_SUFFIXES = (
     ".txt.bz2", ".txt.zst", ".txt",
 )  # fmt: skip
 UNTOUCHED = "x"
-FEW = ("a pickle", "a file of torch", "JSON 100,000 deep", "a header that lies")
+FEW = ("a pickle", "YAML that calls", "JSON 100,000 deep", "a header that lies")
 """The contents that a test tries."""
 
 
@@ -94,7 +94,10 @@ class Watch:
             is_writing = bool(flags & WRITING) or set(str(arguments[1] or "")) & set("wax+")
             return bool(is_writing) and not self._is_inside(arguments[0])
         if event in CHANGES:
-            return isinstance(arguments[0], str | bytes) and not self._is_inside(arguments[0])
+            paths = [one for one in arguments if isinstance(one, str | bytes)]
+            folders = [one for one in arguments[-1:] if isinstance(one, int) and one >= 0]
+            at = os.readlink(f"/proc/self/fd/{folders[0]}") if folders else ""  # noqa: PTH115
+            return not all(self._is_inside(Path(at, os.fsdecode(one))) for one in paths)
         if event == "exec":
             name = getattr(arguments[0], "co_filename", "")
             return not name.startswith(("<frozen ", *TRUSTED))
