@@ -49,11 +49,15 @@ CASES = {
         layers=4, width=256, heads=4, vocab_size=4096, rows=16, seq_len=256,
         precision="fp32", steps=8,
     ),
-    "vocabulary 131,072, bf16": Case(
+    "vocabulary 131,072, 4,096 positions, bf16": Case(
         layers=1, width=768, heads=12, vocab_size=131_072, rows=8, seq_len=512,
         precision="bf16", steps=3,
     ),
-    "vocabulary 131,072, fp32": Case(
+    "vocabulary 131,072, 4,096 positions, fp32": Case(
+        layers=1, width=768, heads=12, vocab_size=131_072, rows=8, seq_len=512,
+        precision="fp32", steps=1,
+    ),
+    "vocabulary 131,072, 2,048 positions, fp32": Case(
         layers=1, width=768, heads=12, vocab_size=131_072, rows=4, seq_len=512,
         precision="fp32", steps=1,
     ),

@@ -6,7 +6,8 @@ The recipe, written here in plain torch: 4 layers, 4 heads, 128 wide, context 64
 learned positions, LayerNorm, GELU, AdamW 1e-3 to 1e-4 by a cosine after 100 steps of warm-up, betas
 0.9 and 0.99, decay 0.1, clipping at 1.0, 2000 steps in fp32. Ours is the pretraining stage of
 configs/shakespeare-char.yaml, run as the pipeline runs it, a process of its own; its seconds are
-those of its own curve, from the first to the last step.
+those of its own curve, from the first to the last step. Only the table of speed has both in one
+process, ten steps of each in turn.
 
 Every loss is the mean over the whole validation split, the last tenth of the text, in windows of 64
 characters that do not overlap, in nats per character. Everything is measured in one run, the two
@@ -17,11 +18,12 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,12 +32,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm.config import ModelConfig, PretrainConfig, RuntimeConfig, load_config
+from llm.data.rows import Rows
 from llm.job import METRICS, Job, write_job
+from llm.model.loss import ModelWithLoss
 from llm.model.store import load_model
+from llm.model.transformer import Transformer
 from llm.tokenizer.load import load_tokenizer
+from llm.training.batches import NextToken
+from llm.training.loop import Training, TrainState, training_steps
+from llm.training.optimizers import make_optimizer
+from llm.training.processes import make_accelerator
 
 REPOSITORY = Path(__file__).parents[1]
 CONTEXT, ROWS, STEPS = 64, 12, 2000
+SPEED_TURNS = 31  # of ten steps; the first is not counted
 NEVER = 1_000_000_000
 SAME_AS_THE_RECIPE = ModelConfig(
     num_layers=4,
@@ -107,14 +117,26 @@ class Result:
 
 
 def train_recipe(train: Tensor, validation: Tensor, vocab_size: int, seed: int) -> Result:
-    """Train as the tutorials do: 12 windows at random places a step."""
+    """Train as the tutorials do."""
     torch.manual_seed(seed)
     model = RecipeModel(vocab_size)
+    started_at = time.perf_counter()
+    for _ in recipe_steps(model, train):
+        pass
+    return Result(
+        seconds=time.perf_counter() - started_at,
+        loss=whole_loss(model, validation),
+        num_steps=STEPS,
+        num_parameters=sum(weight.numel() for weight in model.parameters()),
+    )
+
+
+def recipe_steps(model: RecipeModel, train: Tensor) -> Iterator[None]:
+    """Take the recipe's steps: 12 windows at random places each."""
     matrices = [weight for weight in model.parameters() if weight.ndim == 2]
     vectors = [weight for weight in model.parameters() if weight.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
-    started_at = time.perf_counter()
     for step in range(STEPS):
         share = 0.5 * (1 + math.cos(math.pi * (step - 100) / (STEPS - 100)))
         rate = 1e-3 * (step + 1) / 101 if step < 100 else 1e-4 + 9e-4 * share
@@ -123,17 +145,12 @@ def train_recipe(train: Tensor, validation: Tensor, vocab_size: int, seed: int) 
         starts = torch.randint(len(train) - CONTEXT - 1, (ROWS, 1))
         window = train[starts + torch.arange(CONTEXT + 1)]
         logits = model(window[:, :-1])
-        loss = F.cross_entropy(logits.view(-1, vocab_size), window[:, 1:].reshape(-1))
+        loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), window[:, 1:].reshape(-1))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    return Result(
-        seconds=time.perf_counter() - started_at,
-        loss=whole_loss(model, validation),
-        num_steps=STEPS,
-        num_parameters=sum(weight.numel() for weight in model.parameters()),
-    )
+        yield
 
 
 @torch.no_grad()
@@ -203,6 +220,47 @@ class Ours:
             num_parameters=model.num_parameters(),
         )
 
+    def steps(self, config: PretrainConfig) -> Iterator[object]:
+        """Take the steps of the stage's loop in this process."""
+        rows = Rows(self._inputs["rows"], "train")
+        model = Transformer(config.model, self.tokenizer.vocab_size, CONTEXT)
+        model.initialize(torch.Generator().manual_seed(1))
+        accelerator = make_accelerator(RuntimeConfig(device="cpu"), config)
+        training = Training(
+            accelerator=accelerator,
+            model=accelerator.prepare_model(ModelWithLoss(model)),
+            optimizer=make_optimizer(model, config),
+            rows=rows,
+            objective=NextToken(is_document_masked=config.is_document_masked),
+            config=config,
+            stage="pretrain",
+            seed=1,
+            micro_batch_rows=ROWS,
+        )
+        return training_steps(training, TrainState(), is_stopping=lambda: False)
+
+
+def print_speed(ways: Mapping[str, Iterator[object]]) -> None:
+    """Print tokens/s, by the median step; ten steps of each way in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(SPEED_TURNS):
+        for name, steps in ways.items():
+            for _ in range(10):
+                started_at = time.perf_counter()
+                next(steps)
+                if number:
+                    seconds[name].append(time.perf_counter() - started_at)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    base = next(iter(medians.values()))
+    print(f"\nSpeed, the same model and optimizer, {torch.get_num_threads()} thread(s)")
+    print(f"{'':44} {'ms/step':>8} {'fastest':>8} {'tok/s':>7}")
+    for name, median in medians.items():
+        print(
+            f"{name:44} {median * 1e3:8.1f} {min(seconds[name]) * 1e3:8.1f}"
+            f" {ROWS * CONTEXT / median:7,.0f} {base / median:7.2f}x",
+            flush=True,
+        )
+
 
 def print_table(title: str, rows: Mapping[str, Result], base: Result) -> None:
     """Print trainings beside `base`."""
@@ -242,11 +300,9 @@ def measure(ours: Ours, num_seeds: int, tables: Sequence[str]) -> None:
     plain = torch.tensor([characters.index(character) for character in text])
     validation = ours.encode(text[num_train:])
     ours_config = ours.config
-    if {"loss", "speed"} & set(tables):
-        recipe = train_recipe(plain[:num_train], plain[num_train:], len(characters), seed=1)
-        base = {"recipe": recipe}
     if "loss" in tables:
-        rows = dict(base)
+        recipe = train_recipe(plain[:num_train], plain[num_train:], len(characters), seed=1)
+        rows = {"recipe": recipe}
         for seed in range(1, num_seeds + 1):
             rows[f"ours, to its loss, seed {seed}"] = ours.train(ours_config, validation, seed)
         last = list(rows.values())[-1]
@@ -265,15 +321,15 @@ def measure(ours: Ours, num_seeds: int, tables: Sequence[str]) -> None:
             schedule="cosine",
             beta2=0.99,
             weight_decay=0.1,
-            num_steps=500,
-            precision="fp32",
+            num_steps=STEPS,
         )
-        rows = dict(base)
-        rows["ours, same model and optimizer, fp32"] = ours.train(same, validation, 1)
-        rows["ours, same model and optimizer, bf16"] = ours.train(
-            replace(same, precision="bf16"), validation, 1
+        print_speed(
+            {
+                "recipe": recipe_steps(RecipeModel(len(characters)), plain[:num_train]),
+                "ours, fp32": ours.steps(replace(same, precision="fp32")),
+                "ours, bf16": ours.steps(replace(same, precision="bf16")),
+            }
         )
-        print_table("Speed", rows, recipe)
     if "steps" in tables:
         rows: dict[str, Result] = {}
         for seed in range(1, num_seeds + 1):
