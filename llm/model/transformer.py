@@ -23,6 +23,7 @@ from llm.errors import ConfigError, DataError
 from llm.model.attention import Attention
 from llm.model.cache import KeyValueCache
 from llm.model.feed_forward import MLPS
+from llm.model.linear import Linear
 from llm.model.norms import NORMS
 from llm.model.positions import POSITIONS
 from llm.model.reach import Reach, Sight, soft_cap
@@ -76,7 +77,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = NORMS[config.norm](config)
-        self.head = nn.Linear(config.d_model, num_embeddings, bias=False)
+        self.head = Linear(config.d_model, num_embeddings, bias=False)
         if config.tie_embeddings:  # "Using the Output Embedding" (arXiv 1608.05859)
             self.head.weight = self.embedding.weight
         cap = config.logit_soft_cap  # "Gemma 2" (arXiv 2408.00118), section 2
