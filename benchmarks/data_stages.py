@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from llm.job import Job, write_job
 
 HERE = Path(__file__).parents[1]
 SECONDS_BETWEEN_LOOKS = 0.05
+SECONDS_BETWEEN_LOOKS_AT_DISK = 1.0
 MAX_DOCUMENT_CHARACTERS = 20_000
 
 
@@ -45,6 +47,10 @@ class StageRun:
     seconds: float
     peak_mib: float
     """Of its processes together: proportional set sizes, 20 times a second."""
+    core_seconds: float
+    """CPU time of its processes together."""
+    peak_disk_bytes: int
+    """Of its result and what it keeps while at work, once a second."""
     summary: Mapping[str, Any]
     digest: str
 
@@ -115,6 +121,7 @@ def run_stage(
     )
     write_job(folder / "job.json", job)
     with (folder / "log.txt").open("w+") as log:
+        used_before = _core_seconds_of_children()
         started_at = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-m", f"llm.{stage}", str(folder / "job.json")],
@@ -123,9 +130,12 @@ def run_stage(
             cwd=code,
             env=os.environ | (environment or {}),
         )
-        peak_mib = 0.0
+        peak_mib, peak_disk_bytes, next_disk_at = 0.0, 0, 0.0
         while process.returncode is None:
             peak_mib = max(peak_mib, _memory_mib(process.pid))
+            if time.monotonic() > next_disk_at:
+                peak_disk_bytes = max(peak_disk_bytes, _disk_bytes(folder))
+                next_disk_at = time.monotonic() + SECONDS_BETWEEN_LOOKS_AT_DISK
             with suppress(subprocess.TimeoutExpired):
                 process.wait(SECONDS_BETWEEN_LOOKS)
         seconds = time.monotonic() - started_at
@@ -136,9 +146,27 @@ def run_stage(
         folder=job.out,
         seconds=seconds,
         peak_mib=peak_mib,
+        core_seconds=_core_seconds_of_children() - used_before,
+        peak_disk_bytes=max(peak_disk_bytes, _disk_bytes(folder)),
         summary=artifact.summary,
         digest=artifact.digest,
     )
+
+
+def _core_seconds_of_children() -> float:
+    """Return the CPU time of all processes that were started here and have ended, and of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _disk_bytes(folder: Path) -> int:
+    """Return what the files below `folder` take on disk, a file of several names once."""
+    sizes: dict[int, int] = {}
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            status = path.lstat()
+            sizes[status.st_ino] = status.st_blocks * 512
+    return sum(sizes.values())
 
 
 def _memory_mib(pid: int) -> float:
