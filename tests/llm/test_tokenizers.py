@@ -1,10 +1,7 @@
 """Every kind of tokenizer: exact on any text, no control ids from it, the same bytes always."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.config import TrainTokenizerConfig
 from llm.errors import ArtifactError, ConfigError, DataError
 from llm.tokenizer.base import TOKENIZER_JSON, Tokenizer
 from llm.tokenizer.characters import CharacterTokenizer
@@ -107,45 +103,6 @@ def test_texts_keep_their_order_and_arrays_are_the_lists(
     assert [ids.tolist() for ids in arrays] == [*one_by_one, []]
     assert {ids.dtype for ids in arrays} == {np.dtype(np.uint32)}
     assert loaded.encode_batch([]) == []
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        TrainTokenizerConfig(kind="bpe", vocab_size=1000),
-        TrainTokenizerConfig(kind="characters"),
-        TrainTokenizerConfig(kind="sentencepiece", vocab_size=1000),
-        TrainTokenizerConfig(kind="sentencepiece", vocab_size=1000, algorithm="bpe"),
-    ],
-    ids=["bpe", "characters", "unigram", "sentencepiece bpe"],
-)
-def test_training_is_the_same_with_one_thread_and_two_and_again(
-    settings: TrainTokenizerConfig, tmp_path: Path, corpus: list[str]
-) -> None:
-    if settings.kind == "sentencepiece":
-        pytest.importorskip("sentencepiece")
-    (tmp_path / "corpus.json").write_text(json.dumps(corpus))
-    program = (
-        "import hashlib, json, sys; from llm.config import TrainTokenizerConfig;"
-        "from llm.train_tokenizer import make_tokenizer;"
-        "texts = json.load(open(sys.argv[1]));"
-        "settings = TrainTokenizerConfig(**json.loads(sys.argv[2]));"
-        "files = make_tokenizer(settings, texts).to_files();"
-        "print({name: hashlib.sha256(data).hexdigest() for name, data in files.items()})"
-    )
-    given = json.dumps(
-        {"kind": settings.kind, "vocab_size": settings.vocab_size, "algorithm": settings.algorithm}
-    )
-    found: set[bytes] = set()
-    for threads, hash_seed in (("1", "0"), ("2", "1"), ("2", "2")):
-        environment = {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": hash_seed}
-        command = [sys.executable, "-c", program, str(tmp_path / "corpus.json"), given]
-        found.add(
-            subprocess.run(
-                command, check=True, env=os.environ | environment, cwd=ROOT, capture_output=True
-            ).stdout
-        )
-    assert len(found) == 1
 
 
 def test_characters_are_those_of_the_training_text_in_order() -> None:
