@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from flows import cli
+from flows.result import RunResult
 from flows.sweep import (
     Sweep,
     comparison,
@@ -142,8 +143,9 @@ def test_bits_per_byte_of_different_texts_are_not_compared_silently() -> None:
 def test_the_command_ends_with_1_when_a_member_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def result(options: object, config: RunConfig, *rest: object) -> dict[str, object]:
-        return {"outcomes": outcomes(config, ())}
+    def result(options: object, config: RunConfig, *rest: object) -> RunResult:
+        found = list(outcomes(config, ()))
+        return RunResult(recipe=config.name, outcomes=found, mlflow_run_id="", addresses={})
 
     monkeypatch.setattr(cli, "_result", result)
     place = f"runtime.artifacts_dir={tmp_path}"
