@@ -1,6 +1,6 @@
 """Print the figures of PROMISES 13 to 19: how often each held of how many times it was tried.
 
-    python -m benchmarks.promises            # all, about ten minutes on one core
+    python -m benchmarks.promises            # all, about seven minutes on one core
     python -m benchmarks.promises 13 19      # some
 
 The cases are those of tests/chaos, which tries fewer of the random ones. Exits with 1 when a
@@ -48,7 +48,10 @@ def nasty_text(folder: Path) -> list[Figure]:
         for name, check in RANDOM_FILES.items()
         for seed in range(RANDOM_FILES_OF_A_KIND)
     }
-    cases["the hub"] = lambda at: try_hub(at, random.Random(1))
+    for is_streamed in (False, True):
+        cases[f"the hub, streamed {is_streamed}"] = lambda at, is_streamed=is_streamed: try_hub(
+            at, random.Random(1), is_streamed=is_streamed
+        )
     files = try_all("nasty files", cases, folder / "files")
     peaks: list[float] = []
     lines = Figure(name="lines of 1 GiB")

@@ -27,4 +27,4 @@ def test_a_line_of_a_gibibyte_is_counted_in_512_mebibytes(tmp_path: Path) -> Non
 
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs datasets")
 def test_wrong_types_on_the_hub_are_counted_and_not_turned_into_text(tmp_path: Path) -> None:
-    try_hub(tmp_path, random.Random(1))
+    try_hub(tmp_path, random.Random(1), is_streamed=True)

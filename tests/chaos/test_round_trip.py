@@ -6,7 +6,7 @@ import pytest
 
 from tests.chaos.tokenizer_promises import KINDS, TRAININGS, try_round_trips, try_trainings
 
-TRIES = 2000
+TRIES = 1000
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -17,7 +17,7 @@ def test_any_text_comes_back_from_its_ids(kind: str, tmp_path: Path) -> None:
     assert figure.num_tried == TRIES and figure.failures == []
 
 
-@pytest.mark.parametrize("kind", list(TRAININGS))
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "sentencepiece bpe"])
 def test_training_gives_the_same_bytes_with_one_thread_and_with_two(
     kind: str, tmp_path: Path
 ) -> None:
