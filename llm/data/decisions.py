@@ -32,6 +32,7 @@ class LeftDocument:
 
     number: int
     """In its shard."""
+    side: str
     line: bytes
     size_bytes: int
     source: int
@@ -105,12 +106,13 @@ class Decisions:
                 is_left = is_wanted[rows["is_validation"].astype(np.intp)]
                 places = np.flatnonzero(is_left & chosen[start : start + len(rows)])
                 columns = (rows[name][places].tolist() for name in COLUMNS)
-                for place, (side, offset_bytes, line_bytes, size_bytes, source) in zip(
+                for place, (is_validation, offset_bytes, line_bytes, size_bytes, source) in zip(
                     places.tolist(), zip(*columns, strict=True), strict=True
                 ):
                     document = LeftDocument(
                         number=start + place,
-                        line=shard.line(files, side, offset_bytes, line_bytes),
+                        side=SPLITS[is_validation],
+                        line=shard.line(files, is_validation, offset_bytes, line_bytes),
                         size_bytes=size_bytes,
                         source=source,
                     )

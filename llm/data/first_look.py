@@ -18,6 +18,8 @@ from llm.data.tally import Tally
 from llm.job import Job
 
 ID_BYTES = 16
+MAX_REMEMBERED = 1 << 18
+"""Contents of documents in a shard, 25 MB of memory: one that is there again need not be staged."""
 
 
 def read_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
@@ -25,7 +27,7 @@ def read_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     settings = read_section(CleanConfig, job.settings)
     raw, raw_shard = RawInput.of(job.inputs), RawShard.from_json(job.shard)
     content, has_sources = raw.content, len(raw.folders) > 1
-    steps, tally = DocumentSteps(settings), Tally()
+    steps, tally, seen = DocumentSteps(settings), Tally(), set[bytes]()
     with ExitStack() as stack:
         staging = stack.enter_context(StagingWriter(writer, has_sources=has_sources))
         units = None
@@ -37,8 +39,14 @@ def read_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
             if isinstance(document, Skip):
                 tally.skip(document, tally.num_read, "read")
             elif fields := _judge(document, content, settings, steps, tally):
+                sha256 = _sha256(fields)
+                if sha256 in seen:
+                    _skip(document, joined_text(fields), "duplicate", "exact duplicates", tally)
+                    continue
+                if settings.split == "hash" and len(seen) < MAX_REMEMBERED:
+                    seen.add(sha256)  # else it is found later, and shown by the part it begins with
                 for staged, text in _stage(
-                    document, fields, settings, tally.num_read, has_sources=has_sources
+                    document, fields, sha256, settings, tally.num_read, has_sources=has_sources
                 ):
                     if units is not None:
                         units.add(staging.num_documents, text)
@@ -70,21 +78,25 @@ def _judge(
             reason = "too short"
     if not reason:
         return fields
-    skip = Skip(place=document.place, reason=reason, excerpt=excerpt[:EXCERPT_CHARACTERS])
-    tally.skip(skip, tally.num_read, step)
+    _skip(document, excerpt, reason, step, tally)
     return {}
+
+
+def _skip(document: Document, text: str, reason: str, step: str, tally: Tally) -> None:
+    skip = Skip(place=document.place, reason=reason, excerpt=text[:EXCERPT_CHARACTERS])
+    tally.skip(skip, tally.num_read, step)
 
 
 def _stage(
     document: Document,
     fields: dict[str, Json],
+    sha256: bytes,
     settings: CleanConfig,
     record: int,
     *,
     has_sources: bool,
 ) -> Iterator[tuple[StagedDocument, str]]:
     """Yield a document with its text, or the two sides of one that is cut."""
-    sha256 = _sha256(fields)
     if "text" in fields and settings.split == "tail":
         parts = _cut_tail(document.text, settings.validation_fraction)
         sides = [(side == "validation", fields | {"text": part}) for side, part in parts.items()]

@@ -7,6 +7,7 @@ write      the documents that stay
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import cast
 
 from llm.artifact import ArtifactWriter, Json
@@ -64,16 +65,20 @@ def write_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     tally, num_contaminated = Tally(), 0
     shard = _shard(job)
     has_sources = len(RawInput.of(job.inputs).folders) > 1
-    for side in cast(list[str], job.shard["sides"]):
-        with DocumentsWriter(writer, side, has_sources=has_sources) as file:
-            for document in _left(job, [side]):
-                if judged and side == "train" and judged.find(document.text).size:
-                    num_contaminated += 1
-                    if config.action == "drop":
-                        tally.skip(*shard.skip(document.number, "contaminated"), "decontamination")
-                        continue
-                file.add(document.line, document.source)
-                tally.keep(side, document.size_bytes)
+    sides = cast(list[str], job.shard["sides"])
+    with ExitStack() as stack:
+        files = {
+            side: stack.enter_context(DocumentsWriter(writer, side, has_sources=has_sources))
+            for side in sides
+        }
+        for document in _left(job, sides):
+            if judged and document.side == "train" and judged.find(document.text).size:
+                num_contaminated += 1
+                if config.action == "drop":
+                    tally.skip(*shard.skip(document.number, "contaminated"), "decontamination")
+                    continue
+            files[document.side].add(document.line, document.source)
+            tally.keep(document.side, document.size_bytes)
     return {"tally": tally.to_json(), "contaminated_documents": num_contaminated}
 
 

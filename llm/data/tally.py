@@ -42,7 +42,7 @@ class Tally:
     skipped_at: Counter[str] = field(default_factory=Counter[str])
     """Documents by step."""
     examples: list[Example] = field(default_factory=list[Example])
-    """The first of each reason."""
+    """At least the first of each reason."""
     num_decode_errors: int = 0
 
     def skip(self, skip: Skip, record: int, step: str) -> None:
@@ -80,18 +80,20 @@ class Tally:
         self.num_decode_errors += other.num_decode_errors
         self.skipped += other.skipped
         self.skipped_at += other.skipped_at
-        num_shown = Counter(example.reason for example in self.examples)
         for example in other.examples:
-            num_shown[example.reason] += 1
-            if num_shown[example.reason] <= MAX_REJECTED_EXAMPLES:
-                line = example.line + lines_before
-                self.examples.append(replace(example, shard=shard, line=line))
+            line = example.line + lines_before
+            self.examples.append(replace(example, shard=shard, line=line))
 
     def rejected(self) -> list[dict[str, Json]]:
-        """Return the examples in the order they were read in."""
-        examples = sorted(self.examples, key=lambda example: (example.shard, example.record))
-        names = ("reason", "file", "line", "excerpt")
-        return [{name: getattr(example, name) for name in names} for example in examples]
+        """Return the first examples of each reason, in the order they were read in."""
+        num_shown = Counter[str]()
+        rejected: list[dict[str, Json]] = []
+        for example in sorted(self.examples, key=lambda one: (one.shard, one.record)):
+            num_shown[example.reason] += 1
+            if num_shown[example.reason] <= MAX_REJECTED_EXAMPLES:
+                names = ("reason", "file", "line", "excerpt")
+                rejected.append({name: getattr(example, name) for name in names})
+        return rejected
 
     def to_json(self) -> dict[str, Json]:
         """Return what `from_json` takes."""
