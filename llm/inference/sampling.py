@@ -119,5 +119,7 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     that row's number between 0 and 1: (B,) -> (B,).
     """
     cumulated = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    thresholds = uniform.to(cumulated)[:, None] * cumulated[:, -1:]
+    total = cumulated[:, -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))  # a number that was rounded to 1
+    thresholds = (uniform.to(cumulated)[:, None] * total).minimum(below)
     return torch.searchsorted(cumulated, thresholds, right=True).squeeze(1)

@@ -51,7 +51,12 @@ def test_a_whole_run_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> N
     child = pipelines["pack corpus"]
     assert child.data.tags["mlflow.parentRunId"] == tracker.pipeline_run_id
     assert child.data.metrics == {"seconds": 2.5, "rows": 3, "skipped.too long_ 9_": 2}
-    assert child.data.params == {"pack.seq_len": "256", "pack.shares": "[]"}
+    assert child.data.params == {
+        "pack.seq_len": "256",
+        "pack.packing": "end_to_end",
+        "pack.shard_bytes": "67108864",
+        "pack.shares": "[]",
+    }
 
     models = place.runs("models")
     assert sorted(models) == ["tiny base 3.2M lr=1", "tiny chat 3.2M lr=1"]
