@@ -162,10 +162,11 @@ def _core_seconds_of_children() -> float:
 def _disk_bytes(folder: Path) -> int:
     """Return what the files below `folder` take on disk, a file of several names once."""
     sizes: dict[int, int] = {}
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):
-            status = path.lstat()
-            sizes[status.st_ino] = status.st_blocks * 512
+    for place, _, names in os.walk(folder):  # which passes over folders that are gone
+        for name in names:
+            with suppress(FileNotFoundError):
+                status = Path(place, name).lstat()
+                sizes[status.st_ino] = status.st_blocks * 512
     return sum(sizes.values())
 
 
