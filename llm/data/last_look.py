@@ -18,7 +18,7 @@ from llm.data.deduplicate import rest_of
 from llm.data.document_file import SPLITS, DocumentsWriter
 from llm.data.raw_shards import RawInput
 from llm.data.staging import StagedShard
-from llm.data.tally import Tally
+from llm.data.tally import MAX_REJECTED_EXAMPLES, Tally
 from llm.job import Job
 
 DECISIONS, PROTECTED, JUDGED = "decisions", "protected.bin", "judged.bin"
@@ -75,7 +75,9 @@ def write_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
             if judged and document.side == "train" and judged.find(document.text).size:
                 num_contaminated += 1
                 if config.action == "drop":
-                    tally.skip(*shard.skip(document.number, "contaminated"), "decontamination")
+                    tally.count("contaminated", "decontamination", 1)
+                    if tally.skipped["contaminated"] <= MAX_REJECTED_EXAMPLES:
+                        tally.show(*shard.skip(document.number, "contaminated"))
                     continue
             files[document.side].add(document.line, document.source)
             tally.keep(document.side, document.size_bytes)
