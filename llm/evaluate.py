@@ -215,8 +215,8 @@ def _text_bytes(data: Data, progress: Progress) -> Iterator[bytes]:
     """Yield the bytes of the validation text, exactly: those of every target, in order."""
     for start in range(0, data.text.num_rows, ROWS_PER_READ):
         indices = np.arange(start, min(start + ROWS_PER_READ, data.text.num_rows))
-        tokens = data.text.read(indices).tokens
-        yield data.tokenizer.decode_bytes(tokens[:, 1:].ravel().tolist())
+        arrays = data.text.read(indices)
+        yield data.tokenizer.decode_bytes(arrays.tokens[arrays.mask].tolist())
         progress.advance(len(indices))
 
 

@@ -47,7 +47,7 @@ WORDS = ("red", "blue", "pink", "gray", "gold", "teal")
 Chat = Sequence[Message]
 MakeDocuments = Callable[..., Path]
 RunStage = Callable[..., tuple[Path, Mapping[str, Json]]]
-MakeRows = Callable[[str, Sequence[object]], Path]
+MakeRows = Callable[..., Path]
 
 
 def chat_of(*contents: str) -> Chat:
@@ -67,10 +67,10 @@ def make_rows(
 ) -> MakeRows:
     """Return a function that packs documents, the same for training and validation."""
 
-    def make(name: str, documents: Sequence[object]) -> Path:
+    def make(name: str, documents: Sequence[object], packing: str = "end_to_end") -> Path:
         folder, _ = run_stage(
             pack,
-            {"seq_len": SEQ_LEN},
+            {"seq_len": SEQ_LEN, "packing": packing},
             out=name,
             documents=make_documents(documents, documents),
             tokenizer=tokenizer_folder,
@@ -191,9 +191,15 @@ LEAK_FIGURES = (
 )
 
 
+@pytest.mark.parametrize("packing", ["end_to_end", "best_fit"])
 def test_models_and_baselines_are_measured_on_the_same_bytes(
-    inputs: dict[str, Path], run_stage: RunStage, corpus: list[str]
+    packing: str,
+    inputs: dict[str, Path],
+    make_rows: MakeRows,
+    run_stage: RunStage,
+    corpus: list[str],
 ) -> None:
+    inputs["text_rows"] = make_rows(packing, corpus[2:6], packing)
     report = read_report(run_stage(evaluate, SETTINGS, **inputs)[0])
     num_bytes = sum(len(text.encode()) for text in corpus[2:6])
     assert report.metrics["data/validation_bytes"].value == num_bytes
