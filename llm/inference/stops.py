@@ -24,7 +24,7 @@ class Ending(Protocol[PieceOut]):
         ...
 
     def flush(self) -> PieceOut:
-        """Return what was held back, when the row ends without a stop."""
+        """Return what was held back of the continuation, when no more comes."""
         ...
 
 
@@ -50,8 +50,11 @@ class StopSearch(Generic[Piece]):
         return held, False
 
     def flush(self) -> Piece:
-        """Return what was held back."""
+        """Return what was held back, up to a stop in what was the beginning of a longer one."""
         held, self._held = self._held, self._nothing
+        for start in range(len(held)):
+            if any(held[start : start + len(stop)] == stop for stop in self._stops):
+                return held[:start]
         return held
 
 

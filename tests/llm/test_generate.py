@@ -200,7 +200,15 @@ def test_the_first_stop_is_found_however_a_text_is_cut(
         found += search.flush()
     ends = [text.index(stop) for stop in stops if stop in text]
     assert found == text[: min(ends, default=len(text))]
-    assert is_ended == bool(ends)
+    assert is_ended <= bool(ends)
+
+
+def test_a_stop_in_the_beginning_of_a_longer_one_counts_where_the_text_ends() -> None:
+    search = StopSearch(["b", "aba"], "")
+    assert search.take("ab") == ("", False)
+    assert search.flush() == "a"
+    assert search.take("ab") == ("", False)
+    assert search.take("c") == ("a", True)
 
 
 @given(st.text(max_size=20))
