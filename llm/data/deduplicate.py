@@ -8,15 +8,14 @@ import hashlib
 import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
 from llm.artifact import ArtifactWriter
 from llm.config import CleanConfig, NearDuplicatesConfig
+from llm.data.closing import Closing
 from llm.data.decisions import CUT, FATES, Cuts, Decisions, LeftDocument
 from llm.data.exact_duplicates import find_repeated
 from llm.data.formats import Content
@@ -40,7 +39,7 @@ def compares(settings: CleanConfig, content: Content) -> bool:
     return unit == "document" or (unit == "paragraph" and content == "text")
 
 
-class UnitWriter:
+class UnitWriter(Closing):
     """Write what is to be compared of a shard's documents, signed."""
 
     def __init__(self, writer: ArtifactWriter, config: NearDuplicatesConfig) -> None:
@@ -50,20 +49,9 @@ class UnitWriter:
             ConfigError: the library is missing.
         """
         self._is_whole = config.unit == "document"
-        self._stack = ExitStack()
+        super().__init__()
         self._signer = self._stack.enter_context(Signer(writer, config))
         self._units = self._stack.enter_context(writer.open(UNITS))
-
-    def __enter__(self) -> "UnitWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
 
     def add(self, number: int, text: str) -> None:
         """Take the text of the document of this number in the shard."""

@@ -12,17 +12,16 @@ import re
 import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from llm.artifact import ArtifactWriter
+from llm.data.closing import Closing
 from llm.data.open_files import OpenFiles
 from llm.errors import ArtifactError
 
@@ -60,7 +59,7 @@ class Document:
         return [message["content"] for message in self.messages] if self.messages else [self.text]
 
 
-class DocumentsWriter:
+class DocumentsWriter(Closing):
     """Write documents to `<name>.jsonl` of an artifact, and where each begins to another file.
 
     `<name>.offsets.bin` holds that of each line, and at last the length of the file, as 8 bytes,
@@ -71,7 +70,7 @@ class DocumentsWriter:
     def __init__(self, writer: ArtifactWriter, name: str, *, has_sources: bool) -> None:
         """Open the files."""
         self.num_bytes = 0
-        self._stack = ExitStack()
+        super().__init__()
         self._lines, self._offsets = (
             self._stack.enter_context(writer.open(name + suffix)) for suffix in (LINES, OFFSETS)
         )
@@ -79,17 +78,6 @@ class DocumentsWriter:
             self._stack.enter_context(writer.open(name + SOURCES)) if has_sources else None
         )
         self._offsets.write(OFFSET.pack(0))
-
-    def __enter__(self) -> "DocumentsWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
 
     def add(self, line: bytes, source: int) -> None:
         """Append a document, given as its line with the line's end."""

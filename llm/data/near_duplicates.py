@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from llm.artifact import ArtifactWriter
 from llm.config import NearDuplicatesConfig
+from llm.data.closing import Closing
 from llm.data.ngrams import POWERS, Hashes, hash_distinct_ngrams, hash_ngrams, hash_words
 from llm.data.open_files import OpenFiles
 from llm.errors import ConfigError
@@ -120,7 +121,7 @@ class Signer:
                     keys.write(_keys(signatures[:, start : start + rows]).tobytes())
 
 
-class NearDuplicates:
+class NearDuplicates(Closing):
     """Texts that were signed, and which of them to drop."""
 
     def __init__(self, folders: Sequence[Path], config: NearDuplicatesConfig) -> None:
@@ -132,18 +133,8 @@ class NearDuplicates:
         self._starts = list(accumulate(sizes, initial=0))
         self.num_bands = NUM_HASHES // rows_per_band(config.min_jaccard)
         self._unlike: set[tuple[int, int]] = set()
-        self._files = OpenFiles()
-
-    def __enter__(self) -> "NearDuplicates":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._files.__exit__(kind, error, trace)
+        super().__init__()
+        self._files = self._stack.enter_context(OpenFiles())
 
     def __len__(self) -> int:
         return self._starts[-1]

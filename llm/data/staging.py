@@ -8,17 +8,16 @@ with the names of the raw files.
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llm.artifact import ArtifactWriter
+from llm.data.closing import Closing
 from llm.data.document_file import LINES, SPLITS, DocumentsWriter
 from llm.data.open_files import OpenFiles
 from llm.data.records import EXCERPT_CHARACTERS, Place, Skip
@@ -58,13 +57,13 @@ class StagedDocument:
     source: int = 0
 
 
-class StagingWriter:
+class StagingWriter(Closing):
     """Write the documents of a shard."""
 
     def __init__(self, writer: ArtifactWriter, *, has_sources: bool) -> None:
         """Open the files."""
         self.num_documents = 0
-        self._stack = ExitStack()
+        super().__init__()
         self._sides = [
             self._stack.enter_context(DocumentsWriter(writer, side, has_sources=has_sources))
             for side in SPLITS
@@ -72,17 +71,6 @@ class StagingWriter:
         self._rows = self._stack.enter_context(writer.open("rows.bin"))
         self._names = self._stack.enter_context(writer.open("names.jsonl"))
         self._name, self._num_names = "", 0
-
-    def __enter__(self) -> "StagingWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
 
     def add(self, document: StagedDocument) -> None:
         """Append a document."""
