@@ -155,10 +155,7 @@ class ArtifactWriter:
     @contextmanager
     def open(self, name: str, *, is_log: bool = False) -> Generator[IO[bytes]]:
         """Open the new file `name` for binary writing through a 1 MiB buffer."""
-        if name in self._files or name in self._logs or name == MANIFEST:
-            raise ValueError(f"{name} is already written")
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self._new_path(name)
         raw = HashingFile(path)
         buffered = io.BufferedWriter(raw, buffer_size=1 << 20)
         try:
@@ -184,10 +181,7 @@ class ArtifactWriter:
         """Make a finished file, which `record` describes, the file `name`, without copying it
         where the file system allows.
         """
-        if name in self._files or name in self._logs or name == MANIFEST:
-            raise ValueError(f"{name} is already written")
-        target = self.folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = self._new_path(name)
         try:
             os.link(path, target)
         except OSError:  # a file system without hard links
@@ -196,6 +190,13 @@ class ArtifactWriter:
             if self._files[name].sha256 != record.sha256:
                 raise ArtifactError(f"{path}: its bytes changed; run the stage again") from None
         self._files[name] = replace(record, path=name)
+
+    def _new_path(self, name: str) -> Path:
+        if name in self._files or name in self._logs or name == MANIFEST:
+            raise ValueError(f"{name} is already written")
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def finish(
         self,

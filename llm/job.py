@@ -136,6 +136,19 @@ def run_job(function: StageFunction, shard_function: StageFunction | None = None
         alive.close()
 
 
+def command(stage: str, job_path: Path) -> list[str]:
+    """Return the command that runs a stage, or one shard of it, by itself."""
+    return [sys.executable, "-m", f"llm.{stage}", str(job_path)]
+
+
+def child_environment() -> dict[str, str]:
+    """Return the environment of a process that finds this `llm` and ends with this process."""
+    source = str(Path(__file__).parents[1])
+    paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = {"PYTHONPATH": os.pathsep.join(paths), "FROMSCRATCH_PARENT_PID": str(os.getpid())}
+    return {**os.environ, **own}
+
+
 def finish(job: Job, writer: ArtifactWriter, summary: Mapping[str, Json]) -> None:
     """Write the manifest, which makes the artifact whole."""
     writer.finish(

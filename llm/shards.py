@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +30,16 @@ from llm.artifact import (
     write_json_atomically,
 )
 from llm.errors import ArtifactError, DataError, StageError
-from llm.job import ERROR, PROGRESS, Job, is_finished, make_shard, write_job
+from llm.job import (
+    ERROR,
+    PROGRESS,
+    Job,
+    child_environment,
+    command,
+    is_finished,
+    make_shard,
+    write_job,
+)
 
 JOB, WANTED = "job.json", "wanted.json"
 MAX_ATTEMPTS = 3
@@ -123,22 +131,23 @@ def shard_work(folder: Path, name: str) -> Path:
 
 def start_shard(work: Path, stage: str, output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
     """Start the process that does the shard whose job file is in `work`. It ends with this one."""
-    source = str(Path(__file__).parents[1])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "FROMSCRATCH_PARENT_PID": str(os.getpid()),
-        "RAYON_NUM_THREADS": "1",  # the cores are divided among the processes
-        "OMP_NUM_THREADS": "1",
-    }
+    one_thread = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # the cores are divided
+    environment = child_environment() | one_thread
     return subprocess.Popen(
         command(stage, work / JOB), env=environment, stdout=output, stderr=output
     )
 
 
-def command(stage: str, job_path: Path) -> list[str]:
-    """Return the command that does one shard by itself."""
-    return [sys.executable, "-m", f"llm.{stage}", str(job_path)]
+def end_processes(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End those that still run: ask all first, then kill."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _shard_job(job: Job, shard: Shard) -> Job:
@@ -224,23 +233,12 @@ def _do_in_processes(
                 print(f"shard {shard.name}: ended with {process.returncode}, again", flush=True)
                 waiting.append((shard, attempt + 1))
     finally:
-        _end(list(running))
+        end_processes(list(running))
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
     _prepare(job)
     return start_shard(job.work, job.stage)
-
-
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        try:
-            process.wait(SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _leave_to_cluster(job: Job, missing: Sequence[Shard], progress: _Progress) -> None:

@@ -12,16 +12,24 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import llm
 from llm.artifact import Json
 from llm.errors import DataError, Interrupted, StageError
-from llm.job import ERROR, EXIT_INTERRUPTED, METRICS, PROGRESS, Job, is_finished, write_job
+from llm.job import (
+    ERROR,
+    EXIT_INTERRUPTED,
+    METRICS,
+    PROGRESS,
+    Job,
+    child_environment,
+    command,
+    is_finished,
+    write_job,
+)
 from tasks.shard_runner import ShardRunner
 
 SECONDS_BETWEEN_LOOKS = 0.05
@@ -76,11 +84,6 @@ def launch(
             raise _as_exception(job, path, code, error)
 
 
-def command(job_path: Path, stage: str) -> list[str]:
-    """Return the command that runs a stage by itself."""
-    return [sys.executable, "-m", f"llm.{stage}", str(job_path)]
-
-
 def _run(
     job: Job,
     path: Path,
@@ -89,22 +92,15 @@ def _run(
     should_stop: Callable[[], bool],
 ) -> int:
     """Start the child, follow it to its end, and return its exit code. Its group is gone then."""
-    environment = dict(os.environ)
-    source = str(Path(llm.__file__).parents[1])
-    paths = [source, *filter(None, [environment.get("PYTHONPATH")])]
+    environment = child_environment() | {"PYTHONUNBUFFERED": "1"}
     # How long a thread that waits for work spins before it sleeps. A hundred times as long, the
     # default, is three times slower where others use the cores too; not at all is two times slower
     # for a small model where nobody does (docs/log.md).
     environment.setdefault("GOMP_SPINCOUNT", "3000")
-    environment |= {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONUNBUFFERED": "1",
-        "FROMSCRATCH_PARENT_PID": str(os.getpid()),
-    }
     runner = ShardRunner(job, path)
     with (job.work / OUTPUT).open("ab") as output:
         child = subprocess.Popen(
-            command(path, job.stage),
+            command(job.stage, path),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -192,7 +188,7 @@ def _read_error(work: Path) -> dict[str, Json] | None:
 
 
 def _as_exception(job: Job, path: Path, code: int, error: dict[str, Json] | None) -> Exception:
-    reproduce = f"reproduce: {shlex.join(command(path, job.stage))}"
+    reproduce = f"reproduce: {shlex.join(command(job.stage, path))}"
     if error is None:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         log = (job.work / OUTPUT).read_text(encoding="utf-8", errors="replace")[-2000:]

@@ -7,19 +7,17 @@ needs no Prefect, and no way to its server, which listens on 127.0.0.1 alone.
 import json
 import platform
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 from llm.errors import StageError
 from llm.job import ERROR, EXIT_INTERRUPTED, is_finished, read_job
-from llm.shards import JOB, WANTED, read_wanted, shard_work, start_shard
+from llm.shards import JOB, WANTED, end_processes, read_wanted, shard_work, start_shard
 
 OUTPUT = "output.log"
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_SEE = 15.0  # for a file that another machine wrote
 SECONDS_WITHOUT_SIGN = 180.0  # three times as long as NFS may show an old state of a file
-SECONDS_TO_END = 5.0
 
 
 class ShardKilledError(StageError):
@@ -67,7 +65,8 @@ def do_shard(folder: str, name: str, wanted_id: str) -> None:
         while process.poll() is None and lease.is_wanted:
             time.sleep(SECONDS_BETWEEN_LOOKS)
     finally:
-        code = _end(process)
+        end_processes([process])
+    code = process.returncode
     if is_finished(job.out) or not lease.is_wanted:
         return
     where = f"shard {name} on {platform.node()}"
@@ -78,16 +77,6 @@ def do_shard(folder: str, name: str, wanted_id: str) -> None:
         raise StageError(f"{where}: {json.loads((work / ERROR).read_bytes())['message']}")
     text = (work / OUTPUT).read_text(encoding="utf-8", errors="replace")[-2000:]
     raise StageError(f"{where} exited with {code}\n{text}")
-
-
-def _end(process: subprocess.Popen[bytes]) -> int:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    return process.wait()
 
 
 def _wait_for(path: Path) -> None:

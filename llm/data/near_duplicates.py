@@ -14,7 +14,6 @@ U texts (units), M the members of a band's bucket.
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -52,7 +51,7 @@ SIGNATURES, KEYS = "signatures.bin", "keys.bin"
 SIGNATURE_BYTES = 4 * NUM_HASHES
 
 
-class Signer:
+class Signer(Closing):
     """Write the signatures of texts to `signatures.bin`, and their keys, band by band, to
     `keys.bin`.
     """
@@ -65,14 +64,11 @@ class Signer:
         """
         self._rensa = _import_rensa()
         self._writer, self._config = writer, config
-        self._stack = ExitStack()
+        super().__init__()
         self._signatures = self._stack.enter_context(writer.open(SIGNATURES))
         self._waiting: list[Hashes] = []
         self._num_waiting = 0
         self.num_texts = 0
-
-    def __enter__(self) -> "Signer":
-        return self
 
     def __exit__(
         self,
@@ -82,7 +78,7 @@ class Signer:
     ) -> None:
         if error is None:
             self._sign()
-        self._stack.__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)
         if error is None:
             self._write_keys()
 

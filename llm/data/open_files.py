@@ -3,29 +3,20 @@
 import os
 from collections import OrderedDict
 from pathlib import Path
-from types import TracebackType
+
+from llm.data.closing import Closing
 
 MAX_OPEN_FILES = 128
 
 
-class OpenFiles:
+class OpenFiles(Closing):
     """Files that are opened when they are first read; those not read for long are closed."""
 
     def __init__(self) -> None:
         """Open nothing yet."""
+        super().__init__()
+        self._stack.callback(self._close_all)
         self._descriptors: OrderedDict[Path, int] = OrderedDict()
-
-    def __enter__(self) -> "OpenFiles":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
 
     def read(self, path: Path, offset_bytes: int, num_bytes: int) -> bytes:
         """Return `num_bytes` from `offset_bytes` on, fewer where the file ends before."""
@@ -36,3 +27,7 @@ class OpenFiles:
         else:
             self._descriptors.move_to_end(path)
         return os.pread(descriptor, num_bytes, offset_bytes)
+
+    def _close_all(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])

@@ -37,7 +37,7 @@ def run_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
             "run_job(clean)\n"
         )
         monkeypatch.setattr(
-            launch_module, "command", lambda path, stage: [sys.executable, str(script), str(path)]
+            launch_module, "command", lambda stage, path: [sys.executable, str(script), str(path)]
         )
         job = Job(
             stage="clean",
@@ -178,7 +178,7 @@ def test_child_is_gone_when_its_parent_is_killed(tmp_path: Path) -> None:
     parent = tmp_path / "parent.py"
     parent.write_text(
         "import sys\nfrom pathlib import Path\nfrom llm.job import Job\nfrom tasks import launch\n"
-        f"launch.command = lambda path, stage: [sys.executable, {str(script)!r}, str(path)]\n"
+        f"launch.command = lambda stage, path: [sys.executable, {str(script)!r}, str(path)]\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "job = Job(stage='clean', settings={}, out=folder / 'out', work=folder / 'work')\n"
         "launch.launch(job, folder, is_training=False, on_progress=lambda p: None,"
