@@ -22,7 +22,7 @@ from llm.data.document_file import (
 )
 from llm.data.staging import ENCODER
 from llm.data.stdlib import library_files
-from llm.job import Job, write_job
+from llm.runtime.job import Job, write_job
 
 HERE = Path(__file__).parents[1]
 SECONDS_BETWEEN_LOOKS = 0.05

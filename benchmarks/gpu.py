@@ -6,7 +6,7 @@ up brings.
 Context 1024, random tokens: speed does not depend on them. Every rung keeps what the ones before it
 gained. The plain rungs are a loop written here, which reads the loss after every step; the last is
 the project's own, with kernels that add in a fixed order. Tokens/s is over whole steps after a
-warm-up; MFU is defined in llm/training/throughput.py, the peak being that of the rung's precision.
+warm-up; MFU is defined in llm/monitoring/throughput.py, with the peak of the rung's precision.
 Needs torch, accelerate, safetensors, tokenizers, numpy, yaml and a CUDA device, nothing else.
 """
 
@@ -35,11 +35,11 @@ from llm.data.rows import RowLayout, Rows, shard_prefix, write_pack_json
 from llm.model.loss import ModelWithLoss
 from llm.model.precision import Precision, autocast, fp32_products
 from llm.model.transformer import Transformer
+from llm.monitoring.throughput import TERA, flops_per_token, peak_flops
 from llm.training.batches import NextToken
 from llm.training.loop import Training, TrainState, training_steps
 from llm.training.optimizers import make_optimizer
 from llm.training.processes import make_accelerator
-from llm.training.throughput import TERA, flops_per_token, peak_flops
 
 WARM_UP_STEPS = 3
 NUM_ROWS = 4096

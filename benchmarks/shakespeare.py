@@ -33,10 +33,10 @@ from torch.nn import functional as F
 
 from llm.config import ModelConfig, PretrainConfig, RuntimeConfig, load_config
 from llm.data.rows import Rows
-from llm.job import METRICS, Job, write_job
 from llm.model.loss import ModelWithLoss
 from llm.model.store import load_model
 from llm.model.transformer import Transformer
+from llm.runtime.job import METRICS, Job, write_job
 from llm.tokenizer.load import load_tokenizer
 from llm.training.batches import NextToken
 from llm.training.loop import Training, TrainState, training_steps

@@ -24,7 +24,7 @@ from flows.pipeline import language_model
 from llm.config import RunConfig, RuntimeConfig, load_config, recipe_names
 from llm.errors import ArtifactError, ConfigError, FromscratchError, Interrupted
 from llm.inference.chat import add_options, talk_as_asked
-from llm.job import EXIT_INTERRUPTED
+from llm.runtime.job import EXIT_INTERRUPTED
 from tasks.plan import PlannedStep, Selection, make_plan
 from tasks.stages import STAGES, in_order
 from tasks.store import Store

@@ -8,7 +8,7 @@ from rich.progress import Progress
 
 from llm.artifact import MANIFEST
 from llm.errors import ConfigError
-from llm.spread import STAGE, bring_back, spread
+from llm.storage.spread import STAGE, bring_back, spread
 from tasks.store import Store
 
 
@@ -17,7 +17,7 @@ def move_shards(store: Store, artifact: str, places: Sequence[str], *, is_back: 
 
     Raises:
         ConfigError: there is no such artifact, or neither places nor `is_back` are given.
-        PlaceError, ArtifactError: as `llm.spread`.
+        PlaceError, ArtifactError: as `llm.storage.spread`.
     """
     if is_back == bool(places):
         raise ConfigError("expected places to move to (folders or URLs), or --back")

@@ -59,8 +59,8 @@ from llm.data.raw_shards import RawInput
 from llm.data.staging import Staged, StagedShard
 from llm.data.tally import MAX_REJECTED_EXAMPLES, Tally
 from llm.errors import DataError
-from llm.job import Job, run_job
-from llm.shards import FinishedShard, Shard, do_shards
+from llm.runtime.job import Job, run_job
+from llm.runtime.shards import FinishedShard, Shard, do_shards
 
 LOOKS = {
     "read": read_shard, "rest": rest_shard, "protect": protect_shard, "count": count_shard,

@@ -29,7 +29,7 @@ from llm.data.sources import files_fingerprint, fingerprint, local_files
 from llm.data.stdlib import corpus_documents
 from llm.data.stdlib_chats import chat_records
 from llm.errors import DataError
-from llm.job import Job, run_job
+from llm.runtime.job import Job, run_job
 
 COPY_BLOCK_BYTES = 1 << 20
 TEXT_DOCUMENT_BYTES = 1 << 20

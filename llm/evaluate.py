@@ -27,14 +27,14 @@ from llm.evaluation.leak import LeakResult, find_leaks, leak_metrics
 from llm.evaluation.prompts import encode_prompts
 from llm.evaluation.report import Metric, Report, Sample, rounded, samples_json
 from llm.evaluation.samples import continue_prompts
-from llm.file_cache import file_cache
 from llm.inference.sampling import Sampling
-from llm.job import Job, run_job
 from llm.model.masking import Masking
 from llm.model.precision import Precision, fp32_products
 from llm.model.store import load_model
 from llm.model.transformer import Transformer
+from llm.runtime.job import Job, run_job
 from llm.seeds import derive_seed
+from llm.storage.file_cache import file_cache
 from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.load import load_tokenizer
 

@@ -31,9 +31,9 @@ from llm.data.rows import (
     write_pack_json,
 )
 from llm.errors import DataError
-from llm.job import Job, run_job
+from llm.runtime.job import Job, run_job
+from llm.runtime.shards import FinishedShard, Shard, do_shards
 from llm.seeds import derive_seed
-from llm.shards import FinishedShard, Shard, do_shards
 from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.load import load_tokenizer
 

@@ -7,8 +7,8 @@ import torch
 from llm.artifact import ArtifactWriter, Json
 from llm.config import PretrainConfig, read_section
 from llm.data.rows import Rows
-from llm.job import Job
 from llm.model.transformer import Transformer
+from llm.runtime.job import Job
 from llm.seeds import derive_seed
 from llm.training.processes import run_training_job
 from llm.training.run import train

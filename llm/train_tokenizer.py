@@ -17,7 +17,7 @@ from llm.config import TrainTokenizerConfig, read_section
 from llm.data.document_file import DocumentFile
 from llm.data.fetch import fetch
 from llm.errors import DataError
-from llm.job import Job, run_job
+from llm.runtime.job import Job, run_job
 from llm.seeds import derive_seed
 from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.bpe import ByteLevelBPE

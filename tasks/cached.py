@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from llm.artifact import Artifact, Json, load_artifact
 from llm.config import RunConfig, flatten
-from llm.job import Job, is_finished
+from llm.runtime.job import Job, is_finished
 from tasks.launch import Progress, launch
 from tasks.plan import PlannedStep, Selection, explain, key_parts, reusable, section_of
 from tasks.stages import Step

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from llm.artifact import Json
 from llm.errors import DataError, Interrupted, StageError
-from llm.job import (
+from llm.runtime.job import (
     ERROR,
     EXIT_INTERRUPTED,
     METRICS,

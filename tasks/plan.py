@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from llm.artifact import Json, canonical
-from llm.code import code_digests
 from llm.config import CleanConfig, MixtureConfig, RunConfig, ShareConfig, SourceConfig, flatten
 from llm.data.sources import fingerprint
 from llm.errors import ArtifactError, ConfigError
+from llm.runtime.code import code_digests
 from tasks.stages import CLEAN, DOWNLOAD, PACK, STAGES, TRAIN_TOKENIZER, Stage, Step
 from tasks.store import KeyParts, KeyRecord, Store, library_versions
 

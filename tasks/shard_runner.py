@@ -11,8 +11,8 @@ from pathlib import Path
 
 import tasks
 from llm.errors import ConfigError, StageError
-from llm.job import Job
-from llm.shards import WANTED, read_wanted
+from llm.runtime.job import Job
+from llm.runtime.shards import WANTED, read_wanted
 
 ERROR = "cluster_error.json"
 LOG = "cluster.log"

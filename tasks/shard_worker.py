@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from llm.errors import StageError
-from llm.job import ERROR, EXIT_INTERRUPTED, is_finished, read_job
-from llm.shards import JOB, WANTED, end_processes, read_wanted, shard_work, start_shard
+from llm.runtime.job import ERROR, EXIT_INTERRUPTED, is_finished, read_job
+from llm.runtime.shards import JOB, WANTED, end_processes, read_wanted, shard_work, start_shard
 
 OUTPUT = "output.log"
 SECONDS_BETWEEN_LOOKS = 0.2

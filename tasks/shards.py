@@ -39,8 +39,8 @@ from prefect.tasks import Task
 from llm.artifact import write_json_atomically
 from llm.config import RuntimeConfig
 from llm.errors import FromscratchError, StageError
-from llm.job import Job, die_with_parent, is_finished, read_job
-from llm.shards import MAX_ATTEMPTS, Wanted, read_wanted
+from llm.runtime.job import Job, die_with_parent, is_finished, read_job
+from llm.runtime.shards import MAX_ATTEMPTS, Wanted, read_wanted
 from tasks.shard_runner import ERROR
 from tasks.shard_worker import Lease, ShardKilledError, do_shard
 

@@ -31,8 +31,8 @@ from llm.artifact import (
     read_manifest,
     write_json_atomically,
 )
-from llm.elsewhere import InStore, OnDisk, Place, check_size, read_elsewhere
 from llm.errors import ArtifactError, PlaceError
+from llm.storage.elsewhere import InStore, OnDisk, Place, check_size, read_elsewhere
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from llm.data.raw_shards import RawInput, RawShard
 from llm.data.records import EXCERPT_CHARACTERS, Skip
 from llm.data.staging import ENCODER, StagedDocument, StagingWriter, joined_text
 from llm.data.tally import Tally
-from llm.job import Job
+from llm.runtime.job import Job
 
 ID_BYTES = 16
 MAX_REMEMBERED = 1 << 18

@@ -19,7 +19,7 @@ from llm.data.document_file import SPLITS, DocumentsWriter
 from llm.data.raw_shards import RawInput
 from llm.data.staging import StagedShard
 from llm.data.tally import MAX_REJECTED_EXAMPLES, Tally
-from llm.job import Job
+from llm.runtime.job import Job
 
 DECISIONS, PROTECTED, JUDGED = "decisions", "protected.bin", "judged.bin"
 """Beside the shards, made before those that read them are done."""

@@ -35,8 +35,8 @@ import numpy.typing as npt
 from llm.artifact import ArtifactWriter, Json
 from llm.data.permutation import permute
 from llm.errors import ArtifactError
-from llm.file_cache import ArtifactFiles, FileCache
 from llm.seeds import derive_seed
+from llm.storage.file_cache import ArtifactFiles, FileCache
 
 PACK_JSON = "pack.json"
 FORMAT, VERSION = "fromscratch.rows", 2

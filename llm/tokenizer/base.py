@@ -17,9 +17,13 @@ import numpy.typing as npt
 from llm.errors import DataError
 
 TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_CONFIG_JSON = "tokenizer_config.json"  # of transformers
 CONTROL_TOKENS = (
     "<|bos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|pad|>", "<|mask|>",
 )  # fmt: skip
+# Begins the names of control tokens in exported tokenizers, where nobody can type it: a Unicode
+# noncharacter (section 23.7), kept for use inside a program.
+MARK = "\ufdd0"
 NUM_BYTE_VALUES = 256
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 

@@ -16,12 +16,17 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from llm.errors import ConfigError
-from llm.tokenizer.base import CONTROL_TOKENS, NUM_BYTE_VALUES, TOKENIZER_JSON, Tokenizer
+from llm.tokenizer.base import (
+    CONTROL_TOKENS,
+    MARK,
+    NUM_BYTE_VALUES,
+    TOKENIZER_CONFIG_JSON,
+    TOKENIZER_JSON,
+    Tokenizer,
+)
 from llm.tokenizer.bpe import byte_characters
 from llm.tokenizer.characters import ByteTokenizer, CharacterTokenizer
 
-TOKENIZER_CONFIG_JSON = "tokenizer_config.json"
-MARK = "\ufdd0"  # Unicode, section 23.7: noncharacters are for internal use
 REPLACEMENT = "\ufffd"
 
 

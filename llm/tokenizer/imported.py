@@ -19,13 +19,14 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from llm.errors import ArtifactError
 from llm.tokenizer.base import (
     CONTROL_TOKENS,
+    MARK,
+    TOKENIZER_CONFIG_JSON,
     TOKENIZER_JSON,
     Ids,
     Tokenizer,
     refuse_lone_surrogates,
 )
 from llm.tokenizer.bpe import ByteLevelBPE, byte_characters
-from llm.tokenizer.hub import MARK, TOKENIZER_CONFIG_JSON
 
 PIECE_CHARACTERS = 32_768  # the library needs over 100 bytes a token while it encodes
 _LINE_START = re.compile(r"\n(?=\S)")

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from llm.config import OptimizationConfig
-from llm.data.prefetch import made_ahead
 from llm.data.rows import RowArrays, Rows, row_order
 from llm.model.loss import IGNORED
 from llm.model.masking import Masking
+from llm.runtime.prefetch import made_ahead
 
 TOKENS_AT_ONCE = 1 << 17  # 2 to 3 MB, and what a read costs is shared by many small steps
 READS_AHEAD = 2  # one on its way to the device while the next is read

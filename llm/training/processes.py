@@ -27,7 +27,7 @@ from torch import Tensor
 
 from llm.config import OptimizationConfig, RuntimeConfig
 from llm.errors import ConfigError, StageError
-from llm.job import (
+from llm.runtime.job import (
     ERROR,
     EXIT_INTERRUPTED,
     Job,

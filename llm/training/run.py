@@ -16,23 +16,23 @@ from llm.artifact import ArtifactWriter, Json
 from llm.config import OptimizationConfig, RuntimeConfig
 from llm.data.rows import Rows
 from llm.errors import ConfigError, DataError, Interrupted
-from llm.file_cache import file_cache
-from llm.job import METRICS, Job
 from llm.model.loss import ModelWithLoss
 from llm.model.masking import Masking
 from llm.model.precision import fp32_products
 from llm.model.store import save_model
 from llm.model.transformer import Transformer
+from llm.monitoring.metrics import MetricsFile
+from llm.monitoring.throughput import TERA, flops_per_token, peak_flops, peak_memory_bytes
+from llm.runtime.job import METRICS, Job
 from llm.seeds import derive_seed
+from llm.storage.file_cache import file_cache
 from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.load import load_tokenizer
 from llm.training.batches import MaskedTokens, NextToken
 from llm.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from llm.training.loop import Step, Training, TrainState, divergence, training_steps
-from llm.training.metrics import MetricsFile
 from llm.training.optimizers import Optimizer, make_optimizer
 from llm.training.processes import make_accelerator
-from llm.training.throughput import TERA, flops_per_token, peak_flops, peak_memory_bytes
 from llm.training.validation import Validation, validate
 
 # What a micro-batch may keep for its backward pass. On a CPU more does not make a step faster; on a

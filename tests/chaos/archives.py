@@ -23,7 +23,7 @@ from llm.config import SourceConfig
 from llm.data.sources import local_files
 from llm.download import download
 from llm.errors import DataError
-from llm.job import Job
+from llm.runtime.job import Job
 from tests.chaos.counting import Case
 from tests.llm.cleaning import TEXTS, corpus, run_clean, texts_of
 from tests.llm.hostile_archives import BAD_NAMES, LEADS_OUT, NO_FILES, entry, tar, zipped

@@ -18,7 +18,7 @@ from llm.artifact import ArtifactWriter, load_artifact
 from llm.data.fetch import FetchLimits
 from llm.download import download
 from llm.errors import DataError
-from llm.job import Job, finish, is_finished
+from llm.runtime.job import Job, finish, is_finished
 from tests.chaos.counting import Case
 from tests.llm.cleaning import run_clean
 from tests.llm.http_server import Answer, HostileServer, answer, drip, redirect, serve_ranges

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from llm.artifact import Json, load_artifact
 from llm.errors import DataError
-from llm.job import Job, write_job
+from llm.runtime.job import Job, write_job
 from tests.llm.cleaning import TEXTS, corpus, jsonl, run_clean
 from tests.llm.hub_server import HubServer, download
 from tests.llm.nasty_records import CHATS, NASTY, NOT_CLOSED

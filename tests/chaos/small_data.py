@@ -17,8 +17,8 @@ from llm.data.rows import Rows
 from llm.data.sources import fingerprint
 from llm.download import download
 from llm.errors import ConfigError, DataError
-from llm.job import Job, finish
 from llm.pack import pack
+from llm.runtime.job import Job, finish
 from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.load import load_tokenizer
 from llm.train_tokenizer import train_tokenizer

@@ -21,11 +21,17 @@ from llm.clean import clean
 from llm.data.chat import render_chats
 from llm.data.document_file import Message
 from llm.errors import ConfigError
-from llm.job import Job, write_job
-from llm.tokenizer.base import CONTROL_TOKENS, TOKENIZER_JSON, Tokenizer
+from llm.runtime.job import Job, write_job
+from llm.tokenizer.base import (
+    CONTROL_TOKENS,
+    MARK,
+    TOKENIZER_CONFIG_JSON,
+    TOKENIZER_JSON,
+    Tokenizer,
+)
 from llm.tokenizer.characters import CharacterTokenizer
 from llm.tokenizer.gpt2 import load_gpt2
-from llm.tokenizer.hub import MARK, TOKENIZER_CONFIG_JSON, hub_files
+from llm.tokenizer.hub import hub_files
 from llm.tokenizer.imported import import_tokenizer
 from tests.chaos.counting import Figure
 from tests.chaos.small_data import run

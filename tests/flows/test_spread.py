@@ -6,7 +6,7 @@ import pytest
 
 from flows.cli import main
 from llm.artifact import ArtifactWriter, Manifest
-from llm.elsewhere import ELSEWHERE
+from llm.storage.elsewhere import ELSEWHERE
 
 
 def write_rows(root: Path, data: bytes) -> Path:

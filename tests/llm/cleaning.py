@@ -9,7 +9,7 @@ from llm.artifact import ArtifactWriter, Json, load_artifact
 from llm.clean import clean
 from llm.config import RuntimeConfig
 from llm.data.document_file import SPLITS
-from llm.job import Job, finish
+from llm.runtime.job import Job, finish
 
 TEXTS = [f"Document {number} has words of its own." for number in range(200)]
 

@@ -18,7 +18,7 @@ from llm.data.document_file import (
     Message,
     write_documents_json,
 )
-from llm.job import Job, StageFunction, finish
+from llm.runtime.job import Job, StageFunction, finish
 from llm.tokenizer.base import TOKENIZER_JSON
 from llm.tokenizer.bpe import ByteLevelBPE
 

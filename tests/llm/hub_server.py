@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from llm.artifact import Json
-from llm.job import Job, write_job
+from llm.runtime.job import Job, write_job
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "owner/name"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import llm.job
+import llm.runtime.job
 from llm.artifact import ArtifactWriter
 from llm.config import ModelConfig
 from llm.data.chat import Message, render_chat, render_prompt
@@ -35,7 +35,7 @@ from llm.tokenizer.bpe import ByteLevelBPE
 SEQ_LEN = 64
 GREEDY = Sampling()
 SHAPE = ModelConfig(num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, d_ff=48)
-ROOT = Path(llm.job.__file__).parents[1]
+ROOT = Path(llm.runtime.job.__file__).parents[1]
 ANSWERS = {"red?": "blue", "two\nlines?": "naïve\n文字", "end?": ""}
 
 

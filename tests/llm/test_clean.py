@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llm.artifact import Json, load_artifact
 from llm.errors import DataError
-from llm.job import Job, write_job
+from llm.runtime.job import Job, write_job
 from tests.llm.cleaning import TEXTS, corpus, jsonl, run_clean, texts_of
 from tests.llm.nasty_records import CHATS, NASTY, NOT_CLOSED
 
@@ -204,7 +204,7 @@ def test_a_line_without_end_is_counted_in_bounded_memory(tmp_path: Path) -> None
     write_job(tmp_path / "job.json", job)
     # the peak of this process image alone: ru_maxrss starts at that of whoever forked
     code = (
-        "from llm.clean import clean; from llm.job import run_job; run_job(clean);"
+        "from llm.clean import clean; from llm.runtime.job import run_job; run_job(clean);"
         "print(*(line.split()[1] for line in open('/proc/self/status') if 'VmHWM' in line))"
     )
     run = subprocess.run(

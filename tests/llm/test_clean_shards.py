@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llm.artifact import Json, read_manifest
 from llm.errors import DataError
-from llm.job import EXIT_INTERRUPTED, Job, is_finished, write_job
+from llm.runtime.job import EXIT_INTERRUPTED, Job, is_finished, write_job
 from tests.llm.cleaning import TEXTS, corpus, jsonl, lines_of, make_job, run_clean
 from tests.llm.test_clean_steps import EVERYTHING, near_copies, sentences
 

@@ -1,12 +1,22 @@
 """The code digest follows what code does: not its comments, docstrings or layout."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-from llm import code
-from llm.code import NOT_COVERED, PACKAGE_FOLDER, code_digests, normalized_source
+from llm.runtime import code
+from llm.runtime.code import (
+    NOT_COVERED,
+    NOT_COVERED_PACKAGES,
+    PACKAGE_FOLDER,
+    code_digests,
+    imported_modules,
+    is_covered,
+    normalized_source,
+)
 
 SOURCE = b'''"""Module."""
 import math
@@ -46,12 +56,14 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(code, "PACKAGE_FOLDER", tmp_path)
     files = {
         "__init__.py": '"""Package."""',
-        "pack.py": "from llm.data import rows\nimport llm.errors\n",
+        "pack.py": "from llm.data import rows\nimport llm.errors\nimport llm.runtime.job\n",
         "data/__init__.py": '"""Room."""',
         "data/rows.py": "def read():\n    from llm.data.deep import X\n    return X\n",
         "data/deep.py": "import numpy\nfrom llm.data import rows\nX = 1\n",
         "data/other.py": "Y = 1\n",
         "errors.py": "E = 1\n",
+        "runtime/__init__.py": '"""Package."""',
+        "runtime/job.py": "J = 1\n",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -79,7 +91,7 @@ def test_editing_a_deep_helper_changes_exactly_its_digest(package: Path) -> None
     assert {name for name in before if before[name] != after[name]} == {"llm.data.deep"}
 
 
-@pytest.mark.parametrize("module", ["data/other.py", "errors.py"])
+@pytest.mark.parametrize("module", ["data/other.py", "errors.py", "runtime/job.py"])
 def test_editing_what_a_stage_does_not_use_changes_nothing(package: Path, module: str) -> None:
     before = _digests_of_pack()
     (package / module).write_text("Z = 3\n")
@@ -92,9 +104,45 @@ def test_digests_are_taken_once_in_a_process(package: Path) -> None:
     assert code_digests("pack") is before
 
 
+COVERED = Path(__file__).with_name("covered_modules.yaml")
+STAGES = sorted(yaml.safe_load(COVERED.read_text()))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_modules_whose_change_rebuilds_a_stage_are_those_listed(stage: str) -> None:
+    listed = yaml.safe_load(COVERED.read_text())[stage]
+    assert sorted(code_digests(stage)) == listed
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_module_that_could_decide_bytes_is_reached_through_the_wall_alone(stage: str) -> None:
+    reached: set[str] = set()
+    waiting = [f"llm.{stage}"]
+    while waiting:
+        module = waiting.pop()
+        if (
+            module in reached | NOT_COVERED
+        ):  # config's values are in the key, whatever computed them
+            continue
+        if code.module_path(module) is not None:
+            reached.add(module)
+            waiting += imported_modules(module)
+    assert {module for module in reached if is_covered(module)} == set(code_digests(stage))
+
+
+def test_an_entry_in_the_table_of_peaks_retrains_nothing() -> None:
+    assert "llm.monitoring.throughput" in imported_modules("llm.training.run")
+    for stage in STAGES:
+        assert not any(
+            re.match(r"llm\.(runtime|monitoring|storage)", m) for m in code_digests(stage)
+        )
+
+
 def test_modules_out_of_the_digest_are_really_there() -> None:
     for name in NOT_COVERED:
         assert (PACKAGE_FOLDER / f"{name.split('.')[1]}.py").is_file()
+    for name in NOT_COVERED_PACKAGES:
+        assert (PACKAGE_FOLDER / name.split(".")[1] / "__init__.py").is_file()
 
 
 def test_sections_hold_plain_fields_so_config_may_stay_out_of_the_digest() -> None:

@@ -12,7 +12,7 @@ from llm.config import SourceConfig, read_section
 from llm.data.sources import fingerprint
 from llm.download import download
 from llm.errors import DataError, Interrupted
-from llm.job import Job, finish
+from llm.runtime.job import Job, finish
 from tests.llm.http_server import HostileServer, answer, serve_ranges
 
 

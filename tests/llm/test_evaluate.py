@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from llm import job as job_module
 from llm.artifact import ArtifactWriter, Json, load_artifact
 from llm.config import ModelConfig, RuntimeConfig
 from llm.data.chat import Message, render_chat, render_prompt
@@ -28,11 +27,12 @@ from llm.evaluation.instructions import (
     read_whole_documents,
 )
 from llm.evaluation.report import Report
-from llm.job import PROGRESS, Job, write_job
 from llm.model.loss import IGNORED, token_losses
 from llm.model.store import save_model
 from llm.model.transformer import Transformer
 from llm.pack import pack
+from llm.runtime import job as job_module
+from llm.runtime.job import PROGRESS, Job, write_job
 from llm.tokenizer.bpe import ByteLevelBPE
 
 SEQ_LEN = 48

@@ -23,9 +23,9 @@ from llm.errors import ConfigError
 from llm.model.gguf import export_gguf
 from llm.model.store import load_model, save_model
 from llm.model.transformer import Transformer
+from llm.tokenizer.base import MARK
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.tokenizer.characters import ByteTokenizer
-from llm.tokenizer.hub import MARK
 
 gguf = pytest.importorskip("gguf", reason="the package gguf reads what is written")
 

@@ -19,10 +19,10 @@ from llm.inference.generate import generate
 from llm.model.hub import export_model, import_model, load_both
 from llm.model.store import load_model, save_model
 from llm.model.transformer import Transformer
-from llm.tokenizer.base import CONTROL_TOKENS, Tokenizer
+from llm.tokenizer.base import CONTROL_TOKENS, MARK, Tokenizer
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.tokenizer.characters import ByteTokenizer, CharacterTokenizer
-from llm.tokenizer.hub import MARK, hub_files
+from llm.tokenizer.hub import hub_files
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
 

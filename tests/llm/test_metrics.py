@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from llm.monitoring.metrics import SECONDS_BETWEEN_WRITES, MetricsFile
 from llm.training import metrics
-from llm.training.metrics import SECONDS_BETWEEN_WRITES, MetricsFile
 
 
 class Clock:

@@ -13,8 +13,8 @@ from llm.data.chat import render_chat
 from llm.data.document_file import SPLITS, Message
 from llm.data.rows import HEADER, Rows
 from llm.errors import ArtifactError, ConfigError, DataError
-from llm.job import PROGRESS, Interrupted, Job
 from llm.pack import pack
+from llm.runtime.job import PROGRESS, Interrupted, Job
 from llm.tokenizer.base import TOKENIZER_JSON
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.tokenizer.characters import CharacterTokenizer

@@ -19,8 +19,8 @@ from llm.data.document_file import SPLITS
 from llm.data.permutation import permute
 from llm.data.rows import HEADER, Rows
 from llm.errors import DataError
-from llm.job import Job, write_job
 from llm.pack import pack
+from llm.runtime.job import Job, write_job
 from llm.seeds import derive_seed
 from tests.llm.conftest import write_lines
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.data.prefetch import made_ahead
+from llm.runtime.prefetch import made_ahead
 
 
 def threads() -> list[str]:

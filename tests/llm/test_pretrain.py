@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from llm.errors import ConfigError, DataError, StageError
-from llm.job import EXIT_INTERRUPTED, read_job
 from llm.model.store import load_model
 from llm.model.transformer import Block
 from llm.pretrain import pretrain
-from llm.spread import spread
+from llm.runtime.job import EXIT_INTERRUPTED, read_job
+from llm.storage.spread import spread
 from llm.tokenizer.base import TOKENIZER_JSON
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.training.validation import Validation

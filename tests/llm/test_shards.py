@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from llm import job as job_module
-from llm import shards as shards_module
 from llm.artifact import ArtifactWriter, Json
 from llm.config import RuntimeConfig
 from llm.errors import DataError, Interrupted, StageError
-from llm.job import Job, is_finished, make_shard
-from llm.shards import FinishedShard, Shard, do_shards, read_wanted, shard_work
+from llm.runtime import job as job_module
+from llm.runtime import shards as shards_module
+from llm.runtime.job import Job, is_finished, make_shard
+from llm.runtime.shards import FinishedShard, Shard, do_shards, read_wanted, shard_work
 
 SHARDS = [Shard(name=f"part-{k}", settings={"part": k}, size=10 + k) for k in range(5)]
 TOTAL = sum(shard.size for shard in SHARDS)
@@ -29,7 +29,7 @@ STAGE = """
 import os, signal, sys, time
 from pathlib import Path
 from llm.errors import DataError
-from llm.job import run_job
+from llm.runtime.job import run_job
 
 def part(job, writer):
     k = job.shard["part"]
@@ -47,7 +47,7 @@ def part(job, writer):
     return {{"part": k}}
 
 def clean(job, writer):
-    from llm.shards import Shard, do_shards
+    from llm.runtime.shards import Shard, do_shards
     names = {names}
     do_shards(job, part, [Shard(name=f"part-{{k}}", settings={{"part": k}}, size=1)
                           for k in range(names)], "parts")
@@ -267,7 +267,8 @@ def test_killed_stage_leaves_no_process(stage: Callable[..., Path], tmp_path: Pa
     job = a_job(tmp_path)
     parent = tmp_path / "parent.py"
     parent.write_text(
-        "import sys\nfrom pathlib import Path\nfrom llm import shards\nfrom llm.job import *\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from llm.runtime import shards\nfrom llm.runtime.job import *\n"
         "from llm.config import RuntimeConfig\n"
         f"shards.command = lambda stage, path: [sys.executable, {str(script)!r}, str(path)]\n"
         f"job = Job(stage='clean', settings={{}}, runtime=RuntimeConfig(shard_workers=2),"

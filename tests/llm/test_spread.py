@@ -16,10 +16,10 @@ import fsspec
 import pytest
 
 from llm.artifact import ArtifactWriter, FileRecord, read_manifest
-from llm.elsewhere import ELSEWHERE, InStore, OnDisk, parse_place, read_elsewhere
 from llm.errors import ArtifactError, ConfigError, Interrupted, PlaceError
-from llm.file_cache import ArtifactFiles, FileCache
-from llm.spread import bring_back, spread
+from llm.storage.elsewhere import ELSEWHERE, InStore, OnDisk, parse_place, read_elsewhere
+from llm.storage.file_cache import ArtifactFiles, FileCache
+from llm.storage.spread import bring_back, spread
 
 REPOSITORY = Path(__file__).parents[2]
 CONTENT = {
@@ -116,17 +116,17 @@ def test_shards_of_a_store_are_fetched_once_and_brought_back(
 KILL = """
 import os, signal, sys
 from pathlib import Path
-import llm.spread, llm.elsewhere
+import llm.storage.spread, llm.storage.elsewhere
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
-write, point = llm.spread.write_elsewhere, sys.argv[3]
-if point == "while copying": llm.elsewhere.shutil.copyfileobj = die
-if point == "after copy": llm.elsewhere.OnDisk.write = lambda *a, w=llm.elsewhere.OnDisk.write: (w(*a), die())
-if point == "before record": llm.spread.write_elsewhere = die
-if point == "after record": llm.spread.write_elsewhere = lambda *a: (write(*a), die())
+write, point = llm.storage.spread.write_elsewhere, sys.argv[3]
+if point == "while copying": llm.storage.elsewhere.shutil.copyfileobj = die
+if point == "after copy": llm.storage.elsewhere.OnDisk.write = lambda *a, w=llm.storage.elsewhere.OnDisk.write: (w(*a), die())
+if point == "before record": llm.storage.spread.write_elsewhere = die
+if point == "after record": llm.storage.spread.write_elsewhere = lambda *a: (write(*a), die())
 if point == "while removing":
     unlink = Path.unlink
     Path.unlink = lambda self, **k: (unlink(self, **k), die() if self.suffix == ".bin" else None)
-list(llm.spread.spread(Path(sys.argv[1]), [sys.argv[2]]))
+list(llm.storage.spread.spread(Path(sys.argv[1]), [sys.argv[2]]))
 """  # noqa: E501
 
 
@@ -202,7 +202,7 @@ FULL = """
 import resource, signal, sys
 from pathlib import Path
 from llm.errors import PlaceError
-from llm.spread import spread
+from llm.storage.spread import spread
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (17_500, 17_500))
 try: list(spread(Path(sys.argv[1]), [sys.argv[2]]))
@@ -226,7 +226,7 @@ def test_a_place_too_small_is_found_before_anything_is_copied(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil_usage(free=100)
-    monkeypatch.setattr("llm.spread.shutil.disk_usage", usage)
+    monkeypatch.setattr("llm.storage.spread.shutil.disk_usage", usage)
     with pytest.raises(PlaceError, match="100 bytes free, expected"):
         list(spread(rows, [str(tmp_path)]))
     assert num_here(rows) == len(CONTENT)
@@ -428,7 +428,7 @@ class CountingServer:
 READ = """
 import sys
 from pathlib import Path
-from llm.file_cache import ArtifactFiles, FileCache
+from llm.storage.file_cache import ArtifactFiles, FileCache
 files = ArtifactFiles(Path(sys.argv[1]), FileCache(Path(sys.argv[2])))
 print(len(files.open("train/00000.tokens.bin").read()))
 """

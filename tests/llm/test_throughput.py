@@ -9,7 +9,7 @@ import torch
 
 from llm.config import ModelConfig
 from llm.model.transformer import Transformer
-from llm.training.throughput import (
+from llm.monitoring.throughput import (
     PEAKS,
     flops_per_token,
     peak_by_name,

@@ -12,7 +12,7 @@ import pytest
 from llm.artifact import Json, read_manifest
 from llm.data.document_file import DocumentFile, Message
 from llm.errors import ConfigError, DataError
-from llm.job import Interrupted, Job, write_job
+from llm.runtime.job import Interrupted, Job, write_job
 from llm.tokenizer import splitting
 from llm.tokenizer.load import load_tokenizer
 from llm.train_tokenizer import draw_sample, limit_words, train_tokenizer

@@ -20,8 +20,8 @@ from llm.config import FinetuneConfig, ModelConfig, PretrainConfig, RuntimeConfi
 from llm.data.chat import render_chats
 from llm.data.row_writing import Documents, EncodedDocument, Pieces, write_shard
 from llm.data.rows import RowLayout, ShardInfo, shard_prefix, write_pack_json
-from llm.job import Job, StageFunction, read_job, write_job
 from llm.model.transformer import Transformer
+from llm.runtime.job import Job, StageFunction, read_job, write_job
 from llm.tokenizer.bpe import ByteLevelBPE
 
 SEQ_LEN = 32

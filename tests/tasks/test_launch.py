@@ -15,7 +15,7 @@ import pytest
 
 from llm.config import RuntimeConfig
 from llm.errors import DataError, Interrupted, StageError
-from llm.job import Job
+from llm.runtime.job import Job
 from tasks import launch as launch_module
 from tasks.launch import Progress, TransientError, launch
 
@@ -30,7 +30,7 @@ def run_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         script = tmp_path / "stage.py"
         script.write_text(
             "import os, signal, time, json, sys\nfrom pathlib import Path\n"
-            "from llm.job import run_job\nfrom llm.errors import DataError\n"
+            "from llm.runtime.job import run_job\nfrom llm.errors import DataError\n"
             "def clean(job, writer):\n"
             + textwrap.indent(textwrap.dedent(body), "    ")
             + "\n    writer.write_bytes('x', b'1')\n    return {}\n"
@@ -170,14 +170,15 @@ def test_code_changed_after_the_key_was_taken_is_refused(tmp_path: Path) -> None
 def test_child_is_gone_when_its_parent_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "stage.py"
     script.write_text(
-        "import time\nfrom llm.job import run_job\n"
+        "import time\nfrom llm.runtime.job import run_job\n"
         "def clean(job, writer):\n"
         "    while True:\n        job.report_progress(0, 0, 'rows')\n        time.sleep(0.01)\n"
         "run_job(clean)\n"
     )
     parent = tmp_path / "parent.py"
     parent.write_text(
-        "import sys\nfrom pathlib import Path\nfrom llm.job import Job\nfrom tasks import launch\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from llm.runtime.job import Job\nfrom tasks import launch\n"
         f"launch.command = lambda stage, path: [sys.executable, {str(script)!r}, str(path)]\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "job = Job(stage='clean', settings={}, out=folder / 'out', work=folder / 'work')\n"

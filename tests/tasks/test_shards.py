@@ -19,8 +19,8 @@ import pytest
 from flows.services import TemporaryPrefectServer
 from llm.config import RuntimeConfig
 from llm.errors import ConfigError, Interrupted, StageError
-from llm.job import Job, is_finished, write_job
-from llm.shards import shard_work
+from llm.runtime.job import Job, is_finished, write_job
+from llm.runtime.shards import shard_work
 from tasks import shard_worker
 from tasks.launch import launch
 from tasks.shard_runner import EXTRAS
@@ -32,8 +32,8 @@ NUM_SHARDS = 4
 STAGE = """
 import os, signal, time
 from llm.errors import DataError
-from llm.job import run_job
-from llm.shards import Shard, do_shards
+from llm.runtime.job import run_job
+from llm.runtime.shards import Shard, do_shards
 
 def part(job, writer):
     number = str(job.shard["number"])

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from llm.artifact import ArtifactWriter
-from llm.elsewhere import InStore, read_elsewhere
 from llm.errors import ArtifactError, PlaceError
-from llm.spread import spread
+from llm.storage.elsewhere import InStore, read_elsewhere
+from llm.storage.spread import spread
 from tasks.store import KeyParts, KeyRecord, Store
 
 

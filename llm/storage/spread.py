@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm.artifact import FileRecord, Manifest, read_manifest
-from llm.elsewhere import (
+from llm.errors import ArtifactError, ConfigError, PlaceError
+from llm.storage.elsewhere import (
     ELSEWHERE,
     OnDisk,
     Place,
@@ -19,10 +20,9 @@ from llm.elsewhere import (
     read_elsewhere,
     write_elsewhere,
 )
-from llm.errors import ArtifactError, ConfigError, PlaceError
-from llm.file_cache import fetch
+from llm.storage.file_cache import fetch
 
-STAGE = "pack"  # whose files are read through llm.file_cache
+STAGE = "pack"  # whose files are read through llm.storage.file_cache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

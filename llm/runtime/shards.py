@@ -30,7 +30,7 @@ from llm.artifact import (
     write_json_atomically,
 )
 from llm.errors import ArtifactError, DataError, StageError
-from llm.job import (
+from llm.runtime.job import (
     ERROR,
     PROGRESS,
     Job,

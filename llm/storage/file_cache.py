@@ -23,8 +23,8 @@ from typing import IO
 
 from llm.artifact import FileRecord, HashingFile, read_manifest
 from llm.config import RuntimeConfig
-from llm.elsewhere import InStore, OnDisk, Place, disk_failure, read_elsewhere
 from llm.errors import ArtifactError, ConfigError, Interrupted, PlaceError
+from llm.storage.elsewhere import InStore, OnDisk, Place, disk_failure, read_elsewhere
 
 NUM_TRIES = 2
 FILES_AT_ONCE = 4  # one stream from a store rarely fills a line

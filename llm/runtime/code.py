@@ -1,9 +1,10 @@
 """The code digest: what a stage's code does, whatever its comments, docstrings and layout.
 
-It covers the stage's module and every project module it imports, transitively, also inside
-functions. Four are left out, and may therefore decide no bytes: `llm.config` and `llm.settings`,
-whose values are in the cache key themselves, `llm.errors`, whose texts go to people, and `llm.job`,
-which starts and ends the process.
+It covers the stage's module and every project module that it imports, transitively, also inside
+functions, up to a wall: packages that decide no bytes of an artifact (`llm.runtime`,
+`llm.monitoring`, `llm.storage`) are never covered, and neither is what only they import. Three
+modules beside them are not: `llm.config` and `llm.settings`, whose values are in the cache key
+themselves, and `llm.errors`, whose texts go to people.
 """
 
 import ast
@@ -14,8 +15,9 @@ from pathlib import Path
 
 from llm.artifact import DIGEST_HEX_CHARACTERS
 
-PACKAGE_FOLDER = Path(__file__).parent
-NOT_COVERED = frozenset({"llm.config", "llm.errors", "llm.job", "llm.settings"})
+PACKAGE_FOLDER = Path(__file__).parents[1]
+NOT_COVERED = frozenset({"llm.config", "llm.errors", "llm.settings"})
+NOT_COVERED_PACKAGES = frozenset({"llm.runtime", "llm.monitoring", "llm.storage"})
 
 
 @cache
@@ -28,7 +30,7 @@ def code_digests(stage: str) -> dict[str, str]:
     waiting = [f"llm.{stage}"]
     while waiting:
         module = waiting.pop()
-        if module in found or module in NOT_COVERED:
+        if module in found or not is_covered(module):
             continue
         path = module_path(module)
         if path is None:
@@ -38,6 +40,12 @@ def code_digests(stage: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def is_covered(module: str) -> bool:
+    """Tell whether a module of this project can decide bytes of an artifact."""
+    package = ".".join(module.split(".")[:2])
+    return module not in NOT_COVERED and package not in NOT_COVERED_PACKAGES
+
+
 def module_path(module: str) -> Path | None:
     """Return the source file of a project module, or None where there is none (a class, say)."""
     stem = PACKAGE_FOLDER.joinpath(*module.split(".")[1:])
@@ -45,6 +53,12 @@ def module_path(module: str) -> Path | None:
         if path.is_file() and module.split(".")[0] == "llm":
             return path
     return None
+
+
+def imported_modules(module: str) -> tuple[str, ...]:
+    """Return the names that a project module imports from this project, modules and others."""
+    path = module_path(module)
+    return () if path is None else _digest_and_imports(path.read_bytes())[1]
 
 
 def normalized_source(source: bytes) -> str:

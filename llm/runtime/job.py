@@ -23,9 +23,9 @@ from pathlib import Path
 from types import FrameType
 
 from llm.artifact import MANIFEST, ArtifactWriter, Json, write_json_atomically
-from llm.code import code_digests
 from llm.config import RuntimeConfig
 from llm.errors import FromscratchError, Interrupted, StageError
+from llm.runtime.code import code_digests
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again, nothing is lost
 PROGRESS, METRICS, ERROR = "progress.json", "metrics.jsonl", "error.json"
@@ -59,7 +59,7 @@ class Job:
     work: Path = Path("work")
     """Folder that outlives kills: checkpoints, partial downloads, progress and metrics."""
     shard: Mapping[str, Json] = field(default_factory=dict[str, Json])
-    """Which part of the stage to do alone, as llm.shards says; empty for the whole."""
+    """Which part of the stage to do alone, as llm.runtime.shards says; empty for the whole."""
     report: "Callable[[int, int, str], None] | None" = field(default=None, repr=False)
     """Takes the progress in place of the file, of a shard done within its stage's process."""
     _next_progress_at: float = field(default=0.0, repr=False)
@@ -143,7 +143,7 @@ def command(stage: str, job_path: Path) -> list[str]:
 
 def child_environment() -> dict[str, str]:
     """Return the environment of a process that finds this `llm` and ends with this process."""
-    source = str(Path(__file__).parents[1])
+    source = str(Path(__file__).parents[2])
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {"PYTHONPATH": os.pathsep.join(paths), "FROMSCRATCH_PARENT_PID": str(os.getpid())}
     return {**os.environ, **own}

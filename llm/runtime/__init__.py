@@ -1,0 +1,1 @@
+"""Stages as processes: jobs, shards, code digest, prefetching. In no code digest."""
