@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from llm.monitoring import metrics
 from llm.monitoring.metrics import SECONDS_BETWEEN_WRITES, MetricsFile
-from llm.training import metrics
 
 
 class Clock:
