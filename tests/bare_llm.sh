@@ -14,7 +14,7 @@ with open("pyproject.toml", "rb") as file:
     print("\n".join(tomllib.load(file)["dependency-groups"]["llm"]))
 PYTHON
     "$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt \
-        -r "$venv/requirements.txt" pytest pytest-timeout hypothesis
+        -r "$venv/requirements.txt" pytest pytest-timeout pytest-rerunfailures hypothesis
     touch "$stamp"
 fi
 for forbidden in prefect mlflow datasets pydantic; do

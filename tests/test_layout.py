@@ -137,3 +137,17 @@ def test_importing_brings_in_nothing_heavy(module: str, unwanted: set[str]) -> N
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     assert not set(loaded) & unwanted
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_a_test_that_may_run_once_more_says_why(path: Path) -> None:
+    tree = ast.parse(path.read_bytes())
+    marks = [node for node in ast.walk(tree) if getattr(node, "attr", "") == "flaky"]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.func in marks]
+    assert len(calls) == len(marks), "flaky(reason=...), not flaky"
+    for call in calls:
+        reasons = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        assert not call.args and set(reasons) == {"reason"}, "once more, and no oftener"
+        assert len(reasons["reason"].split()) >= 4
