@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import random
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from llm.tokenizer.base import TOKENIZER_JSON
 VOCAB_SIZE = 32_768
 CALL_TEXTS = 1000
 WIKITEXT = HERE / "../shared/data/wikitext2"
+WORD = re.compile(r"[A-Za-z]{4,}")
 ARTICLE = re.compile(r"^(?= = [^=])", re.MULTILINE)
 
 
@@ -116,3 +118,21 @@ def _corpora(num_bytes: int) -> Iterator[tuple[str, Iterable[str]]]:
     for name, texts in corpora.items():
         yield f"{name} varied", varied(texts, num_bytes)
         yield f"{name} once", texts
+    yield "words that never repeat", _new_words(library_texts(), num_bytes)
+
+
+def _new_words(texts: Sequence[str], num_bytes: int) -> Iterator[str]:
+    """Yield about `num_bytes` of words like those of `texts`, hardly one of which is there twice.
+
+    The worst case for an encoder with a cache of words: heads and tails of random words, joined.
+    """
+    words = sorted({word for text in texts for word in WORD.findall(text)})
+    rng = random.Random(1)
+    while num_bytes > 0:
+        heads, tails = (rng.choices(words, k=1000) for _ in range(2))
+        text = " ".join(
+            head[: 1 + len(head) // 2] + tail[len(tail) // 2 :]
+            for head, tail in zip(heads, tails, strict=True)
+        )
+        num_bytes -= len(text)
+        yield text
