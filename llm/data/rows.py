@@ -43,6 +43,7 @@ FORMAT, VERSION = "fromscratch.rows", 2
 MAGIC = b"\x89FSROWS\n"
 HEADER = struct.Struct("<8sI4x8s16sQQ8x")  # magic, version, type of an item, name, shape
 DOCUMENT_ID_BYTES = 16
+PADDING_ID = -1  # in place of a document's ordinal: padding is of none
 OF_DOCUMENTS = ("document_ids", "kinds")  # what is read of documents, not of rows
 
 Content = Literal["text", "chats"]
@@ -101,11 +102,20 @@ class ShardInfo:
 
 
 class RowArrays(NamedTuple):
-    """Some rows, (B, T+1) each: tokens, whether each is a target, its document's ordinal."""
+    """Some packed sequences, (B, T+1) each."""
 
     tokens: npt.NDArray[np.int64]
     mask: npt.NDArray[np.bool_]
+    """Whether each token is a target."""
     document_ids: npt.NDArray[np.int64]
+    """The ordinal of each token's document, PADDING_ID where there is none."""
+
+    def attention_ids(self, is_document_masked: bool) -> npt.NDArray[np.int64]:
+        """Return ids (B, T+1) for attention both ways: a token attends where its own id stands.
+
+        That is its document or, where documents see each other, all of the sequence but padding.
+        """
+        return self.document_ids if is_document_masked else np.minimum(self.document_ids, 0)
 
 
 def file_shapes(layout: RowLayout, counts: RowCounts) -> dict[str, tuple[str, int, int]]:
@@ -207,6 +217,7 @@ class Rows:
                 found = self._shards[number].read(indices[places] - self._first_rows[number])
                 rows.tokens[places], rows.mask[places] = found.tokens, found.mask
                 rows.document_ids[places] = found.document_ids + self._first_documents[number]
+        rows.document_ids[rows.tokens == self.layout.pad_id] = PADDING_ID
         return rows
 
     def fetch(self, report: Callable[[int, int], None]) -> None:

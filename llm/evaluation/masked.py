@@ -109,16 +109,15 @@ def measure_filled_in(
         indices = np.arange(start, min(start + batch_rows, rows.num_rows))
         arrays = rows.read(indices)
         inputs, targets = masking.hide(arrays.tokens[:, :-1], arrays.mask[:, :-1], indices)
-        documents = arrays.document_ids[:, :-1]  # (B, T + 1) -> (B, T)
-        ids = torch.from_numpy(documents).to(device) if is_document_masked else None
+        ids = arrays.attention_ids(is_document_masked)[:, :-1]  # (B, T + 1) -> (B, T)
         with autocast(precision, device.type):
             costs, is_right = fill_in(
                 model,
                 torch.from_numpy(inputs).to(device),
                 torch.from_numpy(targets).to(device),
-                ids,
+                torch.from_numpy(ids).to(device),
             )
-        owners = documents[targets != IGNORED]
+        owners = arrays.document_ids[:, :-1][targets != IGNORED]
         np.add.at(nats, owners, costs.double().cpu().numpy())
         np.add.at(num_right, owners, is_right.double().cpu().numpy())
         np.add.at(num_tokens, owners, 1.0)
@@ -163,11 +162,12 @@ def pseudo_perplexity(
     generator = np.random.default_rng(masking.seed)
     chosen = np.sort(generator.choice(rows.num_rows, count, replace=False))
     arrays = rows.read(chosen)
+    attention_ids = arrays.attention_ids(is_document_masked)
     nats, num_tokens = np.zeros(count), np.zeros(count)
     batch_rows = max(1, TOKENS_PER_BATCH // rows.seq_len)
     for row in range(count):
         tokens = torch.from_numpy(arrays.tokens[row, :-1]).to(device)  # (T + 1,) -> (T,)
-        documents = torch.from_numpy(arrays.document_ids[row, :-1]).to(device)
+        ids = torch.from_numpy(attention_ids[row, :-1]).to(device)
         is_eligible = arrays.mask[row, :-1] & masking.is_text[arrays.tokens[row, :-1]]
         for places in torch.from_numpy(np.flatnonzero(is_eligible)).to(device).split(batch_rows):
             B = len(places)
@@ -176,9 +176,8 @@ def pseudo_perplexity(
             inputs[copies, places] = masking.mask_id
             targets = torch.full_like(inputs, IGNORED)
             targets[copies, places] = tokens[places]
-            ids = documents.expand(B, -1) if is_document_masked else None
             with autocast(precision, device.type):
-                costs, _ = fill_in(model, inputs, targets, ids)
+                costs, _ = fill_in(model, inputs, targets, ids.expand(B, -1))
             nats[row] += float(costs.double().sum())
             num_tokens[row] += B
         advance(1)

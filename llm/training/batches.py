@@ -32,7 +32,9 @@ class Batch:
     targets: Tensor
     """(B, T): the token it is to say at each position, or IGNORED."""
     document_ids: Tensor | None
-    """(B, T): the document each input is of, where attention stays within it."""
+    """(B, T): the document each input is of, where attention stays within it. Where attention
+    looks both ways always, so that padding is left out.
+    """
 
     def rows(self, start: int, count: int) -> "Batch":
         """Return the `count` rows from `start` on, fewer at the end."""
@@ -91,10 +93,11 @@ class NextToken:
     def __call__(self, arrays: RowArrays, samples: npt.NDArray[np.int64]) -> Batch:
         """Shift rows against themselves."""
         targets = np.where(arrays.mask[:, 1:], arrays.tokens[:, 1:], IGNORED)
+        documents = torch.from_numpy(arrays.document_ids[:, :-1])  # (B, T+1) -> (B, T)
         return Batch(
             inputs=torch.from_numpy(arrays.tokens[:, :-1]),  # (B, T+1) -> (B, T)
             targets=torch.from_numpy(targets),  # (B, T+1) -> (B, T)
-            document_ids=_documents(arrays, self.is_document_masked),
+            document_ids=documents if self.is_document_masked else None,
         )
 
 
@@ -112,10 +115,11 @@ class MaskedTokens:
     def __call__(self, arrays: RowArrays, samples: npt.NDArray[np.int64]) -> Batch:
         """Hide some tokens."""
         inputs, targets = self.masking.hide(arrays.tokens[:, :-1], arrays.mask[:, :-1], samples)
+        ids = arrays.attention_ids(self.is_document_masked)[:, :-1]  # (B, T+1) -> (B, T)
         return Batch(
             inputs=torch.from_numpy(inputs),
             targets=torch.from_numpy(targets),
-            document_ids=_documents(arrays, self.is_document_masked),
+            document_ids=torch.from_numpy(ids),
         )
 
 
@@ -203,7 +207,3 @@ def _sent(reads: Iterator[_Read], device: torch.device) -> Iterator[_Read]:
             batch, arrival = read.batch.to(device), torch.cuda.Event()
             arrival.record(stream)
         yield _Read(batch, read.num_targets, arrival)
-
-
-def _documents(arrays: RowArrays, is_document_masked: bool) -> Tensor | None:
-    return torch.from_numpy(arrays.document_ids[:, :-1]) if is_document_masked else None

@@ -13,6 +13,7 @@ from llm.evaluation.masked import measure_filled_in, num_pseudo_rows, pseudo_per
 from llm.model.loss import IGNORED
 from llm.model.masking import Masking, fill_in
 from llm.tokenizer.base import Tokenizer
+from llm.training.batches import MaskedTokens
 from tests.llm.training_setup import tiny_model, write_chat_rows, write_text_rows
 
 VOCAB_SIZE, MASK = 600, 6
@@ -88,37 +89,65 @@ def test_nothing_hidden_costs_nothing() -> None:
     assert nats.shape == is_right.shape == (0,)
 
 
+@pytest.mark.parametrize("is_document_masked", [False, True], ids=["whole", "documents"])
 @pytest.mark.parametrize("kind", ["text", "chats"])
 def test_the_measures_of_a_split_equal_sums_by_hand(
-    kind: str, tmp_path: Path, tokenizer: Tokenizer, corpus: list[str]
+    kind: str, is_document_masked: bool, tmp_path: Path, tokenizer: Tokenizer, corpus: list[str]
 ) -> None:
+    """By hand no position is padding, and with a document mask each document is read alone."""
     if kind == "text":
         rows = Rows(write_text_rows(tmp_path, tokenizer, corpus[:10]), "validation")
     else:
         rows = Rows(write_chat_rows(tmp_path, tokenizer, 30), "validation")
+        assert rows.info.num_padding_tokens
     model, hidden = tiny_model(is_causal=False).eval(), masking(fraction=0.4)
-    settings = {"is_document_masked": False, "precision": "fp32", "advance": lambda count: None}
-    found = measure_filled_in(model, rows, hidden, **settings)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in model.parameters():  # so large that what is attended shows
+            parameter.mul_(8.0)
+    found = measure_filled_in(
+        model,
+        rows,
+        hidden,
+        is_document_masked=is_document_masked,
+        precision="fp32",
+        advance=lambda count: None,
+    )
     nats = right = count = 0.0
     for row in range(rows.num_rows):
         arrays = rows.read([row])
         inputs, targets = hidden.hide(arrays.tokens[:, :-1], arrays.mask[:, :-1], np.array([row]))
-        with torch.no_grad():
-            chances = model(torch.from_numpy(inputs))[0].log_softmax(-1)
-        for position in np.flatnonzero(targets[0] != IGNORED):
-            nats -= float(chances[position, targets[0, position]])
-            right += float(chances[position].argmax() == targets[0, position])
-            count += 1
+        is_text = inputs[0] != rows.layout.pad_id
+        ids = arrays.document_ids[0, :-1] if is_document_masked else np.zeros_like(inputs[0])
+        for document in np.unique(ids[is_text]):
+            own = is_text & (ids == document)
+            with torch.no_grad():
+                chances = model(torch.from_numpy(inputs[:, own]))[0].log_softmax(-1)
+            wanted = targets[0, own]
+            for position in np.flatnonzero(wanted != IGNORED):
+                nats -= float(chances[position, wanted[position]])
+                right += float(chances[position].argmax() == wanted[position])
+                count += 1
     assert found.loss.value == pytest.approx(nats / count, rel=1e-5)
     assert found.accuracy.value == pytest.approx(right / count, rel=1e-5)
     assert found.loss.standard_error is not None
+    objective = MaskedTokens(is_document_masked=is_document_masked, masking=hidden)
+    batch = objective(rows.read(np.arange(rows.num_rows)), np.arange(rows.num_rows))
+    learned, _ = fill_in(model, batch.inputs, batch.targets, batch.document_ids)
+    assert float(learned.detach().mean()) == pytest.approx(nats / count, rel=1e-5), "as in training"
 
 
+@pytest.mark.parametrize("kind", ["text", "chats"])
 def test_pseudo_perplexity_masks_each_token_of_a_row_in_turn(
-    tmp_path: Path, tokenizer: Tokenizer, corpus: list[str]
+    kind: str, tmp_path: Path, tokenizer: Tokenizer, corpus: list[str]
 ) -> None:
-    rows = Rows(write_text_rows(tmp_path, tokenizer, corpus[:6]), "validation")
+    if kind == "text":
+        rows = Rows(write_text_rows(tmp_path, tokenizer, corpus[:6]), "validation")
+    else:  # which end in padding
+        rows = Rows(write_chat_rows(tmp_path, tokenizer, 10), "validation")
     model, hidden = tiny_model(is_causal=False).eval(), masking()
+    with torch.no_grad():
+        for parameter in model.parameters():  # so large that what is attended shows
+            parameter.mul_(3.0)
     done: list[int] = []
     found = pseudo_perplexity(
         model, rows, hidden, is_document_masked=False, precision="fp32", advance=done.append
@@ -126,9 +155,11 @@ def test_pseudo_perplexity_masks_each_token_of_a_row_in_turn(
     assert len(done) == rows.num_rows == num_pseudo_rows(rows) == found.num_examples
     costs: list[float] = []
     for row in range(rows.num_rows):
-        tokens = torch.from_numpy(rows.read([row]).tokens[0, :-1])
+        arrays = rows.read([row])
+        tokens = torch.from_numpy(arrays.tokens[0, :-1])
+        tokens = tokens[tokens != rows.layout.pad_id]
         for position in range(1, len(tokens)):  # a row's first token ends the row before
-            if tokens[position] > MASK:
+            if tokens[position] > MASK and arrays.mask[0, position]:
                 inputs = tokens.clone()
                 inputs[position] = MASK
                 with torch.no_grad():

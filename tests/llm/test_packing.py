@@ -15,7 +15,7 @@ from llm.artifact import ArtifactWriter
 from llm.data import row_writing
 from llm.data.packing import lay_best_fit, lay_end_to_end
 from llm.data.row_writing import Documents, EncodedDocument, Pieces, write_shard
-from llm.data.rows import RowLayout, Rows, shard_prefix, write_pack_json
+from llm.data.rows import PADDING_ID, RowLayout, Rows, shard_prefix, write_pack_json
 
 BOS, PAD, VOCAB_SIZE = 0, 5, 300
 TOKEN_BYTES = np.r_[np.zeros(6, dtype=np.int64), np.arange(1, VOCAB_SIZE - 5)]
@@ -79,6 +79,7 @@ def check_nothing_is_lost(rows: Rows, documents: Sequence[EncodedDocument], piec
         times_learned[document][span] += arrays.mask[where]
     assert all(found.all() for found in is_there)
     assert (arrays.tokens[~is_filled] == PAD).all() and not arrays.mask[~is_filled].any()
+    assert (arrays.document_ids[~is_filled] == PADDING_ID).all()
     assert (np.diff(is_filled.astype(int), axis=1) <= 0).all(), "padding is at the end"
     learned_tokens: list[int] = []
     for document, times in zip(documents, times_learned, strict=True):

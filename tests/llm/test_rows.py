@@ -13,6 +13,7 @@ from llm.data.rows import (
     HEADER,
     MAGIC,
     PACK_JSON,
+    PADDING_ID,
     RowLayout,
     Rows,
     row_order,
@@ -74,7 +75,7 @@ def test_text_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert tokens.dtype == documents.dtype == np.int64 and mask.dtype == np.bool_
     assert tokens.tolist() == [ROWS[1], ROWS[0], ROWS[1]]
     assert mask.tolist()[:2] == [[False, True, True, True, False], [False] + [True] * 4]
-    assert documents.tolist()[:2] == [[1, 1, 2, 2, 2], [0, 0, 0, 1, 1]]
+    assert documents.tolist()[:2] == [[1, 1, 2, 2, PADDING_ID], [0, 0, 0, 1, 1]]
     assert (rows.num_rows, rows.seq_len) == (2, 4)
     assert rows.cut_documents().tolist() == [1]
     assert rows.read([]).tokens.shape == (0, 5)
@@ -104,7 +105,8 @@ def test_rows_of_many_shards_are_one_sequence(tmp_path: Path) -> None:
         one = apart[index // 2].read([index % 2])
         assert tokens[place].tolist() == one.tokens[0].tolist()
         assert mask[place].tolist() == one.mask[0].tolist()
-        expected = one.document_ids[0] + first_documents[index // 2]
+        ids = one.document_ids[0]
+        expected = np.where(ids == PADDING_ID, ids, ids + first_documents[index // 2])
         assert documents[place].tolist() == expected.tolist()
     assert rows.info.num_documents == 8
     assert rows.info.num_tokens == sum(each.info.num_tokens for each in apart)
@@ -112,6 +114,14 @@ def test_rows_of_many_shards_are_one_sequence(tmp_path: Path) -> None:
     for outside in (-1, 6):
         with pytest.raises(IndexError, match="of 6"):
             rows.read([0, outside])
+
+
+def test_attention_both_ways_leaves_padding_out_with_and_without_a_document_mask(
+    tmp_path: Path,
+) -> None:
+    arrays = Rows(write(tmp_path / "out", (TEXT, PIECES)), "train").read([0, 1])
+    assert arrays.attention_ids(True).tolist() == [[0, 0, 0, 1, 1], [1, 1, 2, 2, PADDING_ID]]
+    assert arrays.attention_ids(False).tolist() == [[0] * 5, [0, 0, 0, 0, PADDING_ID]]
 
 
 def test_figures_count_each_token_once(tmp_path: Path) -> None:

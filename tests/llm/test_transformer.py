@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llm.config import ModelConfig
+from llm.data.rows import PADDING_ID
 from llm.errors import ConfigError, DataError
 from llm.model.cache import KeyValueCache
 from llm.model.loss import token_losses
@@ -212,17 +213,20 @@ def test_stretched_rotations_equal_those_of_transformers() -> None:
     torch.testing.assert_close(found[1][:, 0], sine[..., :half], rtol=0, atol=3e-5)
 
 
-@pytest.mark.parametrize("name", CHOICES)
-def test_packed_documents_score_as_each_alone(name: str) -> None:
-    model = tiny_model(**CHOICES[name])
+@pytest.mark.parametrize("num_padding", [0, 9])
+@pytest.mark.parametrize("name", CHOICES | BOTH_WAYS)
+def test_packed_documents_score_as_each_alone(name: str, num_padding: int) -> None:
+    model = tiny_model(**(CHOICES | BOTH_WAYS)[name])
     spread_weights(model)
-    first, second = random_tokens(1, 12, seed=1), random_tokens(1, 20, seed=2)
-    packed = torch.cat([first, second], dim=1)
-    ids = torch.tensor([[0] * 12 + [1] * 20])
+    lengths = 8, SEQ_LEN - 8 - num_padding
+    first, second = (random_tokens(1, length, seed=length) for length in lengths)
+    packed = torch.cat([first, second, torch.full((1, num_padding), 5)], dim=1)
+    ids = torch.tensor([[0] * lengths[0] + [1] * lengths[1] + [PADDING_ID] * num_padding])
+    num_tokens = sum(lengths)
     with torch.no_grad():
-        found = model(packed, ids)
+        found = model(packed, ids)[:, :num_tokens]
         alone = torch.cat([model(first), model(second)], dim=1)
-        assert not torch.allclose(model(packed)[:, 12:], alone[:, 12:], atol=1e-3)
+        assert not torch.allclose(model(packed)[:, 8:num_tokens], alone[:, 8:], atol=1e-3)
     # rotations by other absolute, equal relative positions differ in the last bits
     torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
 
