@@ -170,7 +170,7 @@ class ArtifactWriter:
             with suppress(OSError):  # of closing, where the first one counts
                 raw.close()
             if isinstance(error, OSError):
-                raise disk_full(error, path, raw.pending_bytes) or error from error
+                raise disk_full(error, path, raw.pending_bytes or None) or error from error
             raise
         (self._logs if is_log else self._files)[name] = record
 
