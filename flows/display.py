@@ -110,6 +110,11 @@ class LiveDisplay:
                 total = f" of {progress.total:,}" if progress.total else ""
                 self._console.print(f"{name:<16} {progress.done:,}{total} {progress.unit}")
 
+    def restarted(self, name: str, why: str) -> None:
+        """Say that a step begins again where it was, and why."""
+        text = f"[bold]{name:<16}[/bold] [yellow]{why}; it is started again and goes on[/yellow]"
+        self._console.print(text, soft_wrap=True)
+
     def finished(self, outcome: Outcome) -> None:
         """Replace the bar by a line."""
         with self._lock:

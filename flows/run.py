@@ -30,8 +30,9 @@ from flows.pipeline import language_model
 from flows.result import RunResult
 from flows.services import addresses
 from llm.config import flatten, load_config
+from llm.errors import TransientError
 from tasks.cached import Builder, Outcome
-from tasks.launch import Progress, TransientError
+from tasks.launch import Progress
 from tasks.plan import Selection
 from tasks.stages import DOWNLOAD, Step, in_order
 from tasks.store import Store

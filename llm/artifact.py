@@ -13,12 +13,13 @@ import os
 import shutil
 import threading
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import IO, cast
 
 from llm.errors import ArtifactError
+from llm.storage.disk import disk_full, refuse_full_disk
 
 MANIFEST = "manifest.json"
 DIGEST_HEX_CHARACTERS = 32  # 128 bits; MLflow cuts dataset digests at 36 characters
@@ -112,12 +113,15 @@ class HashingFile(io.RawIOBase):
         self._file = path.open("wb")
         self._sha256 = hashlib.sha256()
         self.size_bytes = 0
+        self.pending_bytes = 0
+        """Of the write that is being done, or that failed."""
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: object) -> int:  # type: ignore[override]
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
+        self.pending_bytes = len(view)
         self._file.write(view)
         self._sha256.update(view)
         self.size_bytes += len(view)
@@ -162,8 +166,11 @@ class ArtifactWriter:
             yield buffered
             buffered.flush()
             record = FileRecord(path=name, sha256=raw.finish(), size_bytes=raw.size_bytes)
-        except BaseException:
-            raw.close()
+        except BaseException as error:
+            with suppress(OSError):  # of closing, where the first one counts
+                raw.close()
+            if isinstance(error, OSError):
+                raise disk_full(error, path, raw.pending_bytes or None) or error from error
             raise
         (self._logs if is_log else self._files)[name] = record
 
@@ -190,6 +197,13 @@ class ArtifactWriter:
             if self._files[name].sha256 != record.sha256:
                 raise ArtifactError(f"{path}: its bytes changed; run the stage again") from None
         self._files[name] = replace(record, path=name)
+
+    def _folders(self) -> set[Path]:
+        """Return every folder between a file and the artifact's own, which is left to the
+        manifest.
+        """
+        names = (Path(name) for name in (*self._files, *self._logs))
+        return {self.folder / parent for name in names for parent in name.parents} - {self.folder}
 
     def _new_path(self, name: str) -> Path:
         if name in self._files or name in self._logs or name == MANIFEST:
@@ -223,7 +237,7 @@ class ArtifactWriter:
             code=code or {},
             provenance=provenance or {},
         )
-        for folder in sorted({(self.folder / name).parent for name in (*self._files, *self._logs)}):
+        for folder in sorted(self._folders()):
             fsync_folder(folder)
         write_json_atomically(self.folder / MANIFEST, manifest)
         return manifest
@@ -270,6 +284,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def make_folder(folder: Path) -> None:
+    """Make `folder` and those above it that are missing, so that their names are durable."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        fsync_folder(folder.parent)
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` durable: a renamed file is safe only when its folder is."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -283,14 +305,19 @@ def write_bytes_atomically(path: Path, data: bytes, *, is_durable: bool = True) 
     """Write `path` so that a reader sees the old bytes or the new, never a part."""
     writer = f"{os.getpid()}.{threading.get_ident()}"  # no two writers share a temporary file
     temporary = path.with_name(f".{path.name}.{writer}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
+    with refuse_full_disk(path, len(data)):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                if is_durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         if is_durable:
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.replace(path)
-    if is_durable:
-        fsync_folder(path.parent)
+            fsync_folder(path.parent)
 
 
 def write_json_atomically(path: Path, value: object, *, is_durable: bool = True) -> None:

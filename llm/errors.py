@@ -21,8 +21,16 @@ class PlaceError(FromscratchError):
     """A disk or store that keeps files of an artifact is not there, full, or does not answer."""
 
 
+class DiskFullError(FromscratchError):
+    """A disk is full. The message names the file, and the bytes that are needed and free."""
+
+
 class StageError(FromscratchError):
     """A stage's child process failed. The message holds its traceback and how to reproduce it."""
+
+
+class TransientError(StageError):
+    """A stage failed for a reason that may pass: the network."""
 
 
 class Interrupted(BaseException):

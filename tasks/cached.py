@@ -53,6 +53,9 @@ class Display(Protocol):
     def progressed(self, name: str, progress: Progress) -> None:
         """A step went on."""
 
+    def restarted(self, name: str, why: str) -> None:
+        """A step's process was killed or hung, and is started again."""
+
     def finished(self, outcome: Outcome) -> None:
         """A step is built or was cached."""
 
@@ -178,7 +181,11 @@ class Builder:
                     is_training=step.stage.is_training,
                     on_progress=progressed,
                     should_stop=self._should_stop,
+                    on_restart=lambda why: self._display.restarted(step.name, why),
                 )
+            # They share files with the artifact, whose stamps are taken when it is published.
+            for name in ("checkpoints", "shards"):
+                shutil.rmtree(job.work / name, ignore_errors=True)
             artifact = self.store.publish(parts, job.out)
         except BaseException as error:
             seconds = time.monotonic() - started_at
@@ -188,7 +195,7 @@ class Builder:
                 self.tracker.model_interrupted(parts.stage, status)
             raise
         seconds = time.monotonic() - started_at
-        return self._remember(step, parts, artifact, reason, seconds, folder)
+        return self._remember(step, parts, artifact, reason, seconds)
 
     def _remember(
         self,
@@ -197,9 +204,8 @@ class Builder:
         artifact: Artifact,
         reason: str,
         seconds: float,
-        folder: Path,
     ) -> Outcome:
-        """Write the key's record, tell the tracker, and drop what only a resumption needed."""
+        """Write the key's record and tell the tracker."""
         record = KeyRecord(
             key=parts.key,
             parts=parts,
@@ -210,8 +216,6 @@ class Builder:
         )
         self.store.remember(record)
         self._records[step] = record
-        for name in ("checkpoints", "shards"):
-            shutil.rmtree(folder / "work" / name, ignore_errors=True)
         self.tracker.stage_finished(
             parts.stage, parts.role, artifact.digest, seconds, artifact.summary, "FINISHED"
         )

@@ -17,10 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm.artifact import Json
-from llm.errors import DataError, Interrupted, StageError
+from llm.errors import Interrupted, StageError
+from llm.runtime.failures import OUTPUT, end_of_output, forget_errors, how_it_ended, read_failure
 from llm.runtime.job import (
-    ERROR,
     EXIT_INTERRUPTED,
     METRICS,
     PROGRESS,
@@ -34,7 +33,6 @@ from tasks.shard_runner import ShardRunner
 
 SECONDS_BETWEEN_LOOKS = 0.05
 SECONDS_TO_SAVE = 60.0  # a stopped child saves a checkpoint; then it is killed
-OUTPUT = "output.log"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,10 +44,6 @@ class Progress:
     unit: str
 
 
-class TransientError(StageError):
-    """A stage failed for a reason that may pass: the network."""
-
-
 def launch(
     job: Job,
     folder: Path,
@@ -57,8 +51,11 @@ def launch(
     is_training: bool,
     on_progress: Callable[[Progress], None],
     should_stop: Callable[[], bool],
+    on_restart: Callable[[str], None] = lambda why: None,
 ) -> None:
     """Run the stage of `job`, whose staging folder is `folder`, until its artifact is finished.
+
+    One that a signal killed, or that hung, is started again; `on_restart` takes the reason.
 
     Raises:
         Interrupted: `should_stop` said so, or the child was told by a signal; it can go on later.
@@ -72,16 +69,51 @@ def launch(
     write_job(path, job)
     for attempt in range(job.runtime.max_restarts + 1):
         _wait_for_leftovers(job.work, should_stop)
-        for stale in (*job.work.glob(f"*{ERROR}"), job.work / PROGRESS):
-            stale.unlink(missing_ok=True)
-        code = _run(job, path, is_training, on_progress, should_stop)
-        if code == 0 and is_finished(job.out):
+        forget_errors(job.work)
+        (job.work / PROGRESS).unlink(missing_ok=True)
+        end = _run(job, path, is_training, on_progress, should_stop)
+        if end.code == 0 and is_finished(job.out):
             return
-        if should_stop() or code == EXIT_INTERRUPTED:
+        if should_stop() or (end.code == EXIT_INTERRUPTED and not end.is_stalled):
             raise Interrupted(f"{job.stage} was stopped; run again to go on from where it was")
-        error = _read_error(job.work)
-        if error is not None or attempt == job.runtime.max_restarts:
-            raise _as_exception(job, path, code, error)
+        why = _why_again(job, path, end)
+        if attempt == job.runtime.max_restarts:
+            raise StageError(
+                f"{job.stage} {why}, and was started {attempt + 1} times"
+                f" (runtime.max_restarts)\n{end_of_output(job.work)}\n{_reproduce(job, path)}"
+            )
+        on_restart(why)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _End:
+    """How a child ended: its exit code, and whether it was stopped for having hung."""
+
+    code: int
+    is_stalled: bool = False
+
+
+def _why_again(job: Job, path: Path, end: _End) -> str:
+    """Return the reason to start a stage again.
+
+    Raises:
+        DataError, ...: what it failed of, which another try would not cure.
+    """
+    if end.is_stalled:
+        return (
+            f"reported nothing for {job.runtime.stall_seconds} seconds (runtime.stall_seconds) and"
+            " was taken for hung"
+        )
+    failure = read_failure(job.work, end.code, job.stage, prefix=f"{job.stage}: ")
+    if failure is None:
+        return how_it_ended(end.code)
+    if isinstance(failure, StageError) and "\n" in str(failure):  # a traceback
+        failure = type(failure)(f"{failure}\n{_reproduce(job, path)}")
+    raise failure
+
+
+def _reproduce(job: Job, path: Path) -> str:
+    return f"reproduce: {shlex.join(command(job.stage, path))}"
 
 
 def _run(
@@ -90,8 +122,8 @@ def _run(
     is_training: bool,
     on_progress: Callable[[Progress], None],
     should_stop: Callable[[], bool],
-) -> int:
-    """Start the child, follow it to its end, and return its exit code. Its group is gone then."""
+) -> _End:
+    """Start the child, follow it to its end, and return how it ended. Its group is gone then."""
     environment = child_environment() | {"PYTHONUNBUFFERED": "1"}
     # How long a thread that waits for work spins before it sleeps. A hundred times as long, the
     # default, is three times slower where others use the cores too; not at all is two times slower
@@ -111,12 +143,12 @@ def _run(
         watch = _Watch(job.work, on_progress, job.runtime.stall_seconds if is_training else 0)
         while True:
             try:
-                return child.wait(timeout=SECONDS_BETWEEN_LOOKS)
+                return _End(code=child.wait(timeout=SECONDS_BETWEEN_LOOKS))
             except subprocess.TimeoutExpired:
                 watch.look()
                 runner.look()
             if should_stop() or watch.is_stalled:
-                return _end(child)
+                return _End(is_stalled=watch.is_stalled, code=_end(child))
     finally:
         _end(child)
         runner.close()
@@ -179,23 +211,3 @@ def _wait_for_leftovers(work: Path, should_stop: Callable[[], bool]) -> None:
                 if should_stop():
                     raise Interrupted("stopped while an earlier attempt was ending") from None
                 time.sleep(SECONDS_BETWEEN_LOOKS)
-
-
-def _read_error(work: Path) -> dict[str, Json] | None:
-    """Return the first error any rank wrote: the others are its consequences."""
-    paths = sorted(work.glob(f"*{ERROR}"), key=lambda path: path.stat().st_mtime_ns)
-    return json.loads(paths[0].read_bytes()) if paths else None
-
-
-def _as_exception(job: Job, path: Path, code: int, error: dict[str, Json] | None) -> Exception:
-    reproduce = f"reproduce: {shlex.join(command(job.stage, path))}"
-    if error is None:
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-        log = (job.work / OUTPUT).read_text(encoding="utf-8", errors="replace")[-2000:]
-        hint = " (SIGKILL is what the kernel sends when memory runs out)" if code == -9 else ""
-        return StageError(f"{job.stage} {how}{hint}\n{log}\n{reproduce}")
-    if error["is_user_error"]:
-        kinds = {"DataError": DataError}
-        return kinds.get(str(error["type"]), StageError)(f"{job.stage}: {error['message']}")
-    kind = TransientError if error["is_transient"] else StageError
-    return kind(f"{job.stage} failed: {error['message']}\n{error['traceback']}\n{reproduce}")

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import tasks
-from llm.errors import ConfigError, StageError
+from llm.errors import ConfigError, FromscratchError, StageError
+from llm.runtime.failures import error_from_json, error_to_json, how_it_ended
 from llm.runtime.job import Job
 from llm.runtime.shards import WANTED, read_wanted
 
@@ -47,6 +48,7 @@ class ShardRunner:
         """Start the process when the stage began to wait, and see whether it failed.
 
         Raises:
+            DataError, ConfigError, ...: what a shard raised for the user.
             StageError: the shards cannot be done.
         """
         if not self._is_used:
@@ -94,13 +96,14 @@ class ShardRunner:
                 start_new_session=True,
             )
 
-    def _failure(self, code: int) -> StageError:
+    def _failure(self, code: int) -> FromscratchError:
         where = self._job.runtime.cluster_address or "a cluster on this machine"
         try:
-            message = json.loads((self._folder / ERROR).read_bytes())["message"]
+            found = json.loads((self._folder / ERROR).read_bytes())
         except FileNotFoundError:
-            message = f"its process ended with {code}"
-        return StageError(
+            found = error_to_json(StageError(f"its process {how_it_ended(code)}"))
+        kind = type(error_from_json(found, self._job.stage))
+        return kind(
             f"{self._job.stage}: its shards could not be done by {self._job.runtime.shard_runner},"
-            f" {where}: {message}\nmore in {self._folder / LOG}"
+            f" {where}: {found['message']}\nmore in {self._folder / LOG}"
         )

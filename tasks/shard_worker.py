@@ -4,17 +4,15 @@ A worker needs `llm` and this module, and sees the artifacts under the same path
 needs no Prefect, and no way to its server, which listens on 127.0.0.1 alone.
 """
 
-import json
 import platform
-import signal
 import time
 from pathlib import Path
 
 from llm.errors import StageError
-from llm.runtime.job import ERROR, EXIT_INTERRUPTED, is_finished, read_job
+from llm.runtime.failures import OUTPUT, how_it_ended, read_failure
+from llm.runtime.job import is_finished, read_job
 from llm.runtime.shards import JOB, WANTED, end_processes, read_wanted, shard_work, start_shard
 
-OUTPUT = "output.log"
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_SEE = 15.0  # for a file that another machine wrote
 SECONDS_WITHOUT_SIGN = 180.0  # three times as long as NFS may show an old state of a file
@@ -51,7 +49,8 @@ def do_shard(folder: str, name: str, wanted_id: str) -> None:
 
     Raises:
         ShardKilledError: its process was killed.
-        StageError: it failed, or this machine does not see the folder.
+        DataError, ConfigError, ...: what the shard raised for the user.
+        StageError: it failed otherwise, or this machine does not see the folder.
     """
     lease = Lease(Path(folder), wanted_id)
     work = shard_work(Path(folder), name)
@@ -66,17 +65,12 @@ def do_shard(folder: str, name: str, wanted_id: str) -> None:
             time.sleep(SECONDS_BETWEEN_LOOKS)
     finally:
         end_processes([process])
-    code = process.returncode
     if is_finished(job.out) or not lease.is_wanted:
         return
     where = f"shard {name} on {platform.node()}"
-    if code < 0 or code == EXIT_INTERRUPTED:
-        how = signal.Signals(-code).name if code < 0 else "a signal that asked it to stop"
-        raise ShardKilledError(f"{where} was ended by {how}")
-    if (work / ERROR).exists():  # the stage raises it too, with its type
-        raise StageError(f"{where}: {json.loads((work / ERROR).read_bytes())['message']}")
-    text = (work / OUTPUT).read_text(encoding="utf-8", errors="replace")[-2000:]
-    raise StageError(f"{where} exited with {code}\n{text}")
+    # the stage reads the same from its file and raises it too
+    failure = read_failure(work, process.returncode, where, prefix=f"{where}: ")
+    raise failure or ShardKilledError(f"{where} {how_it_ended(process.returncode)}")
 
 
 def _wait_for(path: Path) -> None:

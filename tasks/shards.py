@@ -38,7 +38,8 @@ from prefect.tasks import Task
 
 from llm.artifact import write_json_atomically
 from llm.config import RuntimeConfig
-from llm.errors import FromscratchError, StageError
+from llm.errors import StageError
+from llm.runtime.failures import error_to_json
 from llm.runtime.job import Job, die_with_parent, is_finished, read_job
 from llm.runtime.shards import MAX_ATTEMPTS, Wanted, read_wanted
 from tasks.shard_runner import ERROR
@@ -77,7 +78,19 @@ def dask_cluster(runtime: RuntimeConfig) -> Generator[Submit]:
 
         def submit(*arguments: str) -> Wait:
             future = client.submit(do_shard, *arguments, pure=False)
-            return lambda seconds: future.result(timeout=seconds)
+            is_done = threading.Event()
+
+            def done(future: object) -> None:
+                is_done.set()
+
+            future.add_done_callback(done)
+
+            def wait(seconds: float) -> None:
+                if not is_done.wait(seconds):  # Dask's own time-out fails now and then
+                    raise TimeoutError
+                future.result()
+
+            return wait
 
         yield submit
 
@@ -104,7 +117,14 @@ def ray_cluster(runtime: RuntimeConfig) -> Generator[Submit]:
 
             def submit(*arguments: str) -> Wait:
                 reference = remote.remote(*arguments)
-                return lambda seconds: ray.get(reference, timeout=seconds)
+
+                def wait(seconds: float) -> None:
+                    try:
+                        ray.get(reference, timeout=seconds)
+                    except ray.exceptions.RayTaskError as error:
+                        raise error.cause from error  # what the worker raised, with its own message
+
+                return wait
 
             yield submit
 
@@ -188,9 +208,7 @@ def main() -> None:
             _run(job, shards_flow(job, wanted, submit))
     except BaseException as error:
         traceback.print_exc()
-        is_ours = isinstance(error, FromscratchError)
-        message = str(error) if is_ours else f"{type(error).__name__}: {error}"
-        write_json_atomically(job.work / "shards" / ERROR, {"message": message})
+        write_json_atomically(job.work / "shards" / ERROR, error_to_json(error))
         raise SystemExit(1) from None
 
 

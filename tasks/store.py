@@ -17,6 +17,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from llm.artifact import (
     file_sha256,
     fsync_folder,
     load_artifact,
+    make_folder,
     read_manifest,
     write_json_atomically,
 )
@@ -101,8 +103,9 @@ class Store:
         try:
             self.verify(folder)
             return record, load_artifact(folder)
-        except ArtifactError as error:
-            self.set_aside(folder, str(error))
+        except ArtifactError:
+            with self._lock_of(folder):
+                self._set_aside_if(ArtifactError, folder)  # another may have, and made it again
             return None
 
     def damage(self, record: KeyRecord) -> str:
@@ -129,27 +132,26 @@ class Store:
     def remember(self, record: KeyRecord) -> None:
         """Write a key's record, durably."""
         folder = self.root / "keys" / record.parts.stage
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_json_atomically(folder / f"{record.key}.json", record)
 
     def publish(self, parts: KeyParts, out: Path) -> Artifact:
         """Give a finished staging folder its final name in one rename, and return the artifact.
 
-        When the same bytes are there already, whole, they stay and `out` is dropped.
+        When the same bytes are there already, whole, they stay and `out` is dropped. Two keys may
+        give the same bytes at the same time.
         """
         manifest = read_manifest(out)
         folder = self.folder(parts.stage, manifest.digest)
-        if folder.is_dir():
-            try:
-                self.verify(folder)
+        with self._lock_of(folder):
+            self._set_aside_if((ArtifactError, PlaceError), folder)
+            if folder.is_dir():
                 shutil.rmtree(out)
-                return load_artifact(folder)
-            except (ArtifactError, PlaceError) as error:
-                self.set_aside(folder, str(error))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        out.rename(folder)
-        fsync_folder(folder.parent)
-        self._write_stamps(folder)
+            else:
+                make_folder(folder.parent)
+                out.rename(folder)
+                fsync_folder(folder.parent)
+                self._write_stamps(folder)
         return load_artifact(folder)
 
     def verify(self, folder: Path, *, is_thorough: bool = False) -> None:
@@ -199,6 +201,20 @@ class Store:
         folder.rename(target)
         (target / "REASON.txt").write_text(reason + "\n", encoding="utf-8")
         return target
+
+    def _set_aside_if(
+        self, errors: type[Exception] | tuple[type[Exception], ...], folder: Path
+    ) -> None:
+        """Set the artifact in `folder` aside, if one is there, when looking at it raises these."""
+        if folder.is_dir():
+            try:
+                self.verify(folder)
+            except errors as error:
+                self.set_aside(folder, str(error))
+
+    def _lock_of(self, folder: Path) -> AbstractContextManager[None]:
+        """Hold the lock of the artifact in `folder`: whoever names or removes it does."""
+        return self.lock(f"{folder.parent.name}-{folder.name}.artifact")
 
     def artifacts(self, stages: Sequence[str]) -> list[Path]:
         """Return the folders of all published artifacts of these stages."""

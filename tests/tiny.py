@@ -112,6 +112,10 @@ class SilentDisplay:
     def progressed(self, name: str, progress: Progress) -> None:
         """Look away."""
 
+    def restarted(self, name: str, why: str) -> None:
+        """Remember that a step began again."""
+        self.shown.append(f"{name} again: {why}")
+
     def finished(self, outcome: Outcome) -> None:
         """Remember the end of a step."""
         self.shown.append(f"{outcome.name} {outcome.status}")

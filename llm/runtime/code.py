@@ -9,6 +9,7 @@ themselves, and `llm.errors`, whose texts go to people.
 
 import ast
 import hashlib
+import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,10 @@ from llm.artifact import DIGEST_HEX_CHARACTERS
 PACKAGE_FOLDER = Path(__file__).parents[1]
 NOT_COVERED = frozenset({"llm.config", "llm.errors", "llm.settings"})
 NOT_COVERED_PACKAGES = frozenset({"llm.runtime", "llm.monitoring", "llm.storage"})
+
+# CPython 3.11 counts the depth of `ast.parse` once for all threads, and raises a SystemError
+# where two are at it; tasks that are submitted together ask for their digests together
+_parsing = threading.Lock()
 
 
 @cache
@@ -63,7 +68,7 @@ def imported_modules(module: str) -> tuple[str, ...]:
 
 def normalized_source(source: bytes) -> str:
     """Return the code as Python writes it itself: no comments, docstrings or layout."""
-    tree = ast.parse(source)
+    tree = _parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             strings = [statement for statement in node.body if _is_string(statement)]
@@ -77,7 +82,12 @@ def normalized_source(source: bytes) -> str:
 def _digest_and_imports(source: bytes) -> tuple[str, tuple[str, ...]]:
     text = normalized_source(source)
     digest = hashlib.sha256(text.encode()).hexdigest()[:DIGEST_HEX_CHARACTERS]
-    return digest, tuple(_imports(ast.parse(text)))
+    return digest, tuple(_imports(_parse(text.encode())))
+
+
+def _parse(source: bytes) -> ast.Module:
+    with _parsing:
+        return ast.parse(source)
 
 
 def _imports(tree: ast.Module) -> Iterator[str]:

@@ -6,6 +6,7 @@ which outlives kills: `progress.json` (how far it is), `metrics.jsonl` (the curv
 exits with EXIT_INTERRUPTED.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -14,8 +15,8 @@ import platform
 import shutil
 import signal
 import sys
+import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -24,13 +25,17 @@ from types import FrameType
 
 from llm.artifact import MANIFEST, ArtifactWriter, Json, write_json_atomically
 from llm.config import RuntimeConfig
-from llm.errors import FromscratchError, Interrupted, StageError
+from llm.errors import DiskFullError, Interrupted, StageError
 from llm.runtime.code import code_digests
+from llm.runtime.failures import EXIT_DISK_FULL, EXIT_INTERRUPTED, write_error
+from llm.storage.disk import refuse_full_disk
 
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again, nothing is lost
-PROGRESS, METRICS, ERROR = "progress.json", "metrics.jsonl", "error.json"
+PROGRESS, METRICS = "progress.json", "metrics.jsonl"
+PARENT_PID = "FROMSCRATCH_PARENT_PID"  # of whoever starts a process that ends with it
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SECONDS_BETWEEN_PROGRESS = 0.2
+SECONDS_BETWEEN_PARENT_LOOKS = 0.5
+SECONDS_TO_SAVE_ALONE = 5.0  # for what is not saved by then, the last checkpoint is there
 
 _is_stopping = False
 
@@ -95,18 +100,23 @@ class Job:
 StageFunction = Callable[[Job, ArtifactWriter], Mapping[str, Json]]
 
 
-def run_job(function: StageFunction, shard_function: StageFunction | None = None) -> None:
+def run_job(
+    function: StageFunction,
+    shard_function: StageFunction | None = None,
+    *,
+    saves_when_stopped: bool = False,
+) -> None:
     """Be the process of one stage: read the job named on the command line and run it.
 
     `function(job, writer)` writes the files and returns the summary; `shard_function` does so for a
     job that is one shard of a stage. In a distributed stage every rank runs it and only rank 0
-    writes.
+    writes. `saves_when_stopped` gives it time for that when its parent is gone.
     """
     if len(sys.argv) != 2:
         sys.exit(
             f"usage: python -m llm.{function.__name__} JOB.json   (`fromscratch run` makes one)"
         )
-    die_with_parent()
+    die_with_parent(saves_first=saves_when_stopped)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, _stop)
     job = read_job(Path(sys.argv[1]))
@@ -117,23 +127,34 @@ def run_job(function: StageFunction, shard_function: StageFunction | None = None
         alive, fcntl.LOCK_SH
     )  # kept until this process ends: whoever starts the stage anew waits for it
     try:
-        _refuse_changed_code(job)
-        if job.shard and shard_function is not None:
-            make_shard(job, shard_function)
-        elif rank == 0:
-            writer = ArtifactWriter(job.out)
-            summary = function(job, writer)
-            finish(job, writer, summary)
-        else:
-            function(job, ArtifactWriter(job.work / f"rank-{rank}"))
+        with refuse_full_disk(job.work):
+            _refuse_changed_code(job)
+            _do(job, rank, function, shard_function)
     except Interrupted as stop:
         print(f"{stop}; it can go on from here", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    except DiskFullError as error:
+        print(error, file=sys.stderr)
+        if rank == 0 and not job.shard:  # the part of an artifact takes the room of error.json
+            shutil.rmtree(job.out, ignore_errors=True)
+        with contextlib.suppress(DiskFullError):  # then the exit code says what it can
+            write_error(job.work, error, rank)
+        sys.exit(EXIT_DISK_FULL)
     except BaseException as error:
-        _write_error(job, error, rank)
+        write_error(job.work, error, rank)
         raise
     finally:
         alive.close()
+
+
+def _do(job: Job, rank: int, function: StageFunction, shard_function: StageFunction | None) -> None:
+    if job.shard and shard_function is not None:
+        make_shard(job, shard_function)
+    elif rank == 0:
+        writer = ArtifactWriter(job.out)
+        finish(job, writer, function(job, writer))
+    else:
+        function(job, ArtifactWriter(job.work / f"rank-{rank}"))
 
 
 def command(stage: str, job_path: Path) -> list[str]:
@@ -145,7 +166,7 @@ def child_environment() -> dict[str, str]:
     """Return the environment of a process that finds this `llm` and ends with this process."""
     source = str(Path(__file__).parents[2])
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
-    own = {"PYTHONPATH": os.pathsep.join(paths), "FROMSCRATCH_PARENT_PID": str(os.getpid())}
+    own = {"PYTHONPATH": os.pathsep.join(paths), PARENT_PID: str(os.getpid())}
     return {**os.environ, **own}
 
 
@@ -169,8 +190,12 @@ def make_shard(job: Job, function: StageFunction) -> None:
     """
     who = f"{platform.node()}-{os.getpid()}"
     folder = job.out.with_name(f".{job.out.name}.{who}")
-    writer = ArtifactWriter(folder)
-    finish(job, writer, function(job, writer))
+    try:
+        writer = ArtifactWriter(folder)
+        finish(job, writer, function(job, writer))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     try:
         folder.rename(job.out)
     except OSError:
@@ -215,14 +240,35 @@ def provenance() -> dict[str, Json]:
     }
 
 
-def die_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when its parent is gone (Linux)."""
+def die_with_parent(*, saves_first: bool = False) -> None:
+    """Have the kernel end this process when its parent is gone (Linux).
+
+    At once: a library's call of minutes would keep a signal handler waiting. With `saves_first` by
+    SIGTERM, whose handler may save, and SECONDS_TO_SAVE_ALONE later whatever is left.
+    """
     if not sys.platform.startswith("linux"):
         return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    expected = os.environ.get("FROMSCRATCH_PARENT_PID")
-    if expected is not None and "RANK" not in os.environ and os.getppid() != int(expected):
+    parent = os.getppid()
+    number = signal.SIGTERM if saves_first else signal.SIGKILL
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
+    if saves_first:
+        watcher = threading.Thread(
+            target=_outlive, args=(parent,), name="parent-watch", daemon=True
+        )
+        watcher.start()
+    expected = os.environ.get(PARENT_PID)
+    if expected is not None and os.getppid() != int(expected):
         sys.exit(EXIT_INTERRUPTED)  # it was gone before the kernel was asked
+
+
+def _outlive(parent: int) -> None:
+    """End this process, with its group where it leads one, a while after its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(SECONDS_BETWEEN_PARENT_LOOKS)
+    time.sleep(SECONDS_TO_SAVE_ALONE)
+    if os.getpgrp() == os.getpid():  # its ranks would wait as long again
+        os.killpg(0, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -239,21 +285,6 @@ def _refuse_changed_code(job: Job) -> None:
             f"the code of {', '.join(changed)} changed after the run began, so its output would be"
             " filed under the old code; start the run again"
         )
-
-
-def _write_error(job: Job, error: BaseException, rank: int) -> None:
-    name = ERROR if rank == 0 else f"rank-{rank}-{ERROR}"
-    write_json_atomically(
-        job.work / name,
-        {
-            "type": type(error).__name__,
-            "message": str(error),
-            "is_user_error": isinstance(error, FromscratchError),
-            "is_transient": isinstance(error, ConnectionError | TimeoutError),
-            "traceback": "".join(traceback.format_exception(error)),
-            "rank": rank,
-        },
-    )
 
 
 def is_finished(out: Path) -> bool:

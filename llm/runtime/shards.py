@@ -29,9 +29,9 @@ from llm.artifact import (
     read_manifest,
     write_json_atomically,
 )
-from llm.errors import ArtifactError, DataError, StageError
+from llm.errors import ArtifactError, StageError
+from llm.runtime.failures import forget_errors, how_it_ended, read_failure
 from llm.runtime.job import (
-    ERROR,
     PROGRESS,
     Job,
     child_environment,
@@ -159,8 +159,8 @@ def _shard_job(job: Job, shard: Shard) -> Job:
 
 def _prepare(job: Job) -> None:
     """Write the job file of a shard, and forget what an earlier attempt reported."""
-    for stale in (ERROR, PROGRESS):
-        (job.work / stale).unlink(missing_ok=True)
+    forget_errors(job.work)
+    (job.work / PROGRESS).unlink(missing_ok=True)
     write_job(job.work / JOB, job)
 
 
@@ -223,14 +223,12 @@ def _do_in_processes(
                 if is_finished(job.work / "shards" / shard.name):
                     progress.finished(shard)
                     continue
-                _raise_error(job, shard)
+                code = process.returncode
+                _raise_failure(job, shard, code)
+                how = f"the process of shard {shard.name} {how_it_ended(code)}"
                 if attempt == MAX_ATTEMPTS:
-                    raise StageError(
-                        f"the process of shard {shard.name} ended {attempt} times with"
-                        f" {process.returncode} (-9 is what the kernel does when memory runs out);"
-                        " lower runtime.shard_workers"
-                    )
-                print(f"shard {shard.name}: ended with {process.returncode}, again", flush=True)
+                    raise StageError(f"{how}, {attempt} times; lower runtime.shard_workers")
+                print(f"{how}; it is started again", flush=True)
                 waiting.append((shard, attempt + 1))
     finally:
         end_processes(list(running))
@@ -262,20 +260,16 @@ def _leave_to_cluster(job: Job, missing: Sequence[Shard], progress: _Progress) -
                     left.remove(shard)
                     progress.finished(shard)
                 else:
-                    _raise_error(job, shard)
+                    _raise_failure(job, shard)
     finally:
         path.unlink(missing_ok=True)
 
 
-def _raise_error(job: Job, shard: Shard) -> None:
-    """Raise what the process of a shard wrote that it died of, if it did."""
-    try:
-        error = json.loads((shard_work(job.work / "shards", shard.name) / ERROR).read_bytes())
-    except FileNotFoundError:
-        return
-    if not error["is_user_error"]:
-        raise StageError(f"shard {shard.name} failed\n{error['traceback']}")
-    raise {"DataError": DataError}.get(error["type"], StageError)(error["message"])
+def _raise_failure(job: Job, shard: Shard, code: int | None = None) -> None:
+    """Raise why a shard failed, if it did; one that a signal ended may be done again."""
+    work = shard_work(job.work / "shards", shard.name)
+    if (failure := read_failure(work, code, f"shard {shard.name}")) is not None:
+        raise failure
 
 
 def _finished(folder: Path) -> FinishedShard:

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from llm.config import OptimizationConfig, RuntimeConfig
 from llm.errors import ConfigError, StageError
+from llm.runtime.failures import ERROR, forget_errors
 from llm.runtime.job import (
-    ERROR,
     EXIT_INTERRUPTED,
+    PARENT_PID,
     Job,
     StageFunction,
     die_with_parent,
@@ -37,7 +38,7 @@ from llm.runtime.job import (
     run_job,
 )
 
-RENDEZVOUS, LAUNCHER_PID = "FROMSCRATCH_RENDEZVOUS", "FROMSCRATCH_LAUNCHER_PID"
+RENDEZVOUS = "FROMSCRATCH_RENDEZVOUS"
 LOOPBACK = "lo" if sys.platform.startswith("linux") else "lo0"
 SECONDS_BETWEEN_LOOKS = 0.05
 SECONDS_TO_END = 20.0  # ranks of a failed group get this long before they are killed
@@ -60,12 +61,8 @@ def run_training_job(function: StageFunction) -> None:
         with contextlib.suppress(ConfigError):  # the stage itself reports it
             if (num_processes := place(job.runtime).num_processes) > 1:
                 _end_like(_launch(job, num_processes))
-    elif LAUNCHER_PID in os.environ:
-        die_with_parent()
-        if os.getppid() != int(os.environ[LAUNCHER_PID]):
-            sys.exit(EXIT_INTERRUPTED)  # the launcher died while this rank was starting
     try:
-        run_job(function)
+        run_job(function, saves_when_stopped=True)
     except SystemExit as end:
         _end_rank(end.code if isinstance(end.code, int) else 1)
         raise
@@ -198,9 +195,10 @@ def _launch(job: Job, num_processes: int) -> int:
 
     All have ended then. The code of one that a signal killed is minus the signal's number.
     """
-    die_with_parent()
+    die_with_parent(saves_first=True)
     job.work.mkdir(parents=True, exist_ok=True)
-    for leftover in (*job.work.glob("rendezvous-*"), *job.work.glob(f"*{ERROR}")):
+    forget_errors(job.work)
+    for leftover in job.work.glob("rendezvous-*"):
         leftover.unlink()
     rendezvous = job.work.resolve() / f"rendezvous-{uuid.uuid4().hex}"
     ranks: list[subprocess.Popen[bytes]] = []
@@ -229,8 +227,7 @@ def _launch(job: Job, num_processes: int) -> int:
         return EXIT_INTERRUPTED  # so early that the rank did not listen to signals yet
     own_error = job.work / (f"rank-{rank}-{ERROR}" if rank else ERROR)
     if code < 0 and not own_error.exists():
-        for consequence in job.work.glob(f"*{ERROR}"):
-            consequence.unlink()  # the others complain of the one that is gone
+        forget_errors(job.work)  # the others complain of the one that is gone
         name = signal.Signals(-code).name
         print(f"{job.stage}: rank {rank} of {num_processes} was killed by {name}", file=sys.stderr)
     return code
@@ -247,7 +244,7 @@ def _rank_environment(job: Job, rank: int, num_processes: int, rendezvous: Path)
         "GLOO_SOCKET_IFNAME": LOOPBACK,
         "NCCL_SOCKET_IFNAME": LOOPBACK,
         RENDEZVOUS: str(rendezvous),
-        LAUNCHER_PID: str(os.getpid()),
+        PARENT_PID: str(os.getpid()),
     }
 
 

@@ -1,8 +1,10 @@
 """Artifacts: digests are of bytes alone, and nothing half-written ever looks whole."""
 
+import errno
 import hashlib
 import json
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm import artifact
 from llm.artifact import (
     MANIFEST,
     ArtifactWriter,
@@ -20,7 +23,7 @@ from llm.artifact import (
     read_manifest,
     write_bytes_atomically,
 )
-from llm.errors import ArtifactError
+from llm.errors import ArtifactError, DiskFullError
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
@@ -83,6 +86,53 @@ def test_file_is_hashed_as_written_in_any_pieces(tmp_path: Path) -> None:
     manifest = writer.finish(stage="pack", summary={})
     assert manifest.files[0].sha256 == hashlib.sha256(data).hexdigest()
     assert (tmp_path / "a" / "deep" / "x").read_bytes() == data
+
+
+def test_every_folder_from_a_file_to_the_artifact_is_made_durable_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    fsync = artifact.fsync_folder
+
+    def fsync_and_note(folder: Path) -> None:
+        seen.append(folder.relative_to(tmp_path).as_posix())
+        fsync(folder)
+
+    monkeypatch.setattr(artifact, "fsync_folder", fsync_and_note)
+    writer = ArtifactWriter(tmp_path / "a")
+    for name in ("files/data/x/1.txt", "files/data/x/2.txt", "files/3.txt", "4.txt"):
+        writer.write_bytes(name, b"1")
+    writer.finish(stage="download", summary={})
+    assert seen[-1] == "a", "after the manifest's own rename"
+    assert sorted(seen) == ["a", "a/files", "a/files/data", "a/files/data/x"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.parametrize("num_bytes", [5000, 5_000_000])
+def test_full_disk_says_which_file_and_how_many_bytes_are_needed_and_free(
+    tmp_path: Path, num_bytes: int
+) -> None:
+    writer = ArtifactWriter(tmp_path / "a")
+    writer.write_bytes("x", b"whole")
+    (tmp_path / "a" / "y").symlink_to("/dev/full")
+    with pytest.raises(DiskFullError, match=rf"a/y: no space .* free, needed {num_bytes:,} more"):
+        writer.write_bytes("y", b"1" * num_bytes)
+    assert [record.path for record in writer.finish(stage="pack", summary={}).files] == ["x"]
+
+
+def test_full_disk_leaves_what_was_there_and_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "x"
+    write_bytes_atomically(path, b"old")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(DiskFullError, match="needed 3 more"):
+        write_bytes_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
 
 
 def test_folder_without_manifest_is_no_artifact(tmp_path: Path) -> None:

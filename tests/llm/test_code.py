@@ -1,7 +1,10 @@
 """The code digest follows what code does: not its comments, docstrings or layout."""
 
 import ast
+import gc
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -102,6 +105,27 @@ def test_digests_are_taken_once_in_a_process(package: Path) -> None:
     before = code_digests("pack")
     (package / "pack.py").write_text("changed = True\n")
     assert code_digests("pack") is before
+
+
+def test_tasks_that_start_together_may_ask_for_their_digests_together() -> None:
+    """CPython 3.11 counts the depth of its parser once for all threads."""
+    expected = code_digests("download")
+    code_digests.cache_clear()
+    code._digest_and_imports.cache_clear()
+    threshold = gc.get_threshold()
+
+    def let_others_run(phase: str, info: dict[str, int]) -> None:
+        time.sleep(0)
+
+    gc.callbacks.append(let_others_run)  # a collection in the middle of parsing
+    gc.set_threshold(50)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(code_digests, ["download"] * 4))
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(let_others_run)
+    assert found == [expected] * 4
 
 
 COVERED = Path(__file__).with_name("covered_modules.yaml")

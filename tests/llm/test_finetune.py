@@ -73,5 +73,5 @@ def test_a_damaged_base_is_refused_by_file(tmp_path: Path, inputs: dict[str, Pat
     process.communicate(timeout=60)
     assert process.returncode == 1
     error = json.loads((tmp_path / "work" / "error.json").read_text())
-    assert (error["type"], error["is_user_error"]) == ("ArtifactError", True)
+    assert (error["type"], error["traceback"]) == ("ArtifactError", "")
     assert "model.safetensors: no readable safetensors file" in error["message"]

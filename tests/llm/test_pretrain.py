@@ -308,7 +308,7 @@ def test_a_gpu_that_is_not_there_is_said_by_setting(
 ) -> None:
     assert run(tmp_path, inputs, device="cuda")[0] == 1
     error = json.loads((tmp_path / "work" / "error.json").read_text())
-    assert (error["type"], error["is_user_error"]) == ("ConfigError", True)
+    assert (error["type"], error["traceback"]) == ("ConfigError", "")
     assert error["message"].startswith("runtime.device: found cuda, but torch sees no GPU")
 
 

@@ -16,7 +16,15 @@ import pytest
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import RuntimeConfig
-from llm.errors import DataError, Interrupted, StageError
+from llm.errors import (
+    ArtifactError,
+    ConfigError,
+    DataError,
+    DiskFullError,
+    Interrupted,
+    PlaceError,
+    StageError,
+)
 from llm.runtime import job as job_module
 from llm.runtime import shards as shards_module
 from llm.runtime.job import Job, is_finished, make_shard
@@ -28,7 +36,7 @@ TOTAL = sum(shard.size for shard in SHARDS)
 STAGE = """
 import os, signal, sys, time
 from pathlib import Path
-from llm.errors import DataError
+from llm.errors import *
 from llm.runtime.job import run_job
 
 def part(job, writer):
@@ -164,26 +172,42 @@ def test_shard_killed_each_time_is_an_error_that_says_how_often(
         with (job.work / "tries").open("a") as file: file.write("x")
         if k == 1: os.kill(os.getpid(), signal.SIGKILL)
     """)
-    with pytest.raises(StageError, match=r"part-1 ended 3 times with -9 .*shard_workers"):
+    with pytest.raises(StageError, match=r"part-1 was killed by SIGKILL .*3 times.*shard_workers"):
         do_shards(a_job(tmp_path), never, SHARDS, "lines")
     tries = tmp_path / "work" / "shards" / "part-1.work" / "tries"
     assert len(tries.read_text()) == shards_module.MAX_ATTEMPTS
 
 
+@pytest.mark.parametrize(
+    "kind", [ArtifactError, ConfigError, DataError, DiskFullError, PlaceError, StageError]
+)
 def test_users_errors_of_a_shard_reach_the_stage_as_they_are(
+    kind: type[Exception], stage: Callable[..., Path], tmp_path: Path
+) -> None:
+    stage(f"if k == 1: raise {kind.__name__}('corpus.txt:3: no text there')")
+    with pytest.raises(kind) as caught:
+        do_shards(a_job(tmp_path), never, SHARDS, "lines")
+    assert type(caught.value) is kind
+    assert str(caught.value) == "corpus.txt:3: no text there"
+
+
+def test_shard_whose_process_ends_by_itself_and_says_nothing_is_not_tried_again(
     stage: Callable[..., Path], tmp_path: Path
 ) -> None:
-    stage("if k == 1: raise DataError('corpus.txt:3: no text there')")
-    with pytest.raises(DataError) as caught:
+    stage("""
+        with (job.work / "tries").open("a") as file: file.write("x")
+        if k == 1: os._exit(3)
+    """)
+    with pytest.raises(StageError, match="shard part-1 exited with 3"):
         do_shards(a_job(tmp_path), never, SHARDS, "lines")
-    assert str(caught.value) == "corpus.txt:3: no text there"
+    assert (tmp_path / "work" / "shards" / "part-1.work" / "tries").read_text() == "x"
 
 
 def test_bug_in_a_shard_arrives_with_its_traceback(
     stage: Callable[..., Path], tmp_path: Path
 ) -> None:
     stage("if k == 1: {}['missing']")
-    with pytest.raises(StageError, match=r"shard part-1 failed\n(?s:.*)KeyError: 'missing'"):
+    with pytest.raises(StageError, match=r"shard part-1 failed: KeyError(?s:.*)\['missing'\]"):
         do_shards(a_job(tmp_path), never, SHARDS, "lines")
 
 
@@ -349,7 +373,7 @@ def test_error_on_a_cluster_ends_the_stage_with_its_message(tmp_path: Path) -> N
     job = a_job(tmp_path, shard_runner="ray")
     errors: list[BaseException] = []
     stage = left_to_a_cluster(job, errors)
-    error = {"type": "DataError", "message": "a.txt:1: bad", "is_user_error": True, "traceback": ""}
+    error = {"type": "DataError", "message": "a.txt:1: bad", "traceback": ""}
     (shard_work(job.work / "shards", "part-2") / "error.json").write_text(json.dumps(error))
     stage.join(timeout=10)
     assert [str(error) for error in errors] == ["a.txt:1: bad"]

@@ -51,6 +51,18 @@ def test_second_run_builds_nothing(
     assert [o.digest for o in again.values()] == [o.digest for o in outcomes.values()]
 
 
+def test_first_hit_after_a_build_hashes_nothing(
+    sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards share files with the artifact: to remove such a link changes the file's time."""
+    shards = [*sources, "clean.shard_bytes=3000", "pack.shard_bytes=3000"]
+    tiny.build(tmp_path, shards, "pack corpus")
+    assert len(list(tmp_path.glob("pack/*/train/*"))) > 1
+    monkeypatch.setattr("tasks.store.file_sha256", lambda path: pytest.fail(f"{path} is hashed"))
+    again = tiny.build(tmp_path, shards, "pack corpus")
+    assert {outcome.status for outcome in again.values()} == {"cached"}
+
+
 def test_another_folder_gives_the_same_digests(
     built: tuple[Path, dict[str, tiny.Outcome]], sources: list[str], tmp_path: Path
 ) -> None:

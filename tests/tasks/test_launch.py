@@ -14,14 +14,31 @@ import psutil
 import pytest
 
 from llm.config import RuntimeConfig
-from llm.errors import DataError, Interrupted, StageError
+from llm.errors import (
+    ArtifactError,
+    ConfigError,
+    DataError,
+    DiskFullError,
+    Interrupted,
+    PlaceError,
+    StageError,
+    TransientError,
+)
 from llm.runtime.job import Job
 from tasks import launch as launch_module
-from tasks.launch import Progress, TransientError, launch
+from tasks.launch import Progress, launch
 
 
 @pytest.fixture
-def run_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Progress]]:
+def restarts() -> list[str]:
+    """Why the stage was started again, each time it was."""
+    return []
+
+
+@pytest.fixture
+def run_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: list[str]
+) -> Callable[..., list[Progress]]:
     """Run a stage whose body is given as text; return the progress it made."""
 
     def run(
@@ -30,7 +47,7 @@ def run_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         script = tmp_path / "stage.py"
         script.write_text(
             "import os, signal, time, json, sys\nfrom pathlib import Path\n"
-            "from llm.runtime.job import run_job\nfrom llm.errors import DataError\n"
+            "from llm.runtime.job import run_job\nfrom llm.errors import *\n"
             "def clean(job, writer):\n"
             + textwrap.indent(textwrap.dedent(body), "    ")
             + "\n    writer.write_bytes('x', b'1')\n    return {}\n"
@@ -53,6 +70,7 @@ def run_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
             is_training=True,
             on_progress=seen.append,
             should_stop=should_stop,
+            on_restart=restarts.append,
         )
         return seen
 
@@ -71,10 +89,24 @@ def test_finished_stage_leaves_an_artifact_and_its_progress_is_seen(
     assert (tmp_path / "staging" / "out" / "manifest.json").is_file()
 
 
-def test_user_error_arrives_without_a_traceback(run_stage: Callable[..., None]) -> None:
-    with pytest.raises(DataError) as caught:
-        run_stage("raise DataError('corpus.txt:3: no text there')")
+@pytest.mark.parametrize(
+    "kind", [ArtifactError, ConfigError, DataError, DiskFullError, PlaceError, StageError]
+)
+def test_user_error_arrives_as_it_was_raised_and_without_a_traceback(
+    kind: type[Exception], run_stage: Callable[..., None]
+) -> None:
+    with pytest.raises(kind) as caught:
+        run_stage(f"raise {kind.__name__}('corpus.txt:3: no text there')")
+    assert type(caught.value) is kind
     assert str(caught.value) == "clean: corpus.txt:3: no text there"
+
+
+def test_stage_that_ends_by_itself_and_says_nothing_is_not_started_again(
+    run_stage: Callable[..., None], restarts: list[str]
+) -> None:
+    with pytest.raises(StageError, match=r"clean exited with 3\n(?s:.*)last words(?s:.*)reproduce"):
+        run_stage("print('last words', flush=True); os._exit(3)")
+    assert not restarts
 
 
 def test_bug_arrives_with_its_own_traceback_and_how_to_reproduce_it(
@@ -92,8 +124,8 @@ def test_network_failure_is_told_apart(run_stage: Callable[..., None]) -> None:
         run_stage("raise ConnectionResetError('cut')")
 
 
-def test_stage_killed_by_a_signal_is_started_again(
-    run_stage: Callable[..., None], tmp_path: Path
+def test_stage_killed_by_a_signal_is_started_again_and_it_is_said(
+    run_stage: Callable[..., None], tmp_path: Path, restarts: list[str]
 ) -> None:
     run_stage("""
         mark = job.work / "was_here"
@@ -102,6 +134,7 @@ def test_stage_killed_by_a_signal_is_started_again(
             os.kill(os.getpid(), signal.SIGKILL)
     """)
     assert (tmp_path / "staging" / "out" / "manifest.json").is_file()
+    assert restarts == ["was killed by SIGKILL (which the kernel sends when memory runs out)"]
 
 
 def test_stage_killed_each_time_is_an_error_that_names_the_signal(
@@ -133,20 +166,35 @@ def test_stop_reaches_the_child_which_saves_first(
     assert (tmp_path / "staging" / "work" / "saved").exists()
 
 
-def test_hung_stage_is_stopped_and_started_again(
-    run_stage: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    "hangs", ["time.sleep(600)", "while True: job.raise_if_stopping()"], ids=["deaf", "obeys"]
+)
+def test_hung_stage_is_stopped_and_started_again_and_it_is_said(
+    hangs: str,
+    run_stage: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    restarts: list[str],
 ) -> None:
-    monkeypatch.setattr(launch_module, "SECONDS_TO_SAVE", 0.5)
+    monkeypatch.setattr(launch_module, "SECONDS_TO_SAVE", 0.5 if "sleep" in hangs else 60)
     run_stage(
-        """
+        f"""
         mark = job.work / "was_here"
         if not mark.exists():
             mark.touch()
-            time.sleep(600)
+            {hangs}
         """,
         stall_seconds=2,
     )
     assert (tmp_path / "staging" / "out" / "manifest.json").is_file()
+    assert len(restarts) == 1 and "reported nothing for 2 seconds" in restarts[0]
+
+
+def test_stage_that_hangs_each_time_is_an_error_that_names_the_setting(
+    run_stage: Callable[..., None],
+) -> None:
+    with pytest.raises(StageError, match=r"runtime\.stall_seconds.* was started 2 times"):
+        run_stage("while True: job.raise_if_stopping()", stall_seconds=1, max_restarts=1)
 
 
 def test_code_changed_after_the_key_was_taken_is_refused(tmp_path: Path) -> None:

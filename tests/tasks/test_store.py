@@ -1,9 +1,12 @@
 """The store: a hit is a hit only when every byte was seen to be whole; damage is set aside."""
 
+import contextlib
 import multiprocessing
 import os
 import random
+import threading
 import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -54,6 +57,58 @@ def test_published_artifact_is_found_again_by_its_key(store: Store) -> None:
 def test_same_bytes_under_two_keys_lie_there_once(store: Store) -> None:
     assert publish(store, parts(a=1), x=b"1") == publish(store, parts(a=2), x=b"1")
     assert len(store.artifacts(["pack"])) == 1
+
+
+def _publish_at_once(root: Path, number: int, barrier: Barrier) -> None:
+    """Publish the same bytes as another process, which is as far when the rename comes."""
+    rename = Path.rename
+
+    def meet_and_rename(path: Path, target: Path) -> Path:
+        if path.name == "out":
+            with contextlib.suppress(threading.BrokenBarrierError):
+                barrier.wait(timeout=2)  # in vain where the other waits for the lock
+        return rename(path, target)
+
+    Path.rename = meet_and_rename  # type: ignore[method-assign]
+    publish(Store(root), parts(a=number), x=b"1")
+
+
+def test_same_bytes_published_by_two_processes_at_once_lie_there_once(store: Store) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    processes = [
+        context.Process(target=_publish_at_once, args=(store.root, number, barrier))
+        for number in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(store.artifacts(["pack"])) == 1
+    assert store.find(parts(a=0)) is not None and store.find(parts(a=1)) is not None
+
+
+def test_damage_that_two_see_at_once_is_set_aside_once_and_what_was_made_again_stays(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = publish(store, parts(a=1), x=b"hello")
+    (folder / "x").write_bytes(b"jello")
+    verify = Store.verify
+
+    def verify_while_another_makes_it_again(self: Store, path: Path) -> None:
+        try:
+            verify(self, path)
+        except ArtifactError:
+            monkeypatch.setattr(Store, "verify", verify)
+            publish(store, parts(a=2), x=b"hello")
+            raise
+
+    monkeypatch.setattr(Store, "verify", verify_while_another_makes_it_again)
+    assert store.find(parts(a=1)) is None
+    assert len(list((store.root / "damaged").iterdir())) == 1
+    assert (folder / "x").read_bytes() == b"hello"
+    assert store.find(parts(a=1)) is not None
 
 
 @pytest.mark.parametrize("seed", range(40))
