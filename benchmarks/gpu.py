@@ -4,9 +4,10 @@ up brings.
     python benchmarks/gpu.py [--seconds 15] [--rows-per-step 128] [--micro-batch-rows 16]
 
 Context 1024, random tokens: speed does not depend on them. Every rung keeps what the ones before it
-gained. The plain rungs are a loop written here, which reads the loss after every step; the last is
-the project's own, with kernels that add in a fixed order. Tokens/s is over whole steps after a
-warm-up; MFU is defined in llm/monitoring/throughput.py, with the peak of the rung's precision.
+gained. The plain rungs are a loop written here, which reads the loss after every step; the last two
+are the project's own, as it trains by default and with `runtime.deterministic=always`: the gain of
+that rung is the price of the same bits every time. Tokens/s is over whole steps after a warm-up;
+MFU is defined in llm/monitoring/throughput.py, with the peak of the rung's precision.
 Needs torch, accelerate, safetensors, tokenizers, numpy, yaml and a CUDA device, nothing else.
 """
 
@@ -82,6 +83,8 @@ class Rung:
     """Logits and loss chunk by chunk, and so a micro-batch twice as large."""
     is_project: bool = False
     """The project's loop: the host is a step ahead of the device."""
+    is_deterministic: bool = False
+    """Only kernels that add in a fixed order."""
 
 
 def ladder() -> list[Rung]:
@@ -95,6 +98,7 @@ def ladder() -> list[Rung]:
         ("torch.compile", {"is_compiled": True}),
         ("chunked loss, twice the micro-batch", {"has_chunked_loss": True}),
         ("the project's loop", {"is_project": True}),
+        ("deterministic=always", {"is_deterministic": True}),
     ):
         rungs.append(replace(rungs[-1], name=name, **change))
     return rungs
@@ -149,7 +153,12 @@ def project_steps(rung: Rung, size: Size, rows: Rows, device: torch.device) -> I
         num_steps=1_000_000, rows_per_step=size.rows_per_step, precision=rung.precision
     )
     kind = "cuda" if device.type == "cuda" else "cpu"
-    accelerator = make_accelerator(RuntimeConfig(device=kind, num_processes=1), config)
+    runtime = RuntimeConfig(
+        device=kind,
+        num_processes=1,
+        deterministic="always" if rung.is_deterministic else "never",
+    )
+    accelerator = make_accelerator(runtime, config)
     model = make_model(size)
     module = ModelWithLoss(model)
     if rung.is_compiled:

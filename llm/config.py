@@ -493,11 +493,19 @@ class RuntimeConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: every visible GPU, else the CPU."""
     num_processes: Count = 0
-    """Training processes; 0 is one per visible GPU, or one on a machine without any."""
+    """Training processes; 0 is one per visible GPU, or one on a machine without any. Where they do
+    not divide rows_per_step, some learn from a row less in each step.
+    """
     micro_batch_rows: Count = 0
-    """Rows in one forward pass of one process; 0 takes what rows_per_step gives each process."""
+    """At most so many rows in one forward pass of one process; 0: as many as there is memory for.
+    Where that does not divide a process's rows, its passes are of a smaller, equal size.
+    """
     compile: Literal["auto", "always", "never"] = "auto"
     """torch.compile: auto compiles on a GPU, where minutes of training win back its start-up."""
+    deterministic: Literal["auto", "always", "never"] = "auto"
+    """Use only kernels that add in a fixed order, so that the same training, resumed or not, gives
+    the same bits on the same kind of device. auto: on a CPU, where it costs nothing, not on a GPU.
+    """
     recomputes_activations: bool = False
     """Keep only what enters each block and compute the rest again: less memory, a third slower."""
     num_threads: Count = 0
@@ -743,12 +751,6 @@ def _cross_checks(config: RunConfig) -> list[str]:
             problems.append(
                 f"{stage}.warmup_steps: found {section.warmup_steps}, expected less than"
                 f" {stage}.num_steps = {section.num_steps}"
-            )
-        processes = config.runtime.num_processes
-        if processes and section.rows_per_step % processes:
-            problems.append(
-                f"{stage}.rows_per_step: found {section.rows_per_step}, expected a multiple of"
-                f" runtime.num_processes = {processes}"
             )
     for slot in ("corpus", "chats"):
         mixture: MixtureConfig = getattr(config.download, slot)

@@ -37,7 +37,7 @@ class Batch:
     """
 
     def rows(self, start: int, count: int) -> "Batch":
-        """Return the `count` rows from `start` on, fewer at the end."""
+        """Return the `count` rows from `start` on."""
         documents = self.document_ids
         return Batch(
             inputs=self.inputs[start : start + count],
@@ -135,34 +135,60 @@ def batches_of_steps(
     micro_batch_rows: int,
     device: torch.device,
 ) -> Generator[StepBatches]:
-    """Yield, step after step, what one process learns from: its slice of the step's rows.
+    """Yield, step after step, what one process learns from: its share of the step's sequences.
+
+    Every process makes as many passes as the one with the largest share, all of one shape: a
+    compiled model compiles once, and no process waits for gradients that another never sends. Where
+    a pass is not full, other sequences of the step fill it, with no position to learn from.
 
     A thread reads ahead, rows of many small steps at once, and starts their way to the device.
     What is yielded does not depend on it. It ends when this generator is closed.
     """
-    per_process = config.rows_per_step // num_processes
-    steps_at_once = max(1, TOKENS_AT_ONCE // (per_process * rows.seq_len))
+    share = share_of(config.rows_per_step, process, num_processes)
+    largest = len(share_of(config.rows_per_step, num_processes - 1, num_processes))
+    num_read = -(-largest // micro_batch_rows) * micro_batch_rows
+    indices = np.minimum(share.start + np.arange(num_read), config.rows_per_step - 1)
+    steps_at_once = max(1, TOKENS_AT_ONCE // (num_read * rows.seq_len))
 
     def read() -> Iterator[_Read]:
         for start in range(first_step, config.num_steps, steps_at_once):
             steps = np.arange(start, min(start + steps_at_once, config.num_steps))
-            firsts = steps * config.rows_per_step + process * per_process
-            samples = (firsts[:, None] + np.arange(per_process)).ravel()
+            samples = (steps[:, None] * config.rows_per_step + indices).ravel()
             batch = objective(rows.read(sample_rows(seed, samples, rows.num_rows)), samples)
-            is_target = (batch.targets != IGNORED).view(len(steps), -1)
-            yield _Read(batch, is_target.sum(dim=1).tolist())
+            targets = batch.targets.unflatten(0, (len(steps), num_read))
+            targets[:, len(share) :] = IGNORED
+            num_targets = (targets != IGNORED).sum(dim=(1, 2))
+            yield _Read(batch, num_targets.tolist())
 
     on_device = read() if device.type == "cpu" else _sent(read(), device)
     with closing(made_ahead(on_device, READS_AHEAD)) as reads:
         for found in reads:
             batch = found.arrived()
             for number, num_targets in enumerate(found.num_targets):
-                mine = batch.rows(number * per_process, per_process)
-                starts = range(0, per_process, micro_batch_rows)
+                starts = range(number * num_read, (number + 1) * num_read, micro_batch_rows)
                 yield StepBatches(
-                    micro_batches=[mine.rows(start, micro_batch_rows) for start in starts],
+                    micro_batches=[batch.rows(start, micro_batch_rows) for start in starts],
                     num_targets=num_targets,
                 )
+
+
+def share_of(num_sequences: int, process: int, num_processes: int) -> range:
+    """Return which of a step's sequences a process learns from. Shares differ by one at most, and
+    the last process has a largest one.
+    """
+    return range(
+        process * num_sequences // num_processes, (process + 1) * num_sequences // num_processes
+    )
+
+
+def even_size(num_sequences: int, room: int) -> int:
+    """Return how many sequences a pass takes, at most `room`, so that all passes take as many.
+
+    Of the sizes over half of what there is room for, the one that leaves the least of the last pass
+    empty; the largest of these. So it divides `num_sequences` wherever such a size does.
+    """
+    room = min(room, num_sequences)
+    return min(range(room // 2 + 1, room + 1), key=lambda size: (-num_sequences % size, -size))
 
 
 def sample_rows(seed: int, samples: npt.NDArray[np.int64], num_rows: int) -> npt.NDArray[np.int64]:

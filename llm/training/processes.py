@@ -131,6 +131,7 @@ def make_accelerator(runtime: RuntimeConfig, config: OptimizationConfig) -> Acce
     torch.set_num_threads(runtime.num_threads or _threads_per_process(local_processes))
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]  # they would decide over precision and gradients beside the settings
+    _use_fixed_order(runtime, placement.device)
     if not is_cpu:
         _prepare_gpu(config)
     if "RANK" in os.environ and not torch.distributed.is_initialized():
@@ -173,15 +174,24 @@ def sum_on_devices(accelerator: Accelerator, number: Tensor) -> Tensor:
     return cast(Tensor, accelerator.reduce(number, reduction="sum"))
 
 
+def _use_fixed_order(runtime: RuntimeConfig, device: Literal["cpu", "cuda"]) -> None:
+    """Have torch take only kernels that add in a fixed order, or any, as the settings say."""
+    is_on = {"always": True, "never": False, "auto": device == "cpu"}[runtime.deterministic]
+    if device == "cuda" or runtime.compile == "always":
+        torch.use_deterministic_algorithms(is_on)  # the compiler's choices as well
+    else:  # the same without importing the compiler, which takes 2 s
+        torch.set_deterministic_debug_mode("error" if is_on else "default")
+    if is_on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        # that would also fill every new tensor, to show bugs, at a kernel each
+        vars(torch.utils)["deterministic"].fill_uninitialized_memory = False
+
+
 def _prepare_gpu(config: OptimizationConfig) -> None:
-    """Take this process's GPU, and kernels that add in a fixed order: the same bits every time."""
+    """Take this process's GPU."""
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if config.precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise ConfigError("precision: found bf16, which this GPU does not have; use fp16 or fp32")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    torch.use_deterministic_algorithms(True)
-    # that would also fill every new tensor, to show bugs, at a kernel each
-    vars(torch.utils)["deterministic"].fill_uninitialized_memory = False
 
 
 def _threads_per_process(num_processes: int) -> int:

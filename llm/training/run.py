@@ -3,6 +3,7 @@ steps.
 """
 
 import math
+import sys
 from collections.abc import Generator, Mapping
 from contextlib import closing, suppress
 from functools import partial
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from llm.artifact import ArtifactWriter, Json
 from llm.config import OptimizationConfig, RuntimeConfig
 from llm.data.rows import Rows
-from llm.errors import ConfigError, DataError, Interrupted
+from llm.errors import DataError, Interrupted
 from llm.model.loss import ModelWithLoss
 from llm.model.masking import Masking
 from llm.model.precision import fp32_products
@@ -28,7 +29,7 @@ from llm.seeds import derive_seed
 from llm.storage.file_cache import file_cache
 from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.load import load_tokenizer
-from llm.training.batches import MaskedTokens, NextToken
+from llm.training.batches import MaskedTokens, NextToken, even_size
 from llm.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from llm.training.loop import Step, Training, TrainState, divergence, training_steps
 from llm.training.optimizers import Optimizer, make_optimizer
@@ -79,6 +80,7 @@ def train(
         "val_loss": validation.loss,
         **{f"val_{name}": value for name, value in validation.figures.items()},
         "throughput_device": run.device_name,
+        "throughput_processes": run.accelerator.num_processes,
         "throughput_flops_per_token": run.flops_per_token,
         "throughput_peak_teraflops": run.peak / TERA if run.peak else "unknown",
     }
@@ -101,7 +103,7 @@ def _train(job: Job, run: "_Run") -> Validation | None:
                 validation = run.validate()
             if run.is_writer:
                 with suppress(Interrupted):  # stopping is agreed on by all processes, in the loop
-                    job.report_progress(step.step, run.num_steps, "steps")
+                    job.report_progress(step.step, run.num_steps, run.unit)
     return validation
 
 
@@ -118,7 +120,6 @@ class _Run:
         self.is_writer = self.accelerator.is_main_process
         self.tokenizer = load_tokenizer(tokenizer_folder)
         rows, self._validation_rows = _open_rows(job, model, self.tokenizer)
-        _check_rows_per_step(job.stage, config, self.accelerator)
         rows.fetch(self._report_fetching)
         self.flops_per_token = flops_per_token(model)
         self.peak = peak_flops(device, config.precision)
@@ -134,9 +135,14 @@ class _Run:
             config=config,
             stage=job.stage,
             seed=derive_seed(job.seed, job.stage, "rows"),
-            micro_batch_rows=job.runtime.micro_batch_rows
-            or _micro_batch_rows(model, self.accelerator, config),
+            micro_batch_rows=_micro_batch_rows(
+                model, self.accelerator, config, job.runtime.micro_batch_rows
+            ),
         )
+        idle_share = _idle_share(config, self.accelerator.num_processes)
+        self.unit = "steps" if not idle_share else f"steps ({idle_share:.0%} of all devices idle)"
+        if self.is_writer and idle_share:
+            print(_uneven(job.stage, config, self.accelerator.num_processes), file=sys.stderr)
         self._checkpoints = job.work / "checkpoints"
         self.state = _resume(self.accelerator, self._checkpoints, model, self._training.optimizer)
         self._metrics = MetricsFile(job.work / METRICS, self.state.step) if self.is_writer else None
@@ -212,7 +218,7 @@ class _Run:
             self.tokenizer.token_bytes,
             precision=self._config.precision,
             num_rows=self._job.runtime.validation_rows,
-            micro_batch_rows=self._training.micro_batch_rows,
+            room=self._training.micro_batch_rows,
         )
         if not math.isfinite(found.loss):
             what = f"a validation loss of {found.loss}"
@@ -294,18 +300,10 @@ def _open_rows(job: Job, model: Transformer, tokenizer: Tokenizer) -> tuple[Rows
     return splits
 
 
-def _check_rows_per_step(stage: str, config: OptimizationConfig, accelerator: Accelerator) -> None:
-    if config.rows_per_step % accelerator.num_processes:
-        raise ConfigError(
-            f"{stage}.rows_per_step: found {config.rows_per_step}, expected a multiple of the"
-            f" number of processes, {accelerator.num_processes}"
-        )
-
-
 def _micro_batch_rows(
-    model: Transformer, accelerator: Accelerator, config: OptimizationConfig
+    model: Transformer, accelerator: Accelerator, config: OptimizationConfig, room: int = 0
 ) -> int:
-    """Return as many rows as a process has in a step, or as there is room for.
+    """Return how many rows each pass takes: at most `room`; 0 is what the memory has room for.
 
     A layer keeps about 10 tensors of the model's width and 4 of the feed-forward's; what it keeps
     in 16 bits is taken for 32. Logits do not count: they never stand in memory whole.
@@ -316,4 +314,22 @@ def _micro_batch_rows(
     if accelerator.device.type == "cuda":
         memory_bytes = torch.cuda.get_device_properties(accelerator.device).total_memory
         room_bytes = int(ACTIVATION_SHARE * memory_bytes)
-    return min(config.rows_per_step // accelerator.num_processes, max(1, room_bytes // row_bytes))
+    largest_share = -(-config.rows_per_step // accelerator.num_processes)
+    return even_size(largest_share, room or max(1, room_bytes // row_bytes))
+
+
+def _idle_share(config: OptimizationConfig, num_processes: int) -> float:
+    """Return the share of all processes' time in which some wait for those with a row more."""
+    largest_share = -(-config.rows_per_step // num_processes)
+    return 1 - config.rows_per_step / (largest_share * num_processes)
+
+
+def _uneven(stage: str, config: OptimizationConfig, num_processes: int) -> str:
+    """Say what shares that differ cost, and how to avoid it."""
+    largest_share = -(-config.rows_per_step // num_processes)
+    return (
+        f"{stage}.rows_per_step: {config.rows_per_step} rows among {num_processes} processes: some"
+        f" learn from {largest_share} in each step, some from fewer and wait, which is"
+        f" {_idle_share(config, num_processes):.0%} of the time of all. As fast:"
+        f" runtime.num_processes={-(-config.rows_per_step // largest_share)}"
+    )

@@ -19,7 +19,7 @@ from llm.model.loss import IGNORED, ModelWithLoss
 from llm.model.masking import fill_in
 from llm.model.precision import Precision, autocast
 from llm.model.transformer import Transformer
-from llm.training.batches import Batch, MaskedTokens, NextToken
+from llm.training.batches import Batch, MaskedTokens, NextToken, even_size
 from llm.training.processes import sum_over_processes
 
 
@@ -46,10 +46,10 @@ def validate(
     *,
     precision: Precision,
     num_rows: int,
-    micro_batch_rows: int,
+    room: int,
 ) -> Validation:
-    """Measure the first `num_rows` rows, a part on each process. Packing has shuffled the
-    documents.
+    """Measure the first `num_rows` rows, a part on each process, at most `room` at once. Packing
+    has shuffled the documents.
 
     What is hidden in a row follows from its number, so it is the same in every validation.
 
@@ -63,9 +63,13 @@ def validate(
     ]
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     model_with_loss.eval()
-    for start in range(0, len(mine), micro_batch_rows):
-        some = mine[start : start + micro_batch_rows]
-        batch = objective(rows.read(some), some).to(device)
+    size = even_size(len(mine), room) if len(mine) else 1
+    for start in range(0, len(mine), size):
+        some = mine[start : start + size]
+        filled = np.pad(some, (0, size - len(some)), mode="edge")  # one shape is compiled once
+        batch = objective(rows.read(filled), filled)
+        batch.targets[len(some) :] = IGNORED
+        batch = batch.to(device)
         with autocast(precision, device.type):
             if isinstance(objective, NextToken):
                 sums += _predicted(model_with_loss, batch, bytes_of)

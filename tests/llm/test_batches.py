@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.config import OptimizationConfig
+from llm.config import OptimizationConfig, load_config, recipe_names
 from llm.data.rows import RowArrays, Rows, row_order
-from llm.training.batches import NextToken, batches_of_steps
+from llm.training.batches import NextToken, batches_of_steps, even_size, share_of
 
 
 class NumberedRows:
@@ -31,26 +31,26 @@ class NumberedRows:
         return RowArrays(tokens, mask, np.zeros_like(tokens))
 
 
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(
     num_rows=st.integers(1, 12),
-    num_processes=st.sampled_from([1, 2, 3]),
-    micro_batch_rows=st.integers(1, 7),
+    num_processes=st.integers(1, 8),
+    room=st.integers(1, 7),
     tokens_at_once=st.integers(1, 200),
     first_step=st.integers(0, 9),
 )
 def test_steps_are_the_slices_of_one_sequence_however_they_are_read(
-    num_rows: int,
-    num_processes: int,
-    micro_batch_rows: int,
-    tokens_at_once: int,
-    first_step: int,
+    num_rows: int, num_processes: int, room: int, tokens_at_once: int, first_step: int
 ) -> None:
     """The oracle holds the whole sequence: epoch after epoch, each a permutation."""
     config = OptimizationConfig(num_steps=9, rows_per_step=6)
     epochs = [row_order(7, epoch, np.arange(num_rows), num_rows) for epoch in range(9 * 6)]
-    sequence = np.concatenate(epochs)[: 9 * 6].reshape(9, num_processes, -1)
+    expected = np.concatenate(epochs)[: 9 * 6].reshape(9, 6)[first_step:]
     rows = NumberedRows(num_rows)
+    size = even_size(-(-6 // num_processes), room)
+    found: list[list[list[int]]] = [[] for _ in expected]
+    num_targets = [0 for _ in expected]
+    shapes: set[tuple[int, int]] = set()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llm.training.batches.TOKENS_AT_ONCE", tokens_at_once)
         for process in range(num_processes):
@@ -62,14 +62,50 @@ def test_steps_are_the_slices_of_one_sequence_however_they_are_read(
                 first_step=first_step,
                 process=process,
                 num_processes=num_processes,
-                micro_batch_rows=micro_batch_rows,
+                micro_batch_rows=size,
                 device=torch.device("cpu"),
             )
-            expected = sequence[first_step:, process]
-            for step, row_numbers in zip(steps, expected, strict=True):
-                sizes = [len(batch.inputs) for batch in step.micro_batches]
-                assert sum(sizes) == 6 // num_processes and set(sizes[:-1]) <= {micro_batch_rows}
+            for number, step in enumerate(steps):
+                shapes |= {(len(step.micro_batches), len(b.inputs)) for b in step.micro_batches}
                 inputs = torch.cat([batch.inputs for batch in step.micro_batches])
                 targets = torch.cat([batch.targets for batch in step.micro_batches])
-                assert inputs.tolist() == rows.read(row_numbers).tokens[:, :-1].tolist()
+                is_learned = (targets != -100).any(dim=1)  # each of these rows has a target
+                found[number] += inputs[is_learned].tolist()
+                num_targets[number] += step.num_targets
                 assert step.num_targets == int((targets != -100).sum())
+    assert found == [rows.read(numbers).tokens[:, :-1].tolist() for numbers in expected]
+    assert num_targets == [int(rows.read(numbers).mask.sum()) for numbers in expected]
+    assert len(shapes) == min(1, len(expected)), "as many passes everywhere, all of one shape"
+    assert all(height <= room for _, height in shapes)
+
+
+@given(share=st.integers(1, 600), room=st.integers(1, 600))
+def test_an_even_size_fits_wastes_little_and_takes_few_passes(share: int, room: int) -> None:
+    size = even_size(share, room)
+    passes = -(-share // size)
+    assert size <= room
+    assert passes <= 2 * -(-share // room)
+    divisors = [each for each in range(1, room + 1) if share % each == 0 and 2 * each > room]
+    assert size == min(share, room) if share <= room else not divisors or size == max(divisors)
+    assert passes * size - share < passes, "less than one sequence of padding a pass"
+
+
+@pytest.mark.parametrize(
+    ("share", "room", "expected"),
+    [(512, 50, 32), (512, 28, 16), (64, 28, 16), (512, 8, 8), (509, 50, 34), (7, 100, 7)],
+)
+def test_even_sizes_of_known_machines(share: int, room: int, expected: int) -> None:
+    assert even_size(share, room) == expected
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_every_recipe_trains_on_1_to_8_devices(recipe: str, stage: str) -> None:
+    """Each process has a share, the shares are the step, and none is longer by two."""
+    num_sequences = getattr(load_config(recipe), stage).rows_per_step
+    for num_processes in range(1, 9):
+        load_config(recipe, [f"runtime.num_processes={num_processes}"])
+        shares = [share_of(num_sequences, rank, num_processes) for rank in range(num_processes)]
+        assert [index for share in shares for index in share] == list(range(num_sequences))
+        assert len(shares[0]) > 0
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -53,7 +53,6 @@ def test_override_beats_recipe_beats_default(tmp_path: Path) -> None:
         ("download.corpus.kind=files", "download.corpus.path: empty"),
         ("download.chats.kind=hub", "download.chats.hub_revision: found ''"),
         ("download.chats.url=ftp://x", None),
-        ("runtime.num_processes=3", "pretrain.rows_per_step"),
         ("download.corpus.sources.0.kind=files", "download.corpus.sources.0.path: empty"),
         ("download.corpus.sources.1.kind=files", "expected a list of sections, numbered from 0"),
         ("download.corpus.sources=[{weight: 0}]", "download.corpus.sources.0.weight: found 0.0"),

@@ -104,7 +104,7 @@ def check(model: Transformer, rows: Rows, tokenizer: ByteLevelBPE, **more: Any) 
         tokenizer.token_bytes,
         precision="fp32",
         num_rows=5,
-        micro_batch_rows=more.get("micro_batch_rows", 2),
+        room=more.get("room", 2),
     )
 
 
@@ -492,13 +492,13 @@ def test_masking_documents_changes_what_is_learned(
 
 
 @pytest.mark.parametrize("kind", ["text", "chats"])
-@pytest.mark.parametrize("micro_batch_rows", [2, 100])
+@pytest.mark.parametrize("room", [2, 3, 100])
 def test_validation_equals_sums_by_hand(
-    kind: str, micro_batch_rows: int, request: pytest.FixtureRequest, tokenizer: ByteLevelBPE
+    kind: str, room: int, request: pytest.FixtureRequest, tokenizer: ByteLevelBPE
 ) -> None:
     rows = Rows(request.getfixturevalue(kind), "validation")
     model = tiny_model()
-    found = check(model, rows, tokenizer, micro_batch_rows=micro_batch_rows)
+    found = check(model, rows, tokenizer, room=room)
     nats, text_nats, num_targets, num_bytes = 0.0, 0.0, 0, 0
     for row in range(5):
         arrays = rows.read([row])

@@ -312,6 +312,21 @@ def test_a_gpu_that_is_not_there_is_said_by_setting(
     assert error["message"].startswith("runtime.device: found cuda, but torch sees no GPU")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_training_on_a_gpu_resumes_to_the_same_bits_where_that_is_asked_for(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    settings = {"model": replace(TINY, num_heads=2, num_kv_heads=1)}
+    runtime = {"device": "cuda", "num_processes": 1, "deterministic": "always"}
+    assert run(tmp_path, inputs, settings, **runtime)[0] == 0
+    expected = digest(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "work" / "checkpoints" / "step-00000008")
+    assert run(tmp_path, inputs, settings, **runtime)[0] == 0
+    assert digest(tmp_path) == expected
+
+
 def test_rows_of_another_tokenizer_are_refused_before_training(
     tmp_path: Path, inputs: dict[str, Path], corpus: list[str]
 ) -> None:
@@ -405,12 +420,47 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path, inputs: dict[st
 
 
 @pytest.mark.distributed
-def test_rows_that_do_not_divide_among_processes_are_refused(
+@pytest.mark.parametrize("num_processes", [2, 3, 4])
+def test_rows_that_divide_neither_among_processes_nor_into_passes_train_as_on_one(
+    num_processes: int, tmp_path: Path, inputs: dict[str, Path], of_seven_rows: Path
+) -> None:
+    runtime = {"num_processes": num_processes, "micro_batch_rows": 2}
+    code, errors = run(tmp_path, inputs, {"rows_per_step": 7}, **runtime)
+    assert code == 0, errors
+    expected, found = summary(of_seven_rows), summary(tmp_path)
+    assert found["throughput_processes"] == num_processes
+    assert found["num_tokens"] == expected["num_tokens"] == 8 * 7 * SEQ_LEN
+    for name in ("train_loss", "val_loss", "val_bits_per_byte"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-6)
+    for mine, theirs in zip(points(tmp_path), points(of_seven_rows), strict=True):
+        assert (mine["step"], mine["tokens"]) == (theirs["step"], theirs["tokens"])
+        assert mine["metrics"] == pytest.approx(theirs["metrics"], rel=1e-5)
+        for name in mine["metrics"].keys() & {"train/loss", "val/loss"}:
+            assert mine["metrics"][name] == pytest.approx(theirs["metrics"][name], rel=1e-6)
+    assert f"pretrain.rows_per_step: 7 rows among {num_processes} processes" in errors
+
+
+@pytest.mark.distributed
+def test_a_process_without_a_row_of_its_own_trains_with_the_others(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
-    assert run(tmp_path, inputs, {"rows_per_step": 7}, num_processes=2)[0] == 1
-    error = json.loads((tmp_path / "work" / "error.json").read_text())
-    assert "pretrain.rows_per_step: found 7, expected a multiple" in error["message"]
+    settings = {"rows_per_step": 2, "num_steps": 4}
+    assert run(tmp_path / "one", inputs, settings)[0] == 0
+    code, errors = run(tmp_path / "three", inputs, settings, num_processes=3)
+    assert code == 0, errors
+    expected, found = summary(tmp_path / "one"), summary(tmp_path / "three")
+    assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-6)
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def of_seven_rows(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Path]) -> Path:
+    """A training of seven rows a step, in one process and one pass."""
+    folder = tmp_path_factory.mktemp("seven")
+    code, errors = run(folder, inputs, {"rows_per_step": 7})
+    assert code == 0, errors
+    assert "rows among" not in errors
+    return folder
 
 
 def rank_pids(process: subprocess.Popen[str]) -> list[int]:

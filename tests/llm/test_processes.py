@@ -4,14 +4,17 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 
 from llm.config import OptimizationConfig, RuntimeConfig
 from llm.errors import ConfigError
 from llm.tokenizer.base import TOKENIZER_JSON
 from llm.tokenizer.bpe import ByteLevelBPE
+from llm.training import processes
 from llm.training.processes import Placement, make_accelerator, place, sum_over_processes
 from tests.llm.training_setup import (
     forget_accelerator,
@@ -64,6 +67,40 @@ def test_the_environment_decides_nothing_that_the_settings_do(
     accelerator = make_accelerator(RuntimeConfig(device="cpu"), OptimizationConfig())
     assert accelerator.gradient_accumulation_steps == 1
     assert accelerator.mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("device", "setting", "expected"),
+    [
+        ("cpu", "auto", True),
+        ("cuda", "auto", False),
+        ("cuda", "always", True),
+        ("cpu", "never", False),
+        ("cuda", "never", False),
+    ],
+)
+def test_sums_have_a_fixed_order_on_a_cpu_and_elsewhere_where_it_is_asked_for(
+    device: Any, setting: Any, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default" if expected else "error")
+    try:
+        processes._use_fixed_order(RuntimeConfig(deterministic=setting), device)
+        assert torch.are_deterministic_algorithms_enabled() == expected
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == expected
+        if device == "cuda":
+            assert inductor_config.deterministic == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode(before)
+
+
+def test_a_training_on_a_cpu_adds_in_a_fixed_order() -> None:
+    forget_accelerator()
+    torch.set_deterministic_debug_mode("default")
+    make_accelerator(RuntimeConfig(device="cpu"), OptimizationConfig())
+    assert torch.are_deterministic_algorithms_enabled()
 
 
 def test_sums_of_one_process_are_its_numbers() -> None:
