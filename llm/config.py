@@ -290,7 +290,7 @@ class TrainTokenizerConfig:
 
     kind: Literal["bpe", "gpt2", "sentencepiece", "characters", "bytes"] = "bpe"
     """bpe: byte-level byte-pair encoding; gpt2: the same as published, nothing is learned;
-    sentencepiece: learned and run by the library of that name; characters: an id for each character
+    sentencepiece: pieces, learned by the library of that name; characters: an id for each character
     of the training documents; bytes: an id for each of the 256.
     """
     vocab_size: Annotated[int, Range(minimum=264, maximum=1_000_000)] = 4096

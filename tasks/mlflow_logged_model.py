@@ -64,13 +64,12 @@ def _save(path: Path, model: "LoggedModel", folder: Path, *, is_chat: bool) -> N
     from mlflow import pyfunc
     from mlflow.models import Model
 
-    optional = ["sentencepiece"] if (folder / "tokenizer.model").is_file() else []
     pyfunc.save_model(
         path,
         python_model=str(CODE),
         artifacts={"model": str(folder)},
         code_paths=[str(Path(llm.__file__).parent)],
-        pip_requirements=[_pinned(name) for name in (*REQUIREMENTS, *optional)],
+        pip_requirements=[_pinned(name) for name in REQUIREMENTS],
         signature=_signature(),
         input_example=pandas.DataFrame({"prompt": ["Once upon a time"]}),
         model_config={"is_chat": is_chat},

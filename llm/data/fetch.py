@@ -4,33 +4,28 @@ What has come lies in a partial file that outlives kills; the next try asks for 
 Nothing but http and https is spoken, also across redirects. The caller sees progress as values.
 """
 
-import base64
 import contextlib
 import http.client
-import ipaddress
 import json
 import os
 import re
 import shutil
-import socket
 import ssl
-import threading
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from llm.artifact import file_sha256, write_json_atomically
+from llm.data.connecting import Names, deadline, find_route, shown
 from llm.errors import DataError
 
 BLOCK_BYTES = 1 << 20
 REDIRECTS = (301, 302, 303, 307, 308)
 RETRYABLE = (408, 425, 429, 500, 502, 503, 504)
 MAX_REDIRECTS = 10
-PATH_CHARACTERS = "/%:@!$&'()*+,;=~?"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +93,7 @@ def fetch(
             is_sure = resumed_at_bytes == 0 and total_bytes > 0  # in one part, of known length
             if is_sure or has_restarted:
                 raise DataError(
-                    f"{setting}: {_shown(url)} gave bytes with the sha256 {found}, expected"
+                    f"{setting}: {shown(url)} gave bytes with the sha256 {found}, expected"
                     f" {sha256}; nothing was kept. Check the address, or set {setting}'s sha256"
                     " if the new bytes are the ones you want"
                 )
@@ -110,7 +105,7 @@ def fetch(
                 num_failures, most_bytes = 1, size_bytes
             if num_failures >= limits.max_tries:
                 raise ConnectionError(
-                    f"{setting}: {_shown(url)}: {fault}, and so {num_failures} times in a row;"
+                    f"{setting}: {shown(url)}: {fault}, and so {num_failures} times in a row;"
                     f" {size_bytes:,} bytes are kept and the next run goes on from there"
                 ) from fault
             wait_seconds = limits.first_wait_seconds * 2 ** (num_failures - 1)
@@ -205,16 +200,18 @@ def _open(
     url: str, headers: dict[str, str], setting: str, limits: FetchLimits
 ) -> Generator[http.client.HTTPResponse]:
     """Ask for `url`, follow redirects, and give the answer: 200, 206 or 416."""
-    first_url = url
+    first_url, names = url, Names()
     for _ in range(MAX_REDIRECTS + 1):
-        connection, target, more_headers = _connection(url, setting, limits)
+        route = find_route(url, setting, limits.answer_seconds)
+        connection = route.connection
         try:
-            with _deadline(connection, limits.answer_seconds):
-                connection.request("GET", target, headers={**headers, **more_headers})
+            with deadline(connection, limits.answer_seconds):
+                route.connect(names, limits.answer_seconds)
+                connection.request("GET", route.target, headers={**headers, **route.headers})
                 response = connection.getresponse()
         except ssl.SSLCertVerificationError as error:
             raise DataError(
-                f"{setting}: {_shown(url)}: the server's certificate is not trusted"
+                f"{setting}: {shown(url)}: the server's certificate is not trusted"
                 f" ({error.verify_message}); correct the address or this machine's certificates"
             ) from error
         except (OSError, http.client.HTTPException) as error:
@@ -226,74 +223,16 @@ def _open(
                 yield response
                 return
             location = response.headers.get("Location", "")
-            url = redirect_target(url, location, first_url, setting)
+            url = redirect_target(url, location, first_url, setting, names)
             if _origin(url) != _origin(first_url):
                 headers.pop("Authorization", None)
         finally:
             response.close()
             connection.close()
-    raise DataError(f"{setting}: more than {MAX_REDIRECTS} redirects, the last to {_shown(url)}")
+    raise DataError(f"{setting}: more than {MAX_REDIRECTS} redirects, the last to {shown(url)}")
 
 
-def _connection(
-    url: str, setting: str, limits: FetchLimits
-) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-    """Return the connection for `url`, what to ask it for, and headers for a proxy on the way."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host, port = parts.hostname, parts.port
-        (host or "").encode("idna")
-    except ValueError as error:  # UnicodeError is one
-        raise DataError(f"{setting}: {_shown(url)}: no valid address: {error}") from error
-    if parts.scheme not in ("http", "https") or not host:
-        raise DataError(
-            f"{setting}: led to {_shown(url)}; only http:// and https:// addresses are followed"
-        )
-    target = urllib.parse.quote(parts.path or "/", safe=PATH_CHARACTERS)
-    target += f"?{urllib.parse.quote(parts.query, safe=PATH_CHARACTERS)}" if parts.query else ""
-    proxy = urllib.request.getproxies().get(parts.scheme)
-    is_direct = proxy is None or urllib.request.proxy_bypass(host)
-    via = urllib.parse.urlsplit(proxy if proxy and "//" in proxy else f"//{proxy}")
-    login = f"{urllib.parse.unquote(via.username or '')}:{urllib.parse.unquote(via.password or '')}"
-    authorization = f"Basic {base64.b64encode(login.encode()).decode()}"
-    headers = {"Proxy-Authorization": authorization} if via.username and not is_direct else {}
-    first_host, first_port = (host, port) if is_direct else (via.hostname or "", via.port)
-    seconds = limits.answer_seconds
-    if parts.scheme == "http":
-        connection = http.client.HTTPConnection(first_host, first_port, timeout=seconds)
-        return connection, target if is_direct else f"http://{parts.netloc}{target}", headers
-    context = ssl.create_default_context()
-    connection = http.client.HTTPSConnection(
-        first_host, first_port, timeout=seconds, context=context
-    )
-    if not is_direct:
-        connection.set_tunnel(host, port, headers)
-    return connection, target, {}
-
-
-@contextlib.contextmanager
-def _deadline(connection: http.client.HTTPConnection, seconds: float) -> Generator[None]:
-    """Break `connection` when the block takes longer: a time-out starts anew with each byte."""
-
-    is_over = threading.Event()
-
-    def break_off() -> None:
-        is_over.set()
-        with contextlib.suppress(AttributeError, OSError):  # not connected, or closed by now
-            connection.sock.shutdown(socket.SHUT_RDWR)
-
-    timer = threading.Timer(seconds, break_off)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-    if is_over.is_set():  # http.client takes a head that breaks off for a whole one
-        raise TimeoutError(f"not answered within {seconds:g} seconds")
-
-
-def redirect_target(url: str, location: str, first_url: str, setting: str) -> str:
+def redirect_target(url: str, location: str, first_url: str, setting: str, names: Names) -> str:
     """Return where `url` sends on to.
 
     Raises:
@@ -305,27 +244,18 @@ def redirect_target(url: str, location: str, first_url: str, setting: str) -> st
         before, after, first = map(urllib.parse.urlsplit, (url, target, first_url))
         hosts = after.hostname or "", first.hostname or ""
     except ValueError as error:
-        raise DataError(f"{setting}: {_shown(url)} redirects to no valid address") from error
+        raise DataError(f"{setting}: {shown(url)} redirects to no valid address") from error
     if before.scheme == "https" and after.scheme == "http":
         raise DataError(
-            f"{setting}: {_shown(url)} redirects from https to {_shown(target)}; name an address"
+            f"{setting}: {shown(url)} redirects from https to {shown(target)}; name an address"
             " that stays with https"
         )
-    if hosts[0] != hosts[1] and is_internal(hosts[0]) and not is_internal(hosts[1]):
+    if hosts[0] != hosts[1] and names.are_internal(hosts[0]) and not names.are_internal(hosts[1]):
         raise DataError(
-            f"{setting}: {_shown(url)} redirects into the private network, to {_shown(target)};"
+            f"{setting}: {shown(url)} redirects into the private network, to {shown(target)};"
             " name that address itself if you trust it"
         )
     return target
-
-
-def is_internal(host: str) -> bool:
-    """Tell whether a host is this machine or one in its private network."""
-    try:
-        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
-        return any(not ipaddress.ip_address(address).is_global for address in found)
-    except (OSError, ValueError):
-        return False  # nobody, or one that a proxy alone knows: connecting will tell
 
 
 def _origin(url: str) -> tuple[str, str]:
@@ -342,11 +272,11 @@ def _refuse_useless(response: http.client.HTTPResponse, url: str, setting: str) 
             f"the server answered {status}", float(patience) if patience.isdecimal() else 0
         )
     if response.status not in (200, 206, 416):
-        raise DataError(f"{setting}: {_shown(url)} answered {status}; check the address")
+        raise DataError(f"{setting}: {shown(url)} answered {status}; check the address")
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise DataError(
-            f"{setting}: {_shown(url)} sends its bytes compressed as {encoding}, though asked not"
+            f"{setting}: {shown(url)} sends its bytes compressed as {encoding}, though asked not"
             " to; get the file in another way and set kind=files"
         )
 
@@ -370,8 +300,3 @@ def _wait(seconds: float, size_bytes: int) -> Iterator[tuple[int, int]]:
 
 def _size(path: Path) -> int:
     return os.path.getsize(path) if path.is_file() else 0  # noqa: PTH202
-
-
-def _shown(url: str) -> str:
-    """Return the address without login and query, which may hold a secret."""
-    return re.sub(r"//[^/]*@", "//", re.split(r"[?#]", url, maxsplit=1)[0])

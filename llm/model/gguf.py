@@ -162,9 +162,10 @@ def _add_tokenizer(writer: Any, gguf: ModuleType, tokenizer: Tokenizer) -> None:
     model = library["model"]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", ())]
     if not merges or (library["decoder"] or {}).get("type") != "ByteLevel":
+        found = "pieces with byte fallback" if model.get("byte_fallback") else "which has no merges"
         raise ConfigError(
-            f"train_tokenizer.kind: found {tokenizer.kind}, expected a byte-level BPE with merges,"
-            " which llama.cpp can read"
+            f"train_tokenizer.kind: found {tokenizer.kind}, {found}; expected a byte-level BPE with"
+            " merges, which llama.cpp runs as it is run here; `--format hf` can hold this one"
         )
     types, kind = gguf.TokenType, [gguf.TokenType.UNUSED] * tokenizer.vocab_size
     tokens = [f"[PAD{index}]" for index in range(tokenizer.vocab_size)]

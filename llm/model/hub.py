@@ -17,7 +17,8 @@ from llm.model.store import load_model, save_model
 from llm.model.transformer import Transformer
 from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.hub import hub_files
-from llm.tokenizer.imported import ImportedBPE, import_tokenizer
+from llm.tokenizer.imported import ImportedTokenizer
+from llm.tokenizer.importing import import_tokenizer
 from llm.tokenizer.load import load_tokenizer
 
 GENERATION, CARD = "generation_config.json", "README.md"
@@ -59,7 +60,7 @@ def import_model(source: Path, target: Path) -> None:
     _refuse_existing(target)
     tokenizer = import_tokenizer(source)
     model = read_model(source, min_vocab_size=tokenizer.vocab_size)
-    if isinstance(tokenizer, ImportedBPE):
+    if isinstance(tokenizer, ImportedTokenizer):
         tokenizer = tokenizer.padded(model.vocab_size)
     num_stored = cast(int, read_json(source / CONFIG)["vocab_size"])
     is_known = set(range(num_stored)).union(tokenizer.control_ids)

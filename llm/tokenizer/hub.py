@@ -15,7 +15,6 @@ from typing import Any, cast
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as LibraryTokenizer
 
-from llm.errors import ConfigError
 from llm.tokenizer.base import (
     CONTROL_TOKENS,
     MARK,
@@ -31,11 +30,7 @@ REPLACEMENT = "\ufffd"
 
 
 def hub_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, bytes]:
-    """Return the files by which AutoTokenizer gives the ids that `tokenizer` gives.
-
-    Raises:
-        ConfigError: the library `tokenizers` cannot express its kind.
-    """
+    """Return the files by which AutoTokenizer gives the ids that `tokenizer` gives."""
     library = marked_library_json(tokenizer)
     names = control_names(tokenizer, library)
     config = {
@@ -86,16 +81,12 @@ def control_names(tokenizer: Tokenizer, library: Mapping[str, Any]) -> dict[str,
 
 
 def marked_library_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the tokenizer in the format of `tokenizers`, the names of control tokens marked.
-
-    Raises:
-        ConfigError: the library cannot express its kind.
-    """
+    """Return the tokenizer in the format of `tokenizers`, the names of control tokens marked."""
     parts = library_json(tokenizer)
     vocabulary: dict[str, int] = parts["model"]["vocab"]
     for token in parts["added_tokens"]:
-        if token["special"]:
-            marked = MARK + token["content"].removeprefix(MARK)
+        if token["special"] and not token["content"].startswith(MARK):
+            marked = MARK + token["content"]
             if token["content"] in vocabulary:
                 vocabulary[marked] = vocabulary.pop(token["content"])
             token["content"] = marked
@@ -103,25 +94,14 @@ def marked_library_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def library_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the tokenizer in the format of the library `tokenizers`.
-
-    Raises:
-        ConfigError: the library cannot express its kind.
-    """
+    """Return the tokenizer in the format of the library `tokenizers`."""
     parts = cast(dict[str, Any], json.loads(tokenizer.to_files()[TOKENIZER_JSON]))
-    if "kind" not in parts:
-        return parts
     if isinstance(tokenizer, ByteTokenizer):
         made = _of_bytes(tokenizer)
     elif isinstance(tokenizer, CharacterTokenizer):
         made = _of_characters(tokenizer)
-    elif "library" in parts:
-        return cast(dict[str, Any], parts["library"])
-    else:
-        raise ConfigError(
-            f"train_tokenizer.kind: found {tokenizer.kind}, which transformers cannot read without"
-            " code of its own; expected bpe, bytes or characters"
-        )
+    else:  # the library runs it here too
+        return cast(dict[str, Any], parts.get("library", parts))
     made.add_special_tokens([AddedToken(token, special=True) for token in CONTROL_TOKENS])
     return cast(dict[str, Any], json.loads(made.to_str()))
 

@@ -1,38 +1,29 @@
-"""A byte-level BPE that others trained, with our control tokens: GPT-2's, Llama-3's, Qwen's.
+"""A vocabulary that others trained, with our control tokens: GPT-2's, Llama's, Qwen's, Gemma's.
 
-The vocabulary keeps its ids. The token that began its documents becomes `<|bos|>`; control tokens
-it lacks get the ids after its last. As with every tokenizer here, no text gives the id of a control
-token, and the bytes of a text are those of its ids: so NFC, which would change a text, is left out.
+The library `tokenizers` runs it: byte-level BPE, or pieces with byte fallback. As with every
+tokenizer here, no text gives the id of a control token, and the bytes of a text are those of its
+ids; `llm.tokenizer.importing` leaves out what would change a text.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
-from tokenizers import AddedToken
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from llm.errors import ArtifactError
-from llm.tokenizer.base import (
-    CONTROL_TOKENS,
-    MARK,
-    TOKENIZER_CONFIG_JSON,
-    TOKENIZER_JSON,
-    Ids,
-    Tokenizer,
-    refuse_lone_surrogates,
-)
-from llm.tokenizer.bpe import ByteLevelBPE, byte_characters
+from llm.tokenizer.base import TOKENIZER_JSON, Ids, Tokenizer, refuse_lone_surrogates
+from llm.tokenizer.bpe import byte_characters
+from llm.tokenizer.pieces import BYTE_PIECES, bytes_of_piece
 
 PIECE_CHARACTERS = 32_768  # the library needs over 100 bytes a token while it encodes
-_LINE_START = re.compile(r"\n(?=\S)")
+_CUTS = (re.compile(r"\n(?=\S)"), re.compile(r"\S(?= )"))
 
 
-class ImportedBPE(Tokenizer):
+class ImportedTokenizer(Tokenizer):
     """Encode and decode with a vocabulary that others trained."""
 
     kind: ClassVar[str] = "imported"
@@ -50,17 +41,17 @@ class ImportedBPE(Tokenizer):
         super().__init__(max(vocab_size, 1 + max(ids.values())), [ids[name] for name in names])
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "ImportedBPE":
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Make a tokenizer from what `to_files` wrote.
 
         Raises:
             ArtifactError: it is none.
         """
         try:
-            library = _load_library(data["library"])
+            library = load_library(data["library"])
             return cls(library, list(data["control_tokens"]), int(data["vocab_size"]))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"no imported tokenizer ({error!r})") from error
+            raise ArtifactError(f"no {cls.kind} tokenizer ({error!r})") from error
 
     def to_files(self) -> dict[str, bytes]:
         fields = {
@@ -71,9 +62,9 @@ class ImportedBPE(Tokenizer):
         }
         return {TOKENIZER_JSON: json.dumps(fields, indent=2).encode() + b"\n"}
 
-    def padded(self, vocab_size: int) -> "ImportedBPE":
+    def padded(self, vocab_size: int) -> Self:
         """Return the same tokenizer, its vocabulary as large as a model's."""
-        return ImportedBPE(self._library, self._names, vocab_size)
+        return type(self)(self._library, self._names, vocab_size)
 
     def encode_arrays(self, texts: Sequence[str]) -> list[Ids]:
         refuse_lone_surrogates(texts)
@@ -87,108 +78,92 @@ class ImportedBPE(Tokenizer):
 
     @cached_property
     def bytes_of_token(self) -> list[bytes]:
-        byte_of_character = {character: byte for byte, character in enumerate(byte_characters())}
+        parts: dict[str, Any] = json.loads(self._library.to_str())
+        byte_of = {ord(character): byte for byte, character in enumerate(byte_characters())}
         table = [b""] * self.vocab_size
         for token, index in self._library.get_vocab(with_added_tokens=False).items():
-            if byte_of_character.keys() >= set(token):
-                table[index] = bytes(byte_of_character[character] for character in token)
+            if not is_byte_level(parts):
+                table[index] = bytes_of_piece(token)
+            elif byte_of.keys() >= set(map(ord, token)):
+                table[index] = token.translate(byte_of).encode("latin-1")
         for index, token in self._library.get_added_tokens_decoder().items():
             table[index] = b"" if token.special else token.content.encode()
         return table
 
 
-def import_tokenizer(folder: Path) -> Tokenizer:
-    """Read the tokenizer in a Hugging Face folder: one of ours as it was, another's as ImportedBPE.
+def load_library(parts: Mapping[str, Any]) -> LibraryTokenizer:
+    """Make the library's tokenizer.
 
     Raises:
-        ArtifactError: `tokenizer.json` is missing, damaged, or no byte-level BPE that keeps every
-        byte; the message names what hinders.
+        ArtifactError: the library cannot read it, or it does not keep every byte of a text.
     """
-    path = folder / TOKENIZER_JSON
-    parts = _read(path)
-    if parts is None:
-        raise ArtifactError(
-            f"{path}: not there; `save_pretrained` of a fast tokenizer of transformers writes it"
-        )
-    _unmark(parts)
-    try:
-        return ByteLevelBPE.from_json(json.dumps(parts).encode())
-    except ArtifactError:  # it is not one of ours
-        pass
-    try:
-        config = _read(folder / TOKENIZER_CONFIG_JSON) or {}
-        return _with_control_tokens(_load_library(parts), _begin_token(config))
-    except ArtifactError as error:
-        raise ArtifactError(f"{path}: {error}") from error
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        parts = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: no readable JSON ({error})") from error
-    if not isinstance(parts, dict):
-        raise ArtifactError(f"{path}: found {type(parts).__name__}, expected a JSON object")
-    return cast(dict[str, Any], parts)
-
-
-def _unmark(parts: dict[str, Any]) -> None:
-    """Give control tokens that this project marked on their way out their own names back."""
-    added, model = parts.get("added_tokens"), parts.get("model")
-    if not isinstance(added, list) or not isinstance(model, dict):
-        return  # the library will say what is wrong
-    vocabulary = cast(dict[str, Any], model).get("vocab")
-    for token in cast(list[Any], added):
-        if isinstance(token, dict) and str(token.get("content")).startswith(MARK):
-            name = str(token["content"])
-            token["content"] = name.removeprefix(MARK)
-            if isinstance(vocabulary, dict) and name in vocabulary:
-                vocabulary[name.removeprefix(MARK)] = vocabulary.pop(name)
-
-
-def _begin_token(config: Mapping[str, Any]) -> str | None:
-    token = config.get("bos_token")
-    name = cast(dict[str, Any], token).get("content") if isinstance(token, dict) else token
-    return name.removeprefix(MARK) if isinstance(name, str) else None
-
-
-def _load_library(parts: dict[str, Any]) -> LibraryTokenizer:
-    """Make the library's tokenizer without what changes a text or adds to it.
-
-    Raises:
-        ArtifactError: the library cannot read it, or it is no byte-level BPE that keeps every byte.
-    """
-    if cast(dict[str, Any], parts.get("normalizer") or {}).get("type") == "NFC":
-        parts = parts | {"normalizer": None}
-    parts = parts | {"post_processor": None, "truncation": None, "padding": None}
     try:
         library = LibraryTokenizer.from_str(json.dumps(parts))
     except Exception as error:  # the library raises the bare class
         raise ArtifactError(f"the library cannot read it ({error})") from error
-    if problems := _problems(cast(dict[str, Any], json.loads(library.to_str()))):
-        raise ArtifactError("no byte-level BPE that keeps every byte: " + "; ".join(problems))
+    found = cast(dict[str, Any], json.loads(library.to_str()))
+    refuse(model_problems(found) + _other_problems(found))
     return library
 
 
-def _problems(parts: dict[str, Any]) -> list[str]:
-    model: dict[str, Any] = parts["model"]
-    if model["type"] != "BPE":
-        return [f"model.type: found {model['type']}, expected BPE"]
+def refuse(problems: Sequence[str]) -> None:
+    """Raise when a tokenizer has any.
+
+    Raises:
+        ArtifactError: it has.
+    """
+    if problems:
+        raise ArtifactError(
+            "neither a byte-level BPE nor pieces with byte fallback that keep every byte: "
+            + "; ".join(problems)
+        )
+
+
+def is_byte_level(parts: Mapping[str, Any]) -> bool:
+    """Tell whether characters stand for bytes; else pieces stand for their own characters."""
+    steps = pre_tokenization_steps(parts)
+    return any(step.get("type") == "ByteLevel" for step in [*steps, parts["decoder"] or {}])
+
+
+def pre_tokenization_steps(parts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what pre-tokenizes a text, step by step."""
+    step: dict[str, Any] = parts["pre_tokenizer"] or {}
+    steps = step["pretokenizers"] if step.get("type") == "Sequence" else [step]
+    return [step for step in steps if step]
+
+
+def model_problems(parts: Mapping[str, Any]) -> list[str]:
+    """Return why the model and its vocabulary lose something of a text."""
+    model, is_of_bytes = parts["model"], is_byte_level(parts)
+    kinds = ("BPE",) if is_of_bytes else ("BPE", "Unigram")
+    if model["type"] not in kinds:
+        return [f"model.type: found {model['type']}, expected {' or '.join(kinds)}"]
+    not_allowed = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]
+    not_allowed.append("byte_fallback" if is_of_bytes else "ignore_merges")
     problems = [
-        f"model.{key}: found {model[key]!r}, expected none"
-        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-        if model.get(key)
+        f"model.{key}: found {model[key]!r}, expected none" for key in not_allowed if model.get(key)
     ]
+    if not is_of_bytes and not model["byte_fallback"]:
+        problems.append(
+            "model.byte_fallback: found False, expected True, or characters that the vocabulary"
+            " lacks would be lost"
+        )
+    known = set(dict(model["vocab"]))
+    if missing := len(set(byte_characters() if is_of_bytes else BYTE_PIECES) - known):
+        problems.append(f"model.vocab: {missing} of the 256 bytes are missing")
+    return problems
+
+
+def _other_problems(parts: Mapping[str, Any]) -> list[str]:
+    steps, problems = pre_tokenization_steps(parts), list[str]()
     if parts["normalizer"] is not None:
-        problems.append(f"normalizer: found {parts['normalizer']['type']}, expected none or NFC")
-    if (parts["decoder"] or {}).get("type") != "ByteLevel":
-        problems.append("decoder: expected ByteLevel")
-    steps = parts["pre_tokenizer"] or {}
-    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    if [step.get("type") for step in steps].count("ByteLevel") != 1:
-        problems.append("pre_tokenizer: expected ByteLevel once")
+        found = parts["normalizer"]["type"]
+        problems.append(f"normalizer: found {found}, which changes texts; expected none or NFC")
+    if is_byte_level(parts):
+        if (parts["decoder"] or {}).get("type") != "ByteLevel":
+            problems.append("decoder: expected ByteLevel")
+        if [step.get("type") for step in steps].count("ByteLevel") != 1:
+            problems.append("pre_tokenizer: expected ByteLevel once")
     problems += [
         f"pre_tokenizer: found {step}, which loses or adds characters"
         for step in steps
@@ -201,26 +176,17 @@ def _problems(parts: dict[str, Any]) -> list[str]:
         for token in parts["added_tokens"]
         if not token["special"] and (token["lstrip"] or token["rstrip"])
     ]
-    if missing := sum(character not in model["vocab"] for character in byte_characters()):
-        problems.append(f"model.vocab: {missing} of the 256 bytes are missing")
     return problems
 
 
-def _with_control_tokens(library: LibraryTokenizer, begin: str | None) -> ImportedBPE:
-    given = {token.content for token in library.get_added_tokens_decoder().values()}
-    names: list[str] = [*CONTROL_TOKENS]
-    if begin in given and begin not in CONTROL_TOKENS[1:]:
-        names[0] = begin
-    library.add_special_tokens([AddedToken(name, special=True) for name in names])
-    return ImportedBPE(library, names)
-
-
 def _pieces(text: str) -> list[str]:
-    """Cut a long text where a line starts unindented, which no token crosses."""
+    """Cut a long text where a line starts unindented, or else a word, which tokens do not cross."""
     pieces: list[str] = []
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
-        place = _LINE_START.search(text, start + PIECE_CHARACTERS - 1, start + 2 * PIECE_CHARACTERS)
+        first, last = start + PIECE_CHARACTERS - 1, start + 2 * PIECE_CHARACTERS
+        found = (cut.search(text, first, last) for cut in _CUTS)
+        place = next(filter(None, found), None)
         end = place.end() if place else start + PIECE_CHARACTERS
         pieces.append(text[start:end])
         start = end

@@ -8,8 +8,14 @@ from llm.errors import ArtifactError
 from llm.tokenizer.base import TOKENIZER_JSON, Tokenizer
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.tokenizer.characters import ByteTokenizer, CharacterTokenizer
-from llm.tokenizer.imported import ImportedBPE
+from llm.tokenizer.imported import ImportedTokenizer
 from llm.tokenizer.sentencepiece import SentencePieceTokenizer
+
+KINDS = {
+    kind.kind: kind
+    for kind in (ByteTokenizer, CharacterTokenizer, ImportedTokenizer, SentencePieceTokenizer)
+}
+"""The kinds that `tokenizer.json` names; one without a name is ByteLevelBPE."""
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -29,24 +35,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         fields = json.loads(data)
         if not isinstance(fields, dict):
             raise ValueError("no JSON object")
-        return _from_files(folder, data, cast(dict[str, Any], fields))
+        return _from_json(data, cast(dict[str, Any], fields))
     except (ValueError, RecursionError, ArtifactError) as error:
         raise ArtifactError(
             f"{path}: no tokenizer of this project: {error}; run train_tokenizer"
         ) from error
 
 
-def _from_files(folder: Path, data: bytes, fields: dict[str, Any]) -> Tokenizer:
-    match fields.get("kind"):
-        case None:
-            return ByteLevelBPE.from_json(data)
-        case ByteTokenizer.kind:
-            return ByteTokenizer.from_json(fields)
-        case CharacterTokenizer.kind:
-            return CharacterTokenizer.from_json(fields)
-        case SentencePieceTokenizer.kind:
-            return SentencePieceTokenizer.load(folder, fields)
-        case ImportedBPE.kind:
-            return ImportedBPE.from_json(fields)
-        case kind:
-            raise ArtifactError(f"the kind {kind!r} is unknown")
+def _from_json(data: bytes, fields: dict[str, Any]) -> Tokenizer:
+    kind = fields.get("kind")
+    if kind is None:
+        return ByteLevelBPE.from_json(data)
+    if kind not in KINDS:
+        raise ArtifactError(f"the kind {kind!r} is unknown, expected one of {', '.join(KINDS)}")
+    return KINDS[kind].from_json(fields)

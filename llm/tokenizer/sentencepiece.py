@@ -1,88 +1,74 @@
 """SentencePiece, unigram or BPE, made exact: no normalization, and bytes for what it did not learn.
 
-Pieces write a blank as U+2581, so that this character itself, in a text, is written by its bytes.
-Line ends, tabs and NUL are never part of a piece. The library is imported where it is needed.
-
-Sources: Kudo and Richardson 2018, arXiv:1808.06226; unigram: Kudo 2018, arXiv:1804.10959.
+The library of that name learns the pieces, and is imported for that alone; `tokenizers` runs them,
+here as in transformers, word by word. Line ends, tabs and NUL are never part of a piece.
 """
 
-import hashlib
 import importlib
 import io
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
-from pathlib import Path
-from typing import Any, ClassVar
+from itertools import chain
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from llm.errors import ArtifactError, ConfigError, DataError
+from llm.errors import ConfigError, DataError
 from llm.tokenizer.base import (
     CONTROL_TOKENS,
-    NUM_BYTE_VALUES,
-    TOKENIZER_JSON,
+    MARK,
     Ids,
-    Tokenizer,
     refuse_lone_surrogates,
 )
+from llm.tokenizer.imported import ImportedTokenizer, load_library
+from llm.tokenizer.pieces import (
+    BLANK,
+    BYTE_PIECES,
+    RESERVED,
+    WORDS,
+    added_token,
+    bpe_model,
+    find_words,
+    make_merges,
+    pieces_library,
+    split_step,
+    unigram_model,
+)
+from llm.tokenizer.sentencepiece_model import PieceType, read_piece_model
 from llm.tokenizer.splitting import split_text
 from llm.tokenizer.words import WordCache, encode_in_pieces
 
-MODEL_FILE = "tokenizer.model"
-BLANK = "\u2581"
-# The library's first id, <unk>, never occurs; its others follow the control tokens.
-SHIFT = len(CONTROL_TOKENS) - 1
 TRAINING_THREADS = 16  # sums are made by thread: the number decides bits, the cores do not
 MAX_SENTENCE_CHARACTERS = 1000  # 4,000 bytes; the library drops sentences over 4,192
-_NEVER_IN_PIECES = re.compile("[\0\t\r\n\u2581]+")
-_WORDS = re.compile(r" *[^ \0\t\r\n]+| +|[\0\t\r\n]")
+_NEVER_IN_PIECES = re.compile(f"[\0\t\r\n{BLANK}{MARK}]+")
 
 
-class SentencePieceTokenizer(Tokenizer):
-    """Encode by the library's processor, word by word; decode by a table of bytes."""
+class SentencePieceTokenizer(ImportedTokenizer):
+    """Encode and decode with pieces that were learned here."""
 
     kind: ClassVar[str] = "sentencepiece"
 
-    def __init__(self, model: bytes) -> None:
-        """Load the library's protobuf.
-
-        Raises:
-            ArtifactError: it is none, or not one made by `train`.
-        """
-        self._model = model
-        try:
-            self._processor = _library().SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise ArtifactError(f"{MODEL_FILE}: no model of SentencePiece ({error})") from error
-        super().__init__(self._processor.vocab_size() + SHIFT)
-        if problem := self._difference():
-            raise ArtifactError(f"{MODEL_FILE}: {problem}")
-        self._words = WordCache(self._encode_words)
-
     @classmethod
-    def train(
-        cls, texts: Iterable[str], vocab_size: int, algorithm: str
-    ) -> "SentencePieceTokenizer":
-        """Learn at most `vocab_size` tokens by `unigram` or `bpe`; the same bytes on any machine.
+    def train(cls, texts: Iterable[str], vocab_size: int, algorithm: str) -> Self:
+        """Learn at most `vocab_size` tokens by `unigram` or `bpe`; the same ids on any machine.
 
         Raises:
             ConfigError: the vocabulary has no room for the characters of the texts.
             DataError: the texts hold no words.
         """
-        model = io.BytesIO()
         sentences = _sentences(texts)
         first = next(sentences, None)
         if first is None:
             raise DataError("only blanks in the training documents; give more data")
+        model = io.BytesIO()
         try:
             _library().SentencePieceTrainer.train(
-                sentence_iterator=_chain(first, sentences),
+                sentence_iterator=chain([first], sentences),
                 model_writer=model,
                 model_type=algorithm,
-                vocab_size=vocab_size - SHIFT,
+                vocab_size=vocab_size - len(CONTROL_TOKENS) + 1,  # its <unk> is left out
                 hard_vocab_limit=False,
                 byte_fallback=True,
                 normalization_rule_name="identity",
@@ -99,29 +85,26 @@ class SentencePieceTokenizer(Tokenizer):
                 f"train_tokenizer.vocab_size: found {vocab_size}, with which SentencePiece learns"
                 f" nothing: {error}"
             ) from error
-        return cls(model.getvalue())
+        learned = [
+            (one.piece.replace(BLANK, " "), one.score)
+            for one in read_piece_model(model.getvalue()).pieces
+            if one.type is PieceType.NORMAL
+        ]
+        return cls._from_pieces(learned, algorithm)
 
     @classmethod
-    def load(cls, folder: Path, data: Mapping[str, Any]) -> "SentencePieceTokenizer":
-        """Load what `to_files` wrote; `data` is `tokenizer.json`.
-
-        Raises:
-            ArtifactError: the model is missing, damaged or another than `data` names.
-        """
-        path = folder / MODEL_FILE
-        if not path.is_file():
-            raise ArtifactError(f"{path}: not there")
-        model = path.read_bytes()
-        if (found := hashlib.sha256(model).hexdigest()) != data.get("sha256"):
-            raise ArtifactError(f"{path}: sha256 {found}, expected {data.get('sha256')}")
-        return cls(model)
-
-    def to_files(self) -> dict[str, bytes]:
-        fields = {"kind": self.kind, "sha256": hashlib.sha256(self._model).hexdigest()}
-        return {
-            TOKENIZER_JSON: json.dumps(fields, indent=2).encode() + b"\n",
-            MODEL_FILE: self._model,
-        }
+    def _from_pieces(cls, learned: Sequence[tuple[str, float]], algorithm: str) -> Self:
+        """Put the control tokens and the bytes before the pieces."""
+        names = [MARK + name for name in CONTROL_TOKENS]
+        pieces = [*((name, 0.0) for name in (*names, *BYTE_PIECES)), *learned]
+        if algorithm == "unigram":
+            model = unigram_model(pieces)
+        else:
+            ids = {piece: index for index, (piece, _) in enumerate(pieces)}
+            model = bpe_model(ids, make_merges(ids))
+        added = [added_token(index, name, is_special=True) for index, name in enumerate(names)]
+        steps = [split_step(RESERVED), split_step(WORDS)]
+        return cls(load_library(pieces_library(model, added, steps)), names)
 
     def encode_arrays(self, texts: Sequence[str]) -> list[Ids]:
         refuse_lone_surrogates(texts)
@@ -129,46 +112,18 @@ class SentencePieceTokenizer(Tokenizer):
         return encode_in_pieces(texts, split, self._encode_pieces)
 
     def _encode_pieces(self, pieces: Sequence[str]) -> list[Ids]:
-        return self._words.encode([_WORDS.findall(piece) for piece in pieces])
+        return self._words.encode([find_words(piece) for piece in pieces])
+
+    @cached_property
+    def _words(self) -> WordCache:
+        return WordCache(self._encode_words)
 
     def _encode_words(self, words: Sequence[str]) -> tuple[Ids, npt.NDArray[np.int64]]:
         """Return the ids of the words, one after another, and how many each has."""
-        parts = [(index, part) for index, word in enumerate(words) for part in word.split(BLANK)]
-        encoded = self._processor.encode([part for _, part in parts])
-        ids: list[int] = []
-        lengths = np.zeros(len(words), dtype=np.int64)
-        previous = -1
-        for (index, _), part in zip(parts, encoded, strict=True):
-            if index == previous:
-                part = [1 + byte for byte in BLANK.encode()] + part
-            ids += part
-            lengths[index] += len(part)
-            previous = index
-        return np.array(ids, dtype=np.uint32) + np.uint32(SHIFT), lengths
-
-    @cached_property
-    def bytes_of_token(self) -> list[bytes]:
-        size = self._processor.vocab_size()
-        pieces: list[str] = [self._processor.id_to_piece(index) for index in range(size)]
-        learned = [piece.replace(BLANK, " ").encode() for piece in pieces[1 + NUM_BYTE_VALUES :]]
-        single = [bytes([byte]) for byte in range(NUM_BYTE_VALUES)]
-        return [b""] * len(CONTROL_TOKENS) + single + learned
-
-    def _difference(self) -> str | None:
-        """Say in what a loaded model is not one that `train` makes, or return None."""
-        processor = self._processor
-        size: int = processor.vocab_size()
-        if size <= NUM_BYTE_VALUES or not processor.is_unknown(0):
-            return "it has no ids for bytes"
-        for index in range(1, size):
-            if processor.is_byte(index) != (index <= NUM_BYTE_VALUES):
-                return f"its id {index} is {processor.id_to_piece(index)!r}"
-            if processor.is_control(index) or processor.is_unused(index):
-                return f"its id {index} is a control token"
-        probe = "  A  \uff21 \n"
-        if self.decode_bytes(self._encode_words([probe])[0].tolist()) != probe.encode():
-            return "it normalizes text"
-        return None
+        encodings = self._library.encode_batch_fast(words, add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+        lengths = np.array(list(map(len, ids)), dtype=np.int64)
+        return np.array(list(chain.from_iterable(ids)), dtype=np.uint32), lengths
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
@@ -176,11 +131,6 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
         for line in filter(None, _NEVER_IN_PIECES.split(text)):
             for start in range(0, len(line), MAX_SENTENCE_CHARACTERS):
                 yield line[start : start + MAX_SENTENCE_CHARACTERS]
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 def _library() -> Any:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sentencepiece
 
 from llm.artifact import MANIFEST, ArtifactWriter, file_sha256, load_artifact, read_manifest
 from llm.config import OptimizationConfig, SourceConfig, load_config
@@ -35,6 +36,7 @@ from llm.data.sources import fingerprint
 from llm.errors import FromscratchError
 from llm.model.hub import export_model, import_model, load_both
 from llm.model.store import save_model
+from llm.tokenizer.importing import import_tokenizer
 from llm.tokenizer.load import load_tokenizer
 from llm.tokenizer.sentencepiece import SentencePieceTokenizer
 from llm.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
@@ -193,6 +195,12 @@ def good_things(folder: Path) -> dict[str, Loaded]:
     pieces.mkdir()
     for name, data in SentencePieceTokenizer.train(CORPUS, 600, "bpe").to_files().items():
         (pieces / name).write_bytes(data)
+    (folder / "published").mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_prefix=str(folder / "published" / "tokenizer"),
+        vocab_size=600, hard_vocab_limit=False, byte_fallback=True, minloglevel=2,
+        normalization_rule_name="identity",
+    )  # fmt: skip
     for name, content in {
         "recipe/a.yaml": "seed: 1\n", "cache/sources.json": "{}", "cache/a.txt": "words",
         **{f"records/a{suffix}": UNTOUCHED for suffix in RAW_SUFFIXES},
@@ -246,7 +254,10 @@ def good_things(folder: Path) -> dict[str, Loaded]:
         "tokenizer": Loaded(
             folder=folder / "model", load=load_tokenizer, files=("tokenizer.json",)
         ),
-        "SentencePiece": Loaded(folder=pieces, load=_with_its_sum),
+        "pieces": Loaded(folder=pieces, load=load_tokenizer, files=("tokenizer.json",)),
+        "SentencePiece": Loaded(
+            folder=folder / "published", load=import_tokenizer, files=("tokenizer.model",)
+        ),
         "checkpoint": Loaded(folder=folder / "checkpoints", load=checkpoint, has_sums=True),
         "rows": Loaded(folder=rows, load=read_rows),
         "documents": Loaded(
@@ -258,16 +269,6 @@ def good_things(folder: Path) -> dict[str, Loaded]:
         "sums of sources": Loaded(folder=folder / "cache", load=plan, files=("sources.json",)),
         "raw files": Loaded(folder=folder / "records", load=read_raw),
     }  # fmt: skip
-
-
-def _with_its_sum(here: Path) -> None:
-    """Load a model of SentencePiece whose sha256 is made to agree."""
-    path = here / "tokenizer.json"
-    with suppress(ValueError, RecursionError, TypeError, KeyError):
-        fields = json.loads(path.read_bytes())
-        fields["sha256"] = file_sha256(here / "tokenizer.model")
-        path.write_text(json.dumps(fields))
-    load_tokenizer(here)
 
 
 def special_cases(folder: Path, marker: Path) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -1,17 +1,21 @@
 """Fetching: the right bytes or a typed failure, whatever the server does. All on 127.0.0.1."""
 
+import dataclasses
 import hashlib
 import itertools
 import random
 import socket
 import tempfile
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.data.fetch import FetchLimits, fetch, file_name, is_internal, redirect_target
+from llm.data.connecting import Names, find_route
+from llm.data.fetch import FetchLimits, fetch, file_name, redirect_target
 from llm.errors import DataError
 from tests.llm.http_server import Answer, HostileServer, answer, drip, redirect, serve_ranges
 
@@ -155,7 +159,7 @@ def test_redirects_are_followed_but_not_for_ever(tmp_path: Path) -> None:
 def test_this_machine_and_its_network_are_known_however_they_are_written(
     host: str, expected: bool
 ) -> None:
-    assert is_internal(host) == expected
+    assert Names().are_internal(host) == expected
 
 
 @pytest.mark.parametrize(
@@ -179,9 +183,120 @@ def test_a_redirect_neither_leaves_https_nor_leads_into_a_private_network(
 ) -> None:
     if is_refused:
         with pytest.raises(DataError, match=rf"{SETTING}: http.* redirects "):
-            redirect_target(url, location, first, SETTING)
+            redirect_target(url, location, first, SETTING, Names())
     else:
-        assert redirect_target(url, location, first, SETTING).startswith("http")
+        assert redirect_target(url, location, first, SETTING, Names()).startswith("http")
+
+
+class Network:
+    """Names whose addresses change with each question, and public addresses that are served here.
+
+    Address and port of a connection that was asked for stand in `connected`.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **answers: list[str]) -> None:
+        self.connected: list[str] = []
+        self.served: dict[str, str] = {}
+        connect, getaddrinfo = socket.socket.connect, socket.getaddrinfo
+
+        def look_up(host: str, port: int, *rest: Any, **more: Any) -> Any:
+            found = answers.get(host.partition(".")[0], [host])
+            address = found.pop(0) if len(found) > 1 else found[0]
+            if not address:
+                raise socket.gaierror(-2, "Name or service not known")
+            return getaddrinfo(address, port, *rest, **more)
+
+        def connect_here(self_: socket.socket, address: tuple[str, int]) -> None:
+            self.connected.append(address[0])
+            served = self.served.get(address[0])
+            here = ("127.0.0.1", int(served.rpartition(":")[2])) if served else address
+            connect(self_, here)
+
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        monkeypatch.setattr(socket.socket, "connect", connect_here)
+
+
+@pytest.mark.parametrize(
+    "answers", [["8.8.4.4", "127.0.0.1"], ["", "127.0.0.1"], ["8.8.4.4", "::1"]]
+)
+def test_a_name_that_changes_its_address_after_the_check_leads_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: list[str]
+) -> None:
+    network = Network(monkeypatch, first=["8.8.8.8"], second=answers)
+    with HostileServer([answer(OTHER)]) as private, HostileServer([answer(BODY)]) as public:
+        port = private.url.rpartition(":")[2]
+        with HostileServer([redirect(f"http://second.example:{port}/x")]) as first:
+            network.served = {"8.8.8.8": first.url, "8.8.4.4": public.url}
+            steps = fetch("http://first.example/x", sha256(BODY), tmp_path / "p", SETTING,
+                          dataclasses.replace(LIMITS, max_tries=1))  # fmt: skip
+            if answers[0]:
+                list(steps)
+                assert f"Host: second.example:{port}" in public.requests[0]
+            else:
+                with pytest.raises(ConnectionError, match="no address of second"):
+                    list(steps)
+    assert private.requests == [] and set(network.connected) <= {"8.8.8.8", "8.8.4.4"}
+    assert "Host: first.example\r\n" in first.requests[0]
+
+
+def test_a_redirect_to_the_same_name_goes_to_the_same_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Network(monkeypatch, first=["8.8.8.8", "127.0.0.1"])
+    with HostileServer([answer(OTHER)]) as private:
+        port = private.url.rpartition(":")[2]
+        away = redirect(f"http://first.example:{port}/x")
+        with HostileServer([away, answer(BODY)]) as first:
+            network.served = {"8.8.8.8": first.url}
+            list(fetch("http://first.example/x", sha256(BODY), tmp_path / "p", SETTING, LIMITS))
+    assert private.requests == [] and set(network.connected) == {"8.8.8.8"}
+
+
+def test_a_name_with_one_private_address_of_two_is_private(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Network(monkeypatch, first=["8.8.8.8"])
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in
+             ("8.8.4.4", "10.0.0.1")]  # fmt: skip
+    known = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *a, **k: found if "two" in host else known(host, *a, **k),
+    )
+    with HostileServer([redirect("http://two.example/x")]) as first:
+        network.served = {"8.8.8.8": first.url}
+        with pytest.raises(DataError, match=r"redirects into the private network, to http://two"):
+            list(fetch("http://first.example/x", sha256(BODY), tmp_path / "p", SETTING, LIMITS))
+
+
+def test_tls_names_the_server_and_trusts_no_certificate_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Network(monkeypatch, first=["8.8.8.8"])
+    hello: list[bytes] = []
+
+    def serve(listener: socket.socket) -> None:
+        with listener.accept()[0] as connection:
+            hello.append(connection.recv(65536))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        network.served = {"8.8.8.8": f":{listener.getsockname()[1]}"}
+        thread = threading.Thread(target=serve, args=[listener])
+        thread.start()
+        with pytest.raises(ConnectionError, match="no answer"):
+            limits = dataclasses.replace(LIMITS, max_tries=1)
+            list(fetch("https://first.example/x", sha256(BODY), tmp_path / "p", SETTING, limits))
+        thread.join()
+    assert b"first.example" in hello[0]  # server_name, RFC 6066, is not encrypted
+    route = find_route("https://first.example/x", SETTING, 1.0)
+    assert route.tls is not None and route.tls.check_hostname
+
+
+def test_an_address_of_ipv6_needs_no_port() -> None:
+    for scheme, port in (("http", 80), ("https", 443)):
+        connection = find_route(f"{scheme}://[::1]/x", SETTING, 1.0).connection
+        assert (connection.host, connection.port) == ("::1", port)
 
 
 def test_who_one_is_is_told_to_the_first_server_alone(tmp_path: Path) -> None:

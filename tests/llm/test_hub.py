@@ -23,10 +23,16 @@ from llm.tokenizer.base import CONTROL_TOKENS, MARK, Tokenizer
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.tokenizer.characters import ByteTokenizer, CharacterTokenizer
 from llm.tokenizer.hub import hub_files
+from llm.tokenizer.sentencepiece import SentencePieceTokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
+pytest.importorskip("sentencepiece", reason="one of the kinds is learned by it")
 
-CONTROL_PIECES = [*CONTROL_TOKENS, "<|", "|>", "end", " \n", "é", "\U0001f600", "_a 12", "\ufffd"]
+CONTROL_PIECES = [
+    *CONTROL_TOKENS, "<|", "|>", "end", " \n", "é", "\U0001f600", "_a 12", "\ufffd", "<0x41>",
+    "<0x", "\u2581", "\u2581\u2581the", "<unk>", "<s>", "\0", "\0 \t\r\n", "  ", "      ",
+    " parser", "parse",
+]  # fmt: skip
 UNMARKED = st.characters(exclude_characters=MARK, exclude_categories=["Cs"])
 TEXTS = st.lists(st.sampled_from(CONTROL_PIECES) | st.text(UNMARKED, max_size=8), max_size=6).map(
     "".join
@@ -49,6 +55,8 @@ def kinds(tokenizer: ByteLevelBPE, corpus: list[str]) -> dict[str, Tokenizer]:
         "bpe": tokenizer,
         "bytes": ByteTokenizer(),
         "characters": CharacterTokenizer.train(corpus),
+        "unigram": SentencePieceTokenizer.train(corpus, 600, "unigram"),
+        "pieces": SentencePieceTokenizer.train(corpus, 600, "bpe"),
     }
 
 
@@ -65,19 +73,19 @@ def theirs(kinds: dict[str, Tokenizer], tmp_path_factory: pytest.TempPathFactory
     return loaded
 
 
-KINDS = pytest.mark.parametrize("kind", ["bpe", "bytes", "characters"])
+KINDS = pytest.mark.parametrize("kind", ["bpe", "bytes", "characters", "unigram", "pieces"])
 
 
 @KINDS
-@settings(max_examples=60, deadline=None)
-@given(text=TEXTS)
+@settings(max_examples=250)
+@given(texts=st.lists(TEXTS, min_size=4, max_size=4))
 def test_ids_of_any_text_are_ours_and_come_back(
-    kinds: dict[str, Tokenizer], theirs: dict[str, Any], kind: str, text: str
+    kinds: dict[str, Tokenizer], theirs: dict[str, Any], kind: str, texts: list[str]
 ) -> None:
-    ids = theirs[kind](text)["input_ids"]
-    assert ids == kinds[kind].encode_batch([text])[0]
-    assert not set(ids) & set(kinds[kind].control_ids)
-    assert theirs[kind].decode(ids) == text
+    encoded = theirs[kind](texts)["input_ids"]
+    assert encoded == kinds[kind].encode_batch(texts)
+    assert not set().union(*encoded) & set(kinds[kind].control_ids)
+    assert theirs[kind].batch_decode(encoded) == texts
 
 
 MESSAGES = st.lists(

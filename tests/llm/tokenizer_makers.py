@@ -1,5 +1,6 @@
 """Tokenizers of every kind from a small corpus, and pieces of text that are hard on them."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,11 +42,16 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-BEGIN = {"gpt2": "<|endoftext|>", "llama": "<|begin_of_text|>", "qwen3": "<|endoftext|>"}
+BEGIN = {
+    "gpt2": "<|endoftext|>", "llama": "<|begin_of_text|>", "qwen3": "<|endoftext|>",
+    "gemma": "<bos>",
+}  # fmt: skip
 
 
 def train_library(form: str, corpus: list[str]) -> LibraryTokenizer:
     """Train a tokenizer put together as the model family of that name has it."""
+    if form == "gemma":
+        return _train_pieces(corpus)
     made = LibraryTokenizer(models.BPE())
     if form == "gpt2":
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -73,6 +79,23 @@ def train_library(form: str, corpus: list[str]) -> LibraryTokenizer:
         made.normalizer = normalizers.NFC()
         made.add_tokens([AddedToken("<tool_call>", normalized=False)])
     return made
+
+
+def _train_pieces(corpus: list[str]) -> LibraryTokenizer:
+    """Train pieces with byte fallback, blanks as U+2581."""
+    made = LibraryTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    names = ["<unk>", "<bos>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    made.pre_tokenizer = pre_tokenizers.Metaspace(split=True, prepend_scheme="never")
+    trainer = trainers.BpeTrainer(vocab_size=600, show_progress=False, special_tokens=names)
+    made.train_from_iterator(corpus, trainer)
+    parts = json.loads(made.to_str())
+    parts["added_tokens"] = parts["added_tokens"][:3]  # bytes are no special tokens
+    parts["pre_tokenizer"] = {
+        "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious",
+        "invert": False,
+    }  # fmt: skip
+    return LibraryTokenizer.from_str(json.dumps(parts))
 
 
 def save_and_load(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
