@@ -19,7 +19,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from flows.display import print_tokenizers
-from flows.tokenizers import measure_tokenizers, read_texts, write_report
+from flows.compare_tokenizers import measure_tokenizers, read_texts, write_report
 from llm.config import TrainTokenizerConfig
 from llm.data.stdlib import corpus_documents
 from llm.tokenizer.base import TOKENIZER_JSON

@@ -402,16 +402,16 @@ def _newest_chat_model(artifacts: Path) -> Path:
 
 
 def _tokenizers(options: argparse.Namespace) -> int:
-    from flows import tokenizers
+    from flows import compare_tokenizers as comparing
     from flows.display import print_tokenizers
 
     store = Store(options.artifacts)
-    texts = tokenizers.read_texts(options.text or tokenizers.find_text(store))
-    folders = options.folders or tokenizers.find_tokenizers(store)
-    measured = tokenizers.measure_tokenizers(tokenizers.name_tokenizers(folders), texts)
+    texts = comparing.read_texts(options.text or comparing.find_text(store))
+    folders = options.folders or comparing.find_tokenizers(store)
+    measured = comparing.measure_tokenizers(comparing.name_tokenizers(folders), texts)
     print_tokenizers(measured)
     if options.to:
-        tokenizers.write_report(measured, options.to)
+        comparing.write_report(measured, options.to)
     return 0
 
 

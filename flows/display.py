@@ -26,7 +26,7 @@ from tasks.launch import Progress as StageProgress
 from tasks.plan import PlannedStep
 
 if TYPE_CHECKING:
-    from flows.tokenizers import MeasuredTokenizer
+    from flows.compare_tokenizers import MeasuredTokenizer
 
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
 UNBROKEN = 1000  # columns: a narrow terminal breaks the lines, and no figure is cut off

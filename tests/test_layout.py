@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,22 @@ def test_llm_dependencies_are_the_same_in_both_lists() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     alone = project["dependency-groups"]["llm"]
     assert project["project"]["dependencies"][: len(alone)] == alone
+
+
+@pytest.mark.parametrize("folder", ["", "flows", "tasks", "llm"])
+def test_no_module_hides_a_library(folder: str) -> None:
+    """A folder that comes first on sys.path, as that of a script does, hides no other's module."""
+    taken = set(sys.stdlib_module_names) | set(metadata.packages_distributions())
+    ours = {path.stem for path in (ROOT / folder).glob("*.py")}
+    ours |= {path.parent.name for path in (ROOT / folder).glob("*/__init__.py")}
+    assert ours - {"__init__"}
+    assert not ours & (taken - {"llm", "tasks", "flows"})
+
+
+def test_deployments_name_the_flow_as_a_module() -> None:
+    """The folder of a file that is an entrypoint would come first on the flow's sys.path."""
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    assert {deployment["entrypoint"] for deployment in deployments} == {"flows.run.pipeline"}
 
 
 def test_every_recipe_has_a_deployment() -> None:

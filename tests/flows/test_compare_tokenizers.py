@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import tokenizers
+from flows import compare_tokenizers
 from flows.cli import main
 from llm.artifact import ArtifactWriter
 from llm.tokenizer.base import Tokenizer
@@ -67,14 +67,14 @@ def test_all_that_were_made_are_compared_on_the_newest_corpus(
     target = tmp_path / "report"
     assert main(["tokenizers", "--artifacts", str(store.root), "--to", str(target)]) == 0
     shown = capsys.readouterr().out
-    found = json.loads((target / tokenizers.REPORT).read_bytes())
+    found = json.loads((target / compare_tokenizers.REPORT).read_bytes())
     assert sorted(name.rpartition(" ")[0] for name in found) == ["bpe code", "bytes"]
     for name, figures in found.items():
         assert name in shown
         assert figures["num_bytes"] == len(TEXT.encode())
         assert figures["bytes_per_token"] == figures["num_bytes"] / figures["num_tokens"]
         assert figures["num_round_trip_failures"] == figures["num_refused_documents"] == 0
-    assert (target / tokenizers.PLOT).read_bytes().startswith(b"\x89PNG")
+    assert (target / compare_tokenizers.PLOT).read_bytes().startswith(b"\x89PNG")
 
 
 def test_any_folder_is_compared_on_any_file(
@@ -84,7 +84,7 @@ def test_any_folder_is_compared_on_any_file(
     folder.mkdir()
     for name, data in CharacterTokenizer.train(["ab"], False).to_files().items():
         (folder / name).write_bytes(data)
-    text.write_text("ab" * tokenizers.CHUNK_CHARACTERS + "é")
+    text.write_text("ab" * compare_tokenizers.CHUNK_CHARACTERS + "é")
     assert main(["tokenizers", str(folder), "--text", str(text)]) == 0
     row = capsys.readouterr().out.splitlines()[-1].split()
     assert row[0] == str(folder)
@@ -122,4 +122,4 @@ def test_text_is_read_up_to_a_limit_and_never_within_a_character(
 ) -> None:
     monkeypatch.setattr(tokenizers, "MAX_TEXT_BYTES", 5)
     (tmp_path / "text.txt").write_text("é" * 9)
-    assert tokenizers.read_texts(tmp_path / "text.txt") == ["éé"]
+    assert compare_tokenizers.read_texts(tmp_path / "text.txt") == ["éé"]
