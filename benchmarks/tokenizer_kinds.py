@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as LibraryTokenizer
 
-from flows.display import print_tokenizers
 from flows.compare_tokenizers import measure_tokenizers, read_texts, write_report
+from flows.display import print_tokenizers
 from llm.config import TrainTokenizerConfig
 from llm.data.stdlib import corpus_documents
 from llm.tokenizer.base import TOKENIZER_JSON

@@ -120,6 +120,6 @@ def test_what_is_missing_is_said(
 def test_text_is_read_up_to_a_limit_and_never_within_a_character(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizers, "MAX_TEXT_BYTES", 5)
+    monkeypatch.setattr(compare_tokenizers, "MAX_TEXT_BYTES", 5)
     (tmp_path / "text.txt").write_text("é" * 9)
     assert compare_tokenizers.read_texts(tmp_path / "text.txt") == ["éé"]
