@@ -29,13 +29,17 @@ class PrefectApi:
         """Read what is at `path`."""
         return self._send("GET", path, None, {})
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+    def post(self, path: str, body: Mapping[str, Any] | list[Any]) -> Any:
         """Create, search or set."""
         return self._send("POST", path, body, self._csrf_headers())
 
     def patch(self, path: str, body: Mapping[str, Any]) -> None:
         """Change what is at `path`."""
         self._send("PATCH", path, body, self._csrf_headers())
+
+    def delete(self, path: str) -> None:
+        """Remove what is at `path`."""
+        self._send("DELETE", path, None, self._csrf_headers())
 
     def set_state(self, kind: RUN_KINDS, run_id: str, state: str, message: str) -> None:
         """Put a run into a state, whatever Prefect's rules say of its last one."""
@@ -46,9 +50,7 @@ class PrefectApi:
         token = self.get(f"csrf-token?client={CLIENT}")["token"]
         return {"Prefect-Csrf-Client": CLIENT, "Prefect-Csrf-Token": token}
 
-    def _send(
-        self, method: str, path: str, body: Mapping[str, Any] | None, headers: Mapping[str, str]
-    ) -> Any:
+    def _send(self, method: str, path: str, body: object, headers: Mapping[str, str]) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
             f"{self.url}/{path}",
