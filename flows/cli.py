@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 from flows.pipeline import language_model
+from flows.processes import ServiceError
 from llm.config import RunConfig, RuntimeConfig, load_config, recipe_names
 from llm.errors import ArtifactError, ConfigError, FromscratchError, Interrupted
 from llm.inference.chat import add_options, talk_as_asked
@@ -31,6 +32,7 @@ from tasks.store import Store
 
 if TYPE_CHECKING:
     from flows.result import RunResult
+    from flows.running import RunningRun
     from tasks.cached import Outcome
 
 EXIT_FAILED = 1
@@ -75,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         ("down", _down, "stop what `up` started"),
     ):
         adding = commands.add_parser(name, help=text, description=text)
+        if name == "down":
+            adding.add_argument("--force", action="store_true", help="even while runs use them")
         _add_artifacts(adding)
         adding.set_defaults(command=command)
     _add_tokenizers(commands)
@@ -244,17 +248,27 @@ def _run_flow(options: argparse.Namespace, config: RunConfig, store: Store) -> "
     signal.signal(signal.SIGTERM, _stop)
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     _use_prefect_server(store.root)
+    import httpx
+
     from flows.run import pipeline
 
-    state = cast(Any, pipeline)(
-        recipe=options.recipe,
-        overrides=options.overrides,
-        only=options.only,
-        start_from=options.start_from,
-        force=options.force,
-        reuse=options.reuse,
-        return_state=True,
-    )
+    try:
+        state = cast(Any, pipeline)(
+            recipe=options.recipe,
+            overrides=options.overrides,
+            only=options.only,
+            start_from=options.start_from,
+            force=options.force,
+            reuse=options.reuse,
+            return_state=True,
+        )
+    except httpx.HTTPError as error:
+        raise ServiceError(
+            f"Prefect's server went away and could not be brought back ({error!r}); every stage"
+            " that finished is kept, and the same command goes on from there"
+        ) from error
+    if state.is_cancelled():
+        raise Interrupted(state.message)
     return state.result()
 
 
@@ -265,11 +279,14 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _use_prefect_server(artifacts: Path) -> None:
     """Point Prefect's client at the server that is up, or at one started for this run alone."""
-    if os.environ.get("PREFECT_API_URL"):
-        return
-    from flows.services import TemporaryPrefectServer, environment
+    from flows.services import environment
+    from flows.temporary_server import TemporaryPrefectServer
 
-    if found := environment(artifacts):
+    found = environment(artifacts)
+    wanted = os.environ.get("PREFECT_API_URL", "")
+    if wanted and wanted != found.get("PREFECT_API_URL"):
+        return  # a server of the user's own
+    if found:
         os.environ.update(found)
         return
     server = TemporaryPrefectServer(artifacts)
@@ -349,11 +366,29 @@ def _up(options: argparse.Namespace) -> int:
 
 
 def _down(options: argparse.Namespace) -> int:
+    from flows.running import running_runs
     from flows.services import down
 
-    stopped = down(options.artifacts.absolute())
+    artifacts_dir = options.artifacts.absolute()
+    runs = running_runs(artifacts_dir)
+    if runs and not options.force:
+        _confirm_down(runs)
+    stopped = down(artifacts_dir)
     print(f"stopped: {', '.join(stopped)}" if stopped else "nothing was running")
     return 0
+
+
+def _confirm_down(runs: "Sequence[RunningRun]") -> None:
+    """Ask whether to stop the servers of these runs; without a terminal, refuse."""
+    ends = {True: "will save and be cancelled", False: "will go on with a server of its own"}
+    lines = [f"  {run.name} (process {run.pid}): {ends[run.is_of_worker]}" for run in runs]
+    said = "\n".join(["runs are using these servers:", *lines])
+    if not sys.stdin.isatty():
+        raise ServiceError(f"{said}\nnothing was stopped; `fromscratch down --force` stops them")
+    print(said, file=sys.stderr)
+    print("stop the servers? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise ServiceError("nothing was stopped")
 
 
 def _chat(options: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """Say what is wrong with this machine, and with what is on it, each with what to do."""
 
 import importlib.util
+import itertools
 import os
 import platform
 import shutil
@@ -15,6 +16,7 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import track
 
+from flows.services import log_errors
 from llm.errors import ArtifactError, ConfigError, PlaceError
 from tasks.stages import STAGES
 from tasks.store import Store
@@ -37,7 +39,8 @@ def examine(artifacts: Path, *, is_thorough: bool = False) -> int:
     console = Console(highlight=False)
     num_wrong = 0
     marks = {"ok": "[green]ok   [/]", "note": "[yellow]note [/]", "wrong": "[red]wrong[/]"}
-    for finding in (*_machine(artifacts), *_libraries(), *_store(artifacts, is_thorough)):
+    findings = (_machine(artifacts), _libraries(), _servers(artifacts))
+    for finding in itertools.chain(*findings, _store(artifacts, is_thorough)):
         console.print(f"{marks[finding.level]} {finding.text}", soft_wrap=True)
         num_wrong += finding.level == "wrong"
     console.print(f"{num_wrong} wrong" if num_wrong else "nothing is wrong")
@@ -90,6 +93,11 @@ def _libraries() -> Iterator[Finding]:
         gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         text = f"torch {torch.__version__}, {', '.join(gpus) or 'no GPU: training runs on the CPU'}"
         yield Finding(level="ok", text=text)
+
+
+def _servers(artifacts: Path) -> Iterator[Finding]:
+    for text in log_errors(artifacts):
+        yield Finding(level="wrong", text=f"{text}; `fromscratch down` and `up` starts it anew")
 
 
 def _store(artifacts: Path, is_thorough: bool) -> Iterator[Finding]:

@@ -6,12 +6,23 @@ from pathlib import Path
 
 from flows.processes import HOST
 
+ARTIFACTS_VARIABLE = "FROMSCRATCH_SERVED_ARTIFACTS"
+
+
+def served_artifacts() -> Path | None:
+    """Return the artifacts folder whose Prefect server this process uses; None for a server that
+    is the user's own.
+    """
+    found = os.environ.get(ARTIFACTS_VARIABLE)
+    return Path(found) if found and os.environ.get("PREFECT_API_URL") else None
+
 
 def client_environment(artifacts_dir: Path, port: int) -> dict[str, str]:
     """Return what a Prefect client needs to use the server at `port`."""
     return {
         "PREFECT_API_URL": f"http://{HOST}:{port}/api",
         "PREFECT_HOME": str(artifacts_dir / "prefect"),
+        ARTIFACTS_VARIABLE: str(artifacts_dir),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         **{name: _with_loopback(os.environ.get(name, "")) for name in ("NO_PROXY", "no_proxy")},

@@ -1,45 +1,41 @@
 """The flow: builds the steps of the map as Prefect tasks, side by side where they can be."""
 
 import contextlib
-import re
+import logging
+import os
+import queue
 import textwrap
-import threading
-import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import httpx
 from prefect import flow
-from prefect.artifacts import (
-    create_markdown_artifact,
-    create_progress_artifact,
-    update_progress_artifact,
-)
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.futures import PrefectFuture
-from prefect.runtime import flow_run
-from prefect.settings import get_current_settings
-from prefect.states import Completed
+from prefect.runtime import flow_run, task_run
+from prefect.settings import PREFECT_API_URL, get_current_settings
+from prefect.states import Cancelled, Completed, Failed
 from prefect.tasks import Task
 
 from flows.display import LiveDisplay
+from flows.environments import served_artifacts
 from flows.pipeline import language_model
+from flows.prefect_link import PrefectLink
 from flows.result import RunResult
-from flows.services import addresses
-from llm.config import flatten, load_config
-from llm.errors import TransientError
+from flows.running import RunFile, RunningRun
+from flows.services import addresses, environment
+from llm.config import RunConfig, flatten, load_config
+from llm.errors import FromscratchError, Interrupted, TransientError
 from tasks.cached import Builder, Outcome
-from tasks.launch import Progress
-from tasks.plan import Selection
+from tasks.plan import Selection, make_plan
 from tasks.stages import DOWNLOAD, Step, in_order
 from tasks.store import Store
 from tasks.tracking import Tracker
 
-SECONDS_BETWEEN_CANCEL_LOOKS = 3.0
-SECONDS_BETWEEN_PROGRESS_ARTIFACTS = 2.0
 NAME_CHARACTERS = 120  # of a flow run, as its page shows it on one line
 DOWNLOAD_RETRY_SECONDS = [2.0, 10.0, 30.0]
 
@@ -61,7 +57,7 @@ def pipeline(
     start_from: str = "",
     force: list[str] | None = None,
     reuse: list[str] | None = None,
-) -> RunResult:
+) -> State[RunResult]:
     """Make a language model by a recipe, or those of its stages that are not there yet.
 
     Args:
@@ -72,14 +68,33 @@ def pipeline(
         force: build these stages even if cached.
         reuse: take the newest artifacts of these stages though their code changed.
     """
-    config = load_config(recipe, overrides or [])
-    selection = Selection(
-        only=only, start_from=start_from, force=tuple(force or ()), reuse=tuple(reuse or ())
-    )
+    run_file = _run_file()
+    _say_errors_once()
+    try:
+        config = load_config(recipe, overrides or [])
+        selection = Selection(
+            only=only, start_from=start_from, force=tuple(force or ()), reuse=tuple(reuse or ())
+        )
+        result = _run(config, selection)
+    except (Interrupted, KeyboardInterrupt, TerminationSignal):
+        return Cancelled(message="It was stopped; run it again to go on from where it was.")
+    except FromscratchError as error:  # the message is all there is to say: no traceback
+        return Failed(message=str(error), data=error)
+    finally:
+        if run_file is not None:
+            run_file.ended()
+    num_built = sum(outcome.status == "built" for outcome in result.outcomes)
+    return Completed(message=f"{num_built} of {len(result.outcomes)} stages built", data=result)
+
+
+def _run(config: RunConfig, selection: Selection) -> RunResult:
+    """Plan, then build. Nothing is built where the plan finds something wrong."""
     store = Store(Path(config.runtime.artifacts_dir))
+    plan = make_plan(in_order(language_model(config)), config, store, selection)
     tracker = Tracker(config, store.root)
     status = "FAILED"
-    with _stop_event() as stop, LiveDisplay() as display:
+    link = PrefectLink(PREFECT_API_URL.value() or "", str(flow_run.id), served_artifacts())
+    with link, LiveDisplay() as display:
         links = {"prefect_run_id": str(flow_run.id), "prefect_url": _prefect_url()}
         builder = Builder(
             config,
@@ -87,49 +102,80 @@ def pipeline(
             tracker=tracker,
             display=display,
             selection=selection,
-            should_stop=stop.is_set,
+            should_stop=link.is_stopping,
             links=links,
         )
         try:
             tracker.start_pipeline(flow_run.name, flatten(config), links)
-            steps = selection.takes(in_order(language_model(config)))
-            outcomes = _build_all(steps, builder)
+            outcomes = _build_all([item.step for item in plan], builder, link)
             _publish_report(outcomes[-1], tracker)
             status = "FINISHED"
         except BaseException as error:
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
             raise
         finally:
-            stop.set()
             tracker.close(status)
             builder.finish()
     return RunResult(
         recipe=config.name,
-        outcomes=[builder.outcomes[step] for step in steps],
+        outcomes=[builder.outcomes[item.step] for item in plan],
         mlflow_run_id=tracker.pipeline_run_id,
-        addresses=addresses(config.runtime, store.root) | {"Prefect": _prefect_url()},
+        addresses=addresses(config.runtime, store.root) | _page_that_answers(),
     )
 
 
-def _build_all(steps: list[Step], builder: Builder) -> list[Outcome]:
-    """Submit every step at once; each starts when its inputs are built."""
+def _build_all(steps: list[Step], builder: Builder, link: PrefectLink) -> list[Outcome]:
+    """Submit every step at once; each starts when its inputs are built.
+
+    Raises:
+        Interrupted: the run was cancelled, or a signal came. Every stage has stopped and saved.
+    """
     futures: dict[Step, PrefectFuture[Any]] = {}
     for step in steps:
         inputs = {name: futures[made_first] for name, made_first in step.inputs.items()}
-        futures[step] = _as_task(step, builder).submit(inputs)
+        futures[step] = _as_task(step, builder, link).submit(inputs)
+    _wait_for_all(list(futures.values()), link)
     for future in futures.values():
-        future.result()
+        if future.state.is_failed() or future.state.is_crashed():
+            future.result()  # raises what the stage raised
+    if not all(future.state.is_completed() for future in futures.values()):
+        raise Interrupted("a stage was stopped")
     return [builder.outcomes[step] for step in steps]
 
 
-def _as_task(step: Step, builder: Builder) -> Task[..., Any]:
+def _wait_for_all(futures: Sequence[PrefectFuture[Any]], link: PrefectLink) -> None:
+    """Return when every step has ended. One that fails stops the others; so does a signal."""
+    ended: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
+    for future in futures:
+        future.add_done_callback(ended.put)
+    left = len(futures)
+    while left:
+        try:
+            future = ended.get()
+        except (KeyboardInterrupt, TerminationSignal):
+            link.stop()  # and a second signal changes nothing: the stages are saving
+        else:
+            left -= 1
+            future.wait()  # it has ended; without this Prefect's server would be asked how
+            if not future.state.is_completed():
+                link.stop()
+
+
+def _as_task(step: Step, builder: Builder, link: PrefectLink) -> Task[..., Any]:
     """Return the Prefect task of a step. Prefect keeps no result of it: the store does."""
 
     def build(inputs: Mapping[str, Mapping[str, str]]) -> State[Any] | Mapping[str, str]:
-        outcome = builder.build(step, _progress_artifact(step))
+        task_run_id = str(task_run.id)
+        try:
+            outcome = builder.build(
+                step, lambda progress: link.progressed(step.name, task_run_id, progress)
+            )
+        except Interrupted as stop:
+            return Cancelled(message=str(stop))
         reference = {"stage": outcome.stage, "key": outcome.key, "digest": outcome.digest}
         if outcome.status == "cached":
             return Completed(name="Cached", message=f"digest {outcome.digest}", data=reference)
+        link.finished(step.name)
         return reference
 
     is_download = step.stage is DOWNLOAD
@@ -138,7 +184,6 @@ def _as_task(step: Step, builder: Builder) -> Task[..., Any]:
         name=step.stage.name,
         task_run_name=step.name,
         description=f"python -m llm.{step.stage.name}",
-        tags={step.stage.name},
         cache_policy=NO_CACHE,
         persist_result=False,
         retries=len(DOWNLOAD_RETRY_SECONDS) if is_download else 0,
@@ -153,27 +198,6 @@ def _is_transient(task_: Task[..., Any], run: TaskRun, state: State[Any]) -> boo
     return isinstance(error, TransientError)
 
 
-def _progress_artifact(step: Step) -> Callable[[Progress], None]:
-    """Return a function that keeps a Prefect progress artifact of `step`, for those that last."""
-    artifact_id: list[Any] = []
-    next_at = [time.monotonic() + SECONDS_BETWEEN_PROGRESS_ARTIFACTS]
-
-    def update(progress: Progress) -> None:
-        if not progress.total or time.monotonic() < next_at[0]:
-            return
-        next_at[0] = time.monotonic() + SECONDS_BETWEEN_PROGRESS_ARTIFACTS
-        percent = 100 * progress.done / progress.total
-        text = f"{step.name}: {progress.done:,} of {progress.total:,} {progress.unit}"
-        with contextlib.suppress(httpx.HTTPError):  # a server that is away must not end a training
-            if artifact_id:
-                update_progress_artifact(artifact_id[0], percent, description=text)
-            else:
-                key = re.sub(r"[^a-z0-9-]", "-", f"progress-{step.name}")
-                artifact_id.append(create_progress_artifact(percent, key, text))
-
-    return update
-
-
 def _publish_report(last: Outcome, tracker: Tracker) -> None:
     """Show the report in Prefect and MLflow, when the run came that far."""
     if last.stage != "evaluate":
@@ -185,29 +209,43 @@ def _publish_report(last: Outcome, tracker: Tracker) -> None:
         create_markdown_artifact(report, key="report", description="Evaluation report")
 
 
-@contextlib.contextmanager
-def _stop_event() -> Generator[threading.Event]:
-    """Yield an event that is set when the run ends or someone cancels it in Prefect."""
-    stop = threading.Event()
-    flow_run_id = flow_run.id
+def _run_file() -> RunFile | None:
+    """Say to `up`, `down` and later runs that this one is alive."""
+    artifacts_dir = served_artifacts()
+    if artifacts_dir is None:
+        return None
+    is_of_worker = "PREFECT__FLOW_RUN_ID" in os.environ
+    return RunFile(
+        artifacts_dir,
+        RunningRun(
+            id=str(flow_run.id),
+            name=str(flow_run.name),
+            pid=os.getpid(),
+            is_of_worker=is_of_worker,
+        ),
+    )
 
-    def watch() -> None:
-        with get_client(sync_client=True) as client:
-            while not stop.wait(SECONDS_BETWEEN_CANCEL_LOOKS):
-                with contextlib.suppress(httpx.HTTPError):
-                    state = client.read_flow_run(flow_run_id).state
-                    if state is not None and (state.is_cancelling() or state.is_cancelled()):
-                        stop.set()
 
-    watcher = threading.Thread(target=watch, name="cancel-watch", daemon=True)
-    watcher.start()
-    try:
-        yield stop
-    finally:
-        stop.set()
-        watcher.join()
+def _say_errors_once() -> None:
+    """Have Prefect log no traceback for an error that is the user's, or for being cancelled: the
+    state it logs has the whole message.
+    """
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, FromscratchError | CancelledRun)
 
 
 def _prefect_url() -> str:
     ui = get_current_settings().ui_url or ""
     return f"{ui}/runs/flow-run/{flow_run.id}" if ui else ""
+
+
+def _page_that_answers() -> dict[str, str]:
+    """Return the run's own page, unless its server lasts only as long as the run."""
+    artifacts_dir = served_artifacts()
+    is_lasting = artifacts_dir is None or environment(artifacts_dir)
+    return {"Prefect": _prefect_url()} if is_lasting and _prefect_url() else {}

@@ -1,4 +1,4 @@
-"""Prefect and MLflow over the data of one artifacts folder: `up`, `down`, and a server for one run.
+"""Prefect and MLflow over the data of one artifacts folder: `up`, `down`, where they are.
 
 They listen on 127.0.0.1 alone, as `flows.serve` guards them; there is no password to type.
 """
@@ -6,9 +6,8 @@ They listen on 127.0.0.1 alone, as `flows.serve` guards them; there is no passwo
 import contextlib
 import fcntl
 import json
-import logging
+import re
 import socket
-import subprocess
 import sys
 import time
 import urllib.parse
@@ -24,6 +23,7 @@ from flows.environments import (
     prefect_environment,
     without_prefect,
 )
+from flows.prefect_api import PrefectApi
 from flows.processes import (
     HOST,
     SECONDS_BETWEEN_LOOKS,
@@ -34,8 +34,10 @@ from flows.processes import (
     start,
     stop,
 )
+from flows.running import close_dead_runs, running_runs
 from llm.artifact import write_json_atomically
 from llm.config import RuntimeConfig
+from tasks.launch import SECONDS_TO_SAVE
 from tasks.mlflow_store import tracking_uri, without_password
 
 Name = Literal["prefect", "mlflow", "worker"]
@@ -43,6 +45,7 @@ Say = Callable[[str], None]
 
 FIRST_PORTS: Mapping[Name, int] = {"prefect": 4200, "mlflow": 5000}
 WORK_POOL, WORKER = "local", "fromscratch"
+LOGGED_ERROR = re.compile(r"^.*\b(?:ERROR|CRITICAL)\b.*$", re.M)  # of Prefect, MLflow, uvicorn
 SECONDS_TO_FREE_A_PORT = 5.0
 SECONDS_TO_START = 120.0  # a fresh database on a busy machine takes Prefect half a minute
 
@@ -74,8 +77,8 @@ def up(artifacts_dir: Path, say: Say | None = None) -> Services:
     """
     artifacts_dir = artifacts_dir.absolute()
     say = say or _say
-    with _lock(artifacts_dir):
-        known = _read(artifacts_dir)
+    with only_one(artifacts_dir):
+        known = recorded(artifacts_dir)
         running: dict[Name, Service] = {
             name: service for name, service in known.items() if service.is_alive
         }
@@ -103,17 +106,26 @@ def up(artifacts_dir: Path, say: Say | None = None) -> Services:
             raise
         if not started:
             say("everything is running")
+        _close_dead_runs(artifacts_dir, prefect, say)
+        for found in log_errors(artifacts_dir):
+            say(found)
         return Services(**(running | started))
 
 
-def down(artifacts_dir: Path) -> list[str]:
-    """End the services and all they started; return the names of those that were running."""
+def down(artifacts_dir: Path, say: Say | None = None) -> list[str]:
+    """End the services and all they started; return the names of those that were running.
+
+    Runs of the worker are cancelled first, which lets their stages save. Runs of a command line go
+    on: each brings itself a server (flows.temporary_server).
+    """
     artifacts_dir = artifacts_dir.absolute()
     if not (artifacts_dir / "services").is_dir():
         return []
-    with _lock(artifacts_dir):
-        known = _read(artifacts_dir)
+    with only_one(artifacts_dir):
+        known = recorded(artifacts_dir)
         running = [name for name, service in known.items() if service.is_alive]
+        if "prefect" in running:
+            _cancel_runs_of_worker(artifacts_dir, known["prefect"], say or _say)
         # the worker first: what it runs still has a server to tell its end to
         stop([known[name].id for name in ("worker",) if name in known])
         stop([service.id for service in known.values()])
@@ -123,10 +135,25 @@ def down(artifacts_dir: Path) -> list[str]:
 
 def status(artifacts_dir: Path) -> Services | None:
     """Return the services when all are running, from what is recorded, without asking them."""
-    known = _read(artifacts_dir.absolute())
+    known = recorded(artifacts_dir.absolute())
     if len(known) < 3 or not all(service.is_alive for service in known.values()):
         return None
     return Services(**known)
+
+
+def log_errors(artifacts_dir: Path) -> list[str]:
+    """Return, for each server that is running, how many errors its log holds and the last of them:
+    a service inside Prefect that fails says so nowhere else.
+    """
+    found: list[str] = []
+    known = recorded(artifacts_dir.absolute())
+    for service in (known[name] for name in FIRST_PORTS if name in known):
+        if service.is_alive:
+            text = Path(service.log).read_text(encoding="utf-8", errors="replace")
+            if errors := LOGGED_ERROR.findall(text):
+                last = errors[-1].strip()
+                found.append(f"{len(errors)} errors in {service.log}, the last: {last}")
+    return found
 
 
 def environment(artifacts_dir: Path) -> dict[str, str]:
@@ -134,7 +161,7 @@ def environment(artifacts_dir: Path) -> dict[str, str]:
 
     Set it before the first import of prefect, which reads it then.
     """
-    prefect = _read(artifacts_dir.absolute()).get("prefect")
+    prefect = recorded(artifacts_dir.absolute()).get("prefect")
     if prefect is None or not prefect.is_alive:
         return {}
     return client_environment(artifacts_dir.absolute(), prefect.port)
@@ -169,66 +196,6 @@ def _models_page(server_url: str, project: str) -> str:
     return f"{server_url.rstrip('/')}/{page}?{query}"
 
 
-class TemporaryPrefectServer:
-    """A Prefect server for one run, started at once in the background. It ends with its parent,
-    however that ends, because the kernel then closes the pipe that is its standard input.
-    """
-
-    def __init__(self, artifacts_dir: Path) -> None:
-        """Start the server; `wait_ready` says when it answers."""
-        self._artifacts_dir = artifacts_dir.absolute()
-        self._log = _log(self._artifacts_dir, "temporary")
-        with free_port(0) as listener, self._log.open("wb") as log:
-            self._port: int = listener.getsockname()[1]
-            self._process = subprocess.Popen(
-                [*_server_command("prefect", self._artifacts_dir, listener), "--temporary"],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=prefect_environment(self._artifacts_dir, self._port)
-                | {"PREFECT_SERVER_UI_ENABLED": "false"},
-                pass_fds=[listener.fileno()],
-                start_new_session=True,  # Ctrl-C is for the run, which still has to tell its end
-            )
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What a Prefect client needs to use this server. Set it before importing prefect.
-
-        Links lead to where `up` will show the run, since this server will be gone.
-        """
-        variables = client_environment(self._artifacts_dir, self._port)
-        known = _read(self._artifacts_dir).get("prefect")
-        port = known.port if known is not None else FIRST_PORTS["prefect"]
-        return {**variables, "PREFECT_UI_URL": f"http://{HOST}:{port}"}
-
-    def wait_ready(self, timeout_seconds: float = SECONDS_TO_START) -> None:
-        """Return when the server answers.
-
-        Raises:
-            ServiceError: it ended or did not answer in time.
-        """
-        deadline = time.monotonic() + timeout_seconds
-        while fetch(f"http://{HOST}:{self._port}/api/health") is None:
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise failure("the temporary Prefect server", self._log)
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-
-    def stop(self) -> None:
-        """End the server, after Prefect's client sent it the last lines of the run's log."""
-        for name in ("prefect.flow_runs", "prefect.task_runs"):
-            for handler in logging.getLogger(name).handlers:
-                handler.flush()
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-
-
 def _start_server(name: Name, before: Service | None, artifacts_dir: Path, say: Say) -> Service:
     """Start a server, on the port it had `before` where that is still free."""
     port = before.port if before else FIRST_PORTS[name]
@@ -239,9 +206,9 @@ def _start_server(name: Name, before: Service | None, artifacts_dir: Path, say: 
         make_environment = prefect_environment if name == "prefect" else mlflow_environment
         return start(
             name,
-            _server_command(name, artifacts_dir, listener),
+            server_command(name, artifacts_dir, listener),
             make_environment(artifacts_dir, taken),
-            _log(artifacts_dir, name),
+            server_log(artifacts_dir, name),
             port=taken,
             descriptors=[listener.fileno()],
         )
@@ -251,7 +218,7 @@ def _start_worker(prefect: Service, artifacts_dir: Path) -> Service:
     command = [sys.executable, "-m", "prefect", "worker", "start", "--name", WORKER]
     command += ["--pool", WORK_POOL, "--type", "process"]  # makes the pool where there is none
     variables = without_prefect(client_environment(artifacts_dir, prefect.port))
-    return start("worker", command, variables, _log(artifacts_dir, "worker"))
+    return start("worker", command, variables, server_log(artifacts_dir, "worker"))
 
 
 def _wait_until_ready(service: Service, say: Say, prefect: Service | None = None) -> None:
@@ -270,28 +237,50 @@ def _wait_until_ready(service: Service, say: Say, prefect: Service | None = None
 
 def _is_ready(service: Service, prefect: Service | None, started_at: float) -> bool:
     if prefect is not None:
-        return _last_heartbeat(prefect.port) > started_at
+        return _last_heartbeat(prefect) > started_at
     path = "/api/health" if service.name == "prefect" else "/health"
     return fetch(f"http://{HOST}:{service.port}{path}") is not None
 
 
-def _last_heartbeat(prefect_port: int) -> float:
+def _close_dead_runs(artifacts_dir: Path, prefect: Service, say: Say) -> None:
+    with contextlib.suppress(OSError):  # the next `up` or run closes them
+        for name in close_dead_runs(artifacts_dir, _api(prefect)):
+            say(f"{name}: its process was killed; it is shown as crashed now")
+
+
+def _last_heartbeat(prefect: Service) -> float:
     """Return when the worker last told Prefect that it is there, in seconds since 1970."""
-    api = f"http://{HOST}:{prefect_port}/api"
-    token = fetch(f"{api}/csrf-token?client={WORKER}")
-    if token is None:
+    try:
+        workers = _api(prefect).post(f"work_pools/{WORK_POOL}/workers/filter", {})
+    except OSError:
         return 0.0
-    headers = {"Prefect-Csrf-Client": WORKER, "Prefect-Csrf-Token": json.loads(token)["token"]}
-    workers = fetch(f"{api}/work_pools/{WORK_POOL}/workers/filter", b"{}", headers)
     beats = [
         datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp()
-        for worker in json.loads(workers or b"[]")
+        for worker in workers
         if worker["name"] == WORKER and worker["last_heartbeat_time"]
     ]
     return max(beats, default=0.0)
 
 
-def _server_command(name: Name, artifacts_dir: Path, listener: socket.socket) -> list[str]:
+def _cancel_runs_of_worker(artifacts_dir: Path, prefect: Service, say: Say) -> None:
+    """Cancel what the worker runs, and wait until its stages have saved."""
+    runs = [run for run in running_runs(artifacts_dir) if run.is_of_worker]
+    for run in runs:
+        say(f"cancelling {run.name}; a stage that is running saves first")
+        with contextlib.suppress(OSError):  # then `stop` ends it, a little less politely
+            _api(prefect).set_state("flow_runs", run.id, "CANCELLING", "`fromscratch down`")
+    deadline = time.monotonic() + SECONDS_TO_SAVE
+    while runs and time.monotonic() < deadline:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+        alive = {run.id for run in running_runs(artifacts_dir)}
+        runs = [run for run in runs if run.id in alive]
+
+
+def _api(prefect: Service) -> PrefectApi:
+    return PrefectApi(f"http://{HOST}:{prefect.port}/api")
+
+
+def server_command(name: Name, artifacts_dir: Path, listener: socket.socket) -> list[str]:
     command = [sys.executable, "-m", "flows.serve", name, str(artifacts_dir)]
     return [*command, "--fd", str(listener.fileno())]
 
@@ -302,19 +291,19 @@ def _folder(artifacts_dir: Path) -> Path:
     return folder
 
 
-def _log(artifacts_dir: Path, name: str) -> Path:
+def server_log(artifacts_dir: Path, name: str) -> Path:
     return _folder(artifacts_dir) / f"{name}.log"
 
 
 @contextlib.contextmanager
-def _lock(artifacts_dir: Path) -> Generator[None]:
+def only_one(artifacts_dir: Path) -> Generator[None]:
     """Let one `up` or `down` work at a time."""
     with (_folder(artifacts_dir) / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _read(artifacts_dir: Path) -> dict[Name, Service]:
+def recorded(artifacts_dir: Path) -> dict[Name, Service]:
     try:
         data = json.loads((artifacts_dir / "services" / "services.json").read_bytes())
         return {cast(Name, name): Service(**service) for name, service in data.items()}

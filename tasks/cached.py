@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 from llm.artifact import Artifact, Json, load_artifact
 from llm.config import RunConfig, flatten
+from llm.errors import Interrupted
 from llm.runtime.job import Job, is_finished
 from tasks.launch import Progress, launch
 from tasks.plan import PlannedStep, Selection, explain, key_parts, reusable, section_of
@@ -97,7 +98,14 @@ class Builder:
         digests = {name: outcome.digest for name, outcome in inputs.items()}
         parts = key_parts(step, self.config, digests, self.store)
         lock_name = f"{parts.stage}-{parts.key}"
-        with self.store.lock(lock_name, on_wait=_once(lambda: self._display.waits(step.name))):
+        say_once = _once(lambda: self._display.waits(step.name))
+
+        def wait() -> None:
+            say_once()
+            self._raise_if_stopping(step)
+
+        self._raise_if_stopping(step)
+        with self.store.lock(lock_name, on_wait=wait):
             outcome = self._from_store(step, parts)
             if outcome is None:
                 outcome = self._build(step, parts, inputs, on_progress)
@@ -115,6 +123,10 @@ class Builder:
             self.store.remember(replace(record, links=links))
             self.outcomes[step] = replace(self.outcomes[step], links=links)
         self.store.sweep()
+
+    def _raise_if_stopping(self, step: Step) -> None:
+        if self._should_stop():
+            raise Interrupted(f"{step.name} was not begun: the run was stopped")
 
     def _from_store(self, step: Step, parts: KeyParts) -> Outcome | None:
         if self._selection.is_forced(step.stage):

@@ -1,7 +1,9 @@
 """Every command of the README does what it says: run here, small, in an empty folder."""
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,6 +30,9 @@ def commands() -> list[str]:
 def small(command: str, sources: Path) -> str:
     """Return the command on the same recipe with a tiny corpus, model and number of steps."""
     command = command.replace(".venv/bin/", "")
+    if command.startswith("prefect deployment run"):  # and wait until the worker has run it
+        overrides = [*tiny.SETTINGS, *tiny.write_sources(sources), "seed=2"]
+        return f"{command} --watch --params {shlex.quote(json.dumps({'overrides': overrides}))}"
     if not command.startswith("fromscratch run"):
         return command
     given = {word.split("=")[0] for word in command.split() if "=" in word}
@@ -45,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "sources").mkdir()
     run("fromscratch run quickstart", folder)
     yield folder
-    run("fromscratch down", folder)
+    run("fromscratch down --force", folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -93,5 +98,7 @@ def test_command_works(command: str, folder: Path) -> None:
     printed = run(command, folder)
     if "--plan" in command:
         assert "to build" in printed
+    if command.startswith("prefect deployment run"):
+        assert "Completed" in printed
     if "--json" in command:
         assert '"mlflow_run_id"' in printed
