@@ -59,7 +59,7 @@ class ModelRuns:
         """Begin the model's run, or go on with the one that an interrupted training began."""
         if event.stage in self._trainings:
             self._release(event.stage)  # of a first try that MLflow did not let end
-        work_folder = Path(event.work_folder)
+        work_folder = self._store.path(event.work_folder)
         try:
             lock = _lock(work_folder)
         except BlockingIOError:
@@ -76,7 +76,7 @@ class ModelRuns:
             title = _title(pipeline_title, event.stage)
             run_id = self._book.begin(name, "models", title, tags, at_ms)
         if lock is not None:
-            known: dict[str, Json] = {"uri": self._store.shown_uri, "run_id": run_id}
+            known: dict[str, Json] = {"uri": self._store.known_as, "run_id": run_id}
             write_json_atomically(work_folder / RUN_FILE, known, is_durable=False)
         self._trainings[event.stage] = Training(
             pipeline_title=pipeline_title,
@@ -106,7 +106,7 @@ class ModelRuns:
         training.curves.send_new(training.file)
         name = f"model/{event.stage}"
         if event.status == "FINISHED":
-            training.curves.send_new(PointFile(Path(event.folder) / METRICS_FILE))
+            training.curves.send_new(PointFile(self._store.path(event.folder) / METRICS_FILE))
             title = _title(
                 training.pipeline_title, event.stage, event.summary.get("num_parameters")
             )
@@ -116,7 +116,7 @@ class ModelRuns:
 
     def log_report(self, event: ReportFinished, at_ms: int) -> None:
         """Log each model's figures and samples to its run."""
-        folder = Path(event.folder)
+        folder = self._store.path(event.folder)
         figures, _ = split_summary(event.metrics)
         samples: list[dict[str, Json]] = json.loads((folder / "samples.json").read_bytes())
         for stage, model in MODEL_NAMES.items():
@@ -170,12 +170,12 @@ class ModelRuns:
         self._store.client.log_inputs(run_id, datasets=datasets, models=models)
 
     def _log_final(self, run_id: str, title: str, event: ModelFinished, at_ms: int) -> None:
-        client, folder = self._store.client, Path(event.folder)
+        client, folder = self._store.client, self._store.path(event.folder)
         figures, texts = split_summary(event.summary)
         run = client.get_run(run_id)
         client.update_run(run_id, name=title)
         links = run.data.tags.get(NOTE, "").partition("Model:")[0].rstrip()
-        note = f"{links}\n\nModel: `{folder}`"
+        note = f"{links}\n\nModel: `{event.folder}`"
         self._store.set_tags(run_id, {**texts, DIGEST_TAG: event.digest, NOTE: note})
         for file in (folder / "model.json", *sorted(folder.glob("tokenizer.*"))):
             client.log_artifact(run_id, str(file))
@@ -198,7 +198,7 @@ class ModelRuns:
             return found.info.run_id
         try:
             known = json.loads((work_folder / RUN_FILE).read_bytes())
-            if known["uri"] != self._store.shown_uri:
+            if known["uri"] != self._store.known_as:
                 return None
             run = self._store.client.get_run(known["run_id"])
         except FileNotFoundError:

@@ -56,7 +56,7 @@ class PipelineRuns:
         """Begin the pipeline's run with every setting."""
         self.title, self._settings = event.name, event.settings
         run_id = self._book.begin("pipeline", "pipelines", event.name, {}, at_ms)
-        self._store.set_tags(run_id, described(event.links, f"Artifacts: `{self._artifacts_dir}`"))
+        self._store.set_tags(run_id, described(event.links))
         self._store.log_parameters(run_id, event.settings)
 
     def start_stage(self, event: StageStarted, at_ms: int) -> None:
