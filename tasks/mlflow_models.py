@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from llm.artifact import Json, write_json_atomically
+from llm.monitoring.metrics import read_num_parameters
 from tasks.journal import Dataset, ModelFinished, ModelStarted, ReportFinished, StageCached
 from tasks.mlflow_curves import Curves, PointFile, draw_losses
 from tasks.mlflow_logged_model import log_model, logged_model_id
@@ -17,6 +18,7 @@ from tasks.mlflow_store import (
     KEY_TAG,
     NOTE,
     STAGE_TAG,
+    SWEEP_TAG,
     UID_TAG,
     RunBook,
     described,
@@ -54,6 +56,8 @@ class ModelRuns:
         self._book = book
         self._store = book.store
         self._trainings: dict[str, Training] = {}
+        self._sized: set[str] = set()
+        """Stages whose run has the model's size in its name."""
 
     def start(self, event: ModelStarted, pipeline_title: str, at_ms: int) -> None:
         """Begin the model's run, or go on with the one that an interrupted training began."""
@@ -86,17 +90,21 @@ class ModelRuns:
         )
         self._describe(run_id, event)
 
-    def find_cached(self, event: StageCached) -> None:
-        """Find the run of a model that was cached, for its figures and samples may be new."""
+    def find_cached(self, event: StageCached, sweep: str) -> None:
+        """Find the run of a model that was cached, for its figures and samples may be new, and it
+        may belong to a sweep now.
+        """
         if event.stage in MODEL_NAMES:
             tags = {STAGE_TAG: event.stage, DIGEST_TAG: event.digest}
             if (run := self._store.find_run("models", tags)) is not None:
                 self._book.run_ids[f"model/{event.stage}"] = run.info.run_id
+                self._store.set_tags(run.info.run_id, {SWEEP_TAG: sweep})
 
     def follow(self) -> None:
         """Send the points that trainings wrote since the last call."""
-        for training in self._trainings.values():
+        for stage, training in self._trainings.items():
             training.curves.send_new(training.file)
+            self._name_with_size(stage, training)
 
     def finish(self, event: ModelFinished, at_ms: int) -> None:
         """Log what a finished model is, and end its run."""
@@ -132,6 +140,16 @@ class ModelRuns:
                 self._store.client.log_artifact(run_id, str(folder / file))
             if samples:  # models that fill in masked tokens have none
                 self._store.log_table(run_id, SAMPLE_TABLE, _sample_rows(samples, model))
+
+    def _name_with_size(self, stage: str, training: Training) -> None:
+        """Give a running model its size in its name, once the training has said it."""
+        if stage in self._sized:
+            return
+        num_parameters = read_num_parameters(training.file.path.parent)
+        if num_parameters is not None:
+            title = _title(training.pipeline_title, stage, num_parameters)
+            self._store.client.update_run(self._book.run_ids[f"model/{stage}"], name=title)
+            self._sized.add(stage)
 
     def stop_following(self) -> None:
         """Send the last points of trainings whose end nobody told."""
@@ -241,12 +259,12 @@ def _dataset_input(dataset: Dataset) -> "DatasetInput":
 
 
 def _title(pipeline_title: str, stage: str, num_parameters: Json = None) -> str:
-    """Return a model run's name: `quickstart chat 3.2M finetune.num_steps=200`. What differs comes
-    last, because MLflow's lists cut long names.
+    """Return a model run's name: `chat finetune.num_steps=200 3.2M quickstart`. What differs comes
+    before the recipe, because MLflow's lists cut long names.
     """
-    recipe, _, overrides = pipeline_title.partition(" ")
+    differing, _, recipe = pipeline_title.rpartition(" ")
     size = _short(num_parameters) if isinstance(num_parameters, int) else ""
-    return " ".join(filter(None, [recipe, MODEL_NAMES[stage], size, overrides]))
+    return " ".join(filter(None, [MODEL_NAMES[stage], differing, size, recipe]))
 
 
 def _short(count: int) -> str:

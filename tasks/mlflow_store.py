@@ -39,6 +39,7 @@ PARAMETERS_PER_BATCH = 100
 NOTE = "mlflow.note.content"
 UID_TAG = "fromscratch.uid"
 STAGE_TAG, DIGEST_TAG, KEY_TAG = "fromscratch.stage", "fromscratch.digest", "fromscratch.key"
+SWEEP_TAG = "fromscratch.sweep"  # the runs of one sweep are grouped by it
 # Set where the user has not: a server that is away must be noticed in seconds, not minutes, and
 # nothing may be printed or sent that was not asked for.
 ENVIRONMENT = {
@@ -165,8 +166,8 @@ class MlflowStore:
         """Set tags, those too long for MLflow cut visibly."""
         from mlflow.entities import RunTag
 
-        if tags:
-            entities = [RunTag(key, value) for key, value in _cut(tags).items()]
+        entities = [RunTag(key, value) for key, value in _cut(tags).items()]
+        if entities:
             self.client.log_batch(run_id, tags=entities)
 
     def log_parameters(self, run_id: str, parameters: Mapping[str, object]) -> None:
