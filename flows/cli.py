@@ -33,6 +33,7 @@ from tasks.store import Store
 if TYPE_CHECKING:
     from flows.result import RunResult
     from flows.running import RunningRun
+    from flows.sweep import Member
     from tasks.cached import Outcome
 
 EXIT_FAILED = 1
@@ -217,22 +218,26 @@ def _result(
 
 def _sweep(options: argparse.Namespace) -> int:
     from flows.display import print_sweep
-    from flows.sweep import load_sweep, run_sweep
+    from flows.sweep import load_sweep, run_sweep, short_name
 
     sweep = load_sweep(options.name, options.overrides)
 
-    def run_member(config: RunConfig, overrides: Sequence[str]) -> "Sequence[Outcome]":
-        member = argparse.Namespace(
+    def run_member(
+        config: RunConfig, member: "Member", overrides: Sequence[str]
+    ) -> "Sequence[Outcome]":
+        run_options = argparse.Namespace(
             recipe=sweep.recipe,
             overrides=list(overrides),
             only="",
             start_from="",
             force=[],
             reuse=[],
+            name=f"{short_name(member)} {config.name}",
+            sweep=Path(options.name).stem,
         )
         store = Store(Path(config.runtime.artifacts_dir))
         plan = make_plan(in_order(language_model(config)), config, store, Selection())
-        return _result(member, config, plan, store).outcomes
+        return _result(run_options, config, plan, store).outcomes
 
     members = run_sweep(sweep, run_member, lambda line: print(f"\n{line}", file=sys.stderr))
     if options.json:
@@ -249,19 +254,26 @@ def _run_flow(options: argparse.Namespace, config: RunConfig, store: Store) -> "
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     _use_prefect_server(store.root)
     import httpx
+    from prefect import tags
 
     from flows.run import pipeline
+    from flows.sweep import SWEEP
 
+    flow, of_sweep = cast(Any, pipeline), list[str]()
+    if getattr(options, SWEEP, ""):
+        flow = flow.with_options(flow_run_name=lambda: options.name)
+        of_sweep = [f"{SWEEP}:{options.sweep}"]
     try:
-        state = cast(Any, pipeline)(
-            recipe=options.recipe,
-            overrides=options.overrides,
-            only=options.only,
-            start_from=options.start_from,
-            force=options.force,
-            reuse=options.reuse,
-            return_state=True,
-        )
+        with tags(*of_sweep):
+            state = flow(
+                recipe=options.recipe,
+                overrides=options.overrides,
+                only=options.only,
+                start_from=options.start_from,
+                force=options.force,
+                reuse=options.reuse,
+                return_state=True,
+            )
     except httpx.HTTPError as error:
         raise ServiceError(
             f"Prefect's server went away and could not be brought back ({error!r}); every stage"

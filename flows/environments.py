@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from flows.processes import HOST
+from tasks.mlflow_files import FOLDER, ROOT, database_uri
 
 ARTIFACTS_VARIABLE = "FROMSCRATCH_SERVED_ARTIFACTS"
 
@@ -60,10 +61,10 @@ def mlflow_environment(artifacts_dir: Path, port: int) -> dict[str, str]:
     """
     return without_prefect(
         {
-            "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{artifacts_dir / 'mlflow.db'}",
-            "_MLFLOW_SERVER_REGISTRY_STORE": f"sqlite:///{artifacts_dir / 'mlflow.db'}",
-            "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
-            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": (artifacts_dir / "mlruns").as_uri(),
+            "_MLFLOW_SERVER_FILE_STORE": database_uri(artifacts_dir),
+            "_MLFLOW_SERVER_REGISTRY_STORE": database_uri(artifacts_dir),
+            "_MLFLOW_SERVER_ARTIFACT_ROOT": ROOT,
+            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": (artifacts_dir / FOLDER).as_uri(),
             "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
             "MLFLOW_SERVER_ALLOWED_HOSTS": f"{HOST}:*,localhost:*",
             "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port},http://localhost:{port}",

@@ -28,6 +28,7 @@ from flows.prefect_link import PrefectLink
 from flows.result import RunResult
 from flows.running import RunFile, RunningRun
 from flows.services import addresses, environment
+from flows.sweep import SWEEP
 from llm.config import RunConfig, flatten, load_config
 from llm.errors import FromscratchError, Interrupted, TransientError
 from tasks.cached import Builder, Outcome
@@ -41,12 +42,12 @@ DOWNLOAD_RETRY_SECONDS = [2.0, 10.0, 30.0]
 
 
 def _flow_run_name() -> str:
-    """Say the recipe and what differs from it: `quickstart finetune.num_steps=200`."""
+    """Say what differs from a recipe, and which: `finetune.num_steps=200 quickstart`."""
     parameters = cast(Mapping[str, Any], flow_run.parameters or {})
     overrides = cast(list[str], parameters.get("overrides") or [])
-    differing = [word for word in overrides if not word.startswith("runtime.")]
-    words = [Path(str(parameters.get("recipe"))).stem, *differing]
-    return textwrap.shorten(" ".join(words), NAME_CHARACTERS, placeholder=" ...")
+    differing = " ".join(word for word in overrides if not word.startswith("runtime."))
+    shown = textwrap.shorten(differing, NAME_CHARACTERS, placeholder=" ...")
+    return f"{shown} {Path(str(parameters.get('recipe'))).stem}".strip()
 
 
 @flow(name="pipeline", flow_run_name=_flow_run_name, persist_result=False, log_prints=False)
@@ -96,6 +97,8 @@ def _run(config: RunConfig, selection: Selection) -> RunResult:
     link = PrefectLink(PREFECT_API_URL.value() or "", str(flow_run.id), served_artifacts())
     with link, LiveDisplay() as display:
         links = {"prefect_run_id": str(flow_run.id), "prefect_url": _prefect_url()}
+        tags = [tag.partition(":") for tag in cast(list[str], flow_run.tags)]
+        links |= {kind: name for kind, _, name in tags if kind == SWEEP}
         builder = Builder(
             config,
             store,

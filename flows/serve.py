@@ -7,11 +7,15 @@ have to be typed into the pages; instead every request must
 - come from no page but the server's own (`Origin`): no other page can send it requests,
 - come from a connection of the same account: other accounts of a shared machine are turned away.
 
+In return the pages may load and ask nothing but this machine, and no other page may frame them:
+Prefect's would send what is done on them to its maker's analytics, whatever its settings say.
+
 The settings are read from the environment that `flows.services` makes.
 """
 
 import argparse
 import fcntl
+import json
 import os
 import platform
 import re
@@ -21,9 +25,13 @@ import struct
 import sys
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, MutableMapping
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tasks.mlflow_files import correct_locations
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -33,11 +41,48 @@ NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST = 4, 20, 1  # linux/netlin
 ALL_STATES = NO_COOKIE = 0xFFFFFFFF
 TCP_ESTABLISHED = 1
 SECONDS_TO_STOP = 2
-NO_INVITATION = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')"
+# What MLflow's page finds in the browser's localStorage before its own script runs: the menu of
+# model training in place of that of conversations, no usage data and no banner about it, and an
+# assistant that does not open by itself.
+PAGE_SETTINGS = {
+    "mlflow.workflowType_v1": "machine_learning",
+    "mlflow.settings.telemetry.enabled_v1": False,
+    "mlflow.telemetry.info.alert.dismissed_v1": True,
+    "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": True,
+}
+PAGE_SCRIPT = "".join(
+    f"localStorage.setItem({json.dumps(key)}, {json.dumps(json.dumps(value))});"
+    for key, value in PAGE_SETTINGS.items()
+)
+# Prefect's page calls its API as 127.0.0.1, also where it was opened as localhost. Both pages write
+# styles into their elements and draw from data: and blob: addresses they make themselves.
+CONTENT_SECURITY_POLICY = "; ".join(
+    [
+        "default-src 'self'",
+        f"script-src 'self' 'sha256-{b64encode(sha256(PAGE_SCRIPT.encode()).digest()).decode()}'",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data: blob:",
+        "font-src 'self' data:",
+        "connect-src 'self' data: blob: http://127.0.0.1:* http://localhost:* ws://127.0.0.1:*"
+        " ws://localhost:*",
+        "worker-src 'self' blob:",
+        "frame-src 'self' blob:",
+        "object-src 'none'",
+        "base-uri 'self'",
+        "form-action 'self'",
+        "frame-ancestors 'none'",
+    ]
+)
+PAGE_HEADERS = (
+    (b"content-security-policy", CONTENT_SECURITY_POLICY.encode()),
+    (b"x-frame-options", b"DENY"),
+)
 
 
 class LocalOnly:
-    """Turns away what does not come from this machine, this account and the server's own pages."""
+    """Turns away what does not come from this machine, this account and the server's own pages, and
+    gives the pages a policy that keeps them to this machine.
+    """
 
     def __init__(self, app: "ASGIApp", on_started: Callable[[], None] = lambda: None) -> None:
         """Guard `app`, and call `on_started` when it is ready."""
@@ -52,10 +97,17 @@ class LocalOnly:
             if message["type"] == "lifespan.startup.complete":
                 self._on_started()
 
+        async def send_with_policy(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                names = {name for name, _ in PAGE_HEADERS}
+                own = [header for header in message["headers"] if header[0].lower() not in names]
+                message["headers"] = [*own, *PAGE_HEADERS]
+            await send(message)
+
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send_and_tell)
         elif not (reason := refusal(scope)):
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, send_with_policy)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
@@ -123,7 +175,7 @@ def main() -> None:
         unlock = _lock(options.artifacts / "prefect")
         app = LocalOnly(_prefect_app(is_temporary=options.temporary), unlock)
     else:
-        app = LocalOnly(_mlflow_app())
+        app = LocalOnly(_mlflow_app(options.artifacts))
     config = uvicorn.Config(
         app,
         lifespan="on",
@@ -149,11 +201,10 @@ def _prefect_app(*, is_temporary: bool) -> "ASGIApp":
     return create_app(ephemeral=is_temporary, final=True)
 
 
-def _mlflow_app() -> "ASGIApp":
-    """Make MLflow's server, its database opened now and not with the first page.
+def _mlflow_app(artifacts_dir: Path) -> "ASGIApp":
+    """Make MLflow's server, its database opened and corrected now and not with the first page.
 
-    Its assistant runs shell commands for whoever asks. Here it does not exist, and the page does
-    not open with an invitation to it.
+    Its assistant runs shell commands for whoever asks. Here it does not exist.
     """
     import mlflow.server
     from mlflow.server.fastapi_app import app
@@ -164,7 +215,7 @@ def _mlflow_app() -> "ASGIApp":
 
     pages = Path(mlflow.server.__file__).parent / mlflow.server.REL_STATIC_DIR
     index = (pages / "index.html").read_text(encoding="utf-8")
-    index = index.replace("<head>", f"<head><script>{NO_INVITATION}</script>", 1)
+    index = index.replace("<head>", f"<head><script>{PAGE_SCRIPT}</script>", 1)
 
     async def show_index(request: Request) -> HTMLResponse:
         return HTMLResponse(index)
@@ -172,6 +223,7 @@ def _mlflow_app() -> "ASGIApp":
     async def refuse(request: Request) -> PlainTextResponse:
         return PlainTextResponse("the assistant is turned off\n", status_code=404)
 
+    correct_locations(artifacts_dir)
     initialize_backend_stores()
     methods = ["GET", "POST", "PUT", "PATCH", "DELETE"]
     assistant = "/{prefix:path}/3.0/mlflow/assistant/{rest:path}"

@@ -16,7 +16,9 @@ from llm.errors import ConfigError, FromscratchError
 from llm.settings import did_you_mean
 from tasks.cached import Outcome
 
-RunMember = Callable[[RunConfig, Sequence[str]], Sequence[Outcome]]
+RunMember = Callable[[RunConfig, "Member", Sequence[str]], Sequence[Outcome]]
+SWEEP = "sweep"
+"""Its runs are tagged with it: `sweep:NAME` in Prefect, `fromscratch.sweep` in MLflow."""
 FIGURES = {
     "ids": ("train_tokenizer", "vocab_size"),
     "bytes a token": ("train_tokenizer", "bytes_per_token"),
@@ -38,8 +40,10 @@ class Sweep:
 
 @dataclass(kw_only=True, slots=True)
 class Member:
-    """What became of one member."""
+    """One member, and what became of it."""
 
+    number: int
+    """Counted from 1, in the order of the grid."""
     overrides: Sequence[str]
     """Those that not all members have."""
     status: str = "finished"
@@ -100,11 +104,12 @@ def run_sweep(sweep: Sweep, run_member: RunMember, announce: Callable[[str], Non
     shared = set.intersection(*map(set, sweep.members)) if len(sweep.members) > 1 else set[str]()
     members: list[Member] = []
     for number, (overrides, config) in enumerate(zip(sweep.members, configs, strict=True), 1):
-        member = Member(overrides=[word for word in overrides if word not in shared])
+        differing = [word for word in overrides if word not in shared]
+        member = Member(number=number, overrides=differing)
         announce(f"{number} of {len(configs)}: {' '.join(member.overrides)}")
         started_at = time.monotonic()
         try:
-            _note_figures(member, run_member(config, overrides))
+            _note_figures(member, run_member(config, member, overrides))
         except FromscratchError as error:
             member.status, member.error = "failed", str(error)
             announce(f"failed: {error}")
@@ -129,9 +134,13 @@ def comparison(members: Sequence[Member]) -> tuple[list[str], list[list[str]]]:
 
 
 def short_name(member: Member) -> str:
-    """Return its overrides without their sections: `kind=bpe vocab_size=4096`."""
+    """Return its number and its overrides without their sections: `4 kind=bpe vocab_size=4096`.
+
+    The number tells members apart in lists that cut names off, as MLflow's does at 20 characters.
+    """
     parts = [word.partition("=") for word in member.overrides]
-    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in parts) or "as it is"
+    differing = " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in parts)
+    return f"{member.number} {differing or 'as it is'}"
 
 
 def differing_bytes(members: Sequence[Member]) -> str:

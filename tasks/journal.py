@@ -38,7 +38,7 @@ class PipelineStarted:
     """A run of the whole pipeline begins. `links` names the Prefect run, say."""
 
     tracking_uri: str
-    """Where this run is told, without user and password."""
+    """Where this run is told, without user and password; the database in the folder by its name."""
     project: str
     name: str
     settings: Mapping[str, object]

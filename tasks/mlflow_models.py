@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from llm.artifact import Json, write_json_atomically
+from llm.monitoring.metrics import read_num_parameters
 from tasks.journal import Dataset, ModelFinished, ModelStarted, ReportFinished, StageCached
 from tasks.mlflow_curves import Curves, PointFile, draw_losses
 from tasks.mlflow_logged_model import log_model, logged_model_id
@@ -17,6 +18,7 @@ from tasks.mlflow_store import (
     KEY_TAG,
     NOTE,
     STAGE_TAG,
+    SWEEP_TAG,
     UID_TAG,
     RunBook,
     described,
@@ -54,12 +56,14 @@ class ModelRuns:
         self._book = book
         self._store = book.store
         self._trainings: dict[str, Training] = {}
+        self._sized: set[str] = set()
+        """Stages whose run has the model's size in its name."""
 
     def start(self, event: ModelStarted, pipeline_title: str, at_ms: int) -> None:
         """Begin the model's run, or go on with the one that an interrupted training began."""
         if event.stage in self._trainings:
             self._release(event.stage)  # of a first try that MLflow did not let end
-        work_folder = Path(event.work_folder)
+        work_folder = self._store.path(event.work_folder)
         try:
             lock = _lock(work_folder)
         except BlockingIOError:
@@ -76,7 +80,7 @@ class ModelRuns:
             title = _title(pipeline_title, event.stage)
             run_id = self._book.begin(name, "models", title, tags, at_ms)
         if lock is not None:
-            known: dict[str, Json] = {"uri": self._store.shown_uri, "run_id": run_id}
+            known: dict[str, Json] = {"uri": self._store.known_as, "run_id": run_id}
             write_json_atomically(work_folder / RUN_FILE, known, is_durable=False)
         self._trainings[event.stage] = Training(
             pipeline_title=pipeline_title,
@@ -86,17 +90,21 @@ class ModelRuns:
         )
         self._describe(run_id, event)
 
-    def find_cached(self, event: StageCached) -> None:
-        """Find the run of a model that was cached, for its figures and samples may be new."""
+    def find_cached(self, event: StageCached, sweep: str) -> None:
+        """Find the run of a model that was cached, for its figures and samples may be new, and it
+        may belong to a sweep now.
+        """
         if event.stage in MODEL_NAMES:
             tags = {STAGE_TAG: event.stage, DIGEST_TAG: event.digest}
             if (run := self._store.find_run("models", tags)) is not None:
                 self._book.run_ids[f"model/{event.stage}"] = run.info.run_id
+                self._store.set_tags(run.info.run_id, {SWEEP_TAG: sweep})
 
     def follow(self) -> None:
         """Send the points that trainings wrote since the last call."""
-        for training in self._trainings.values():
+        for stage, training in self._trainings.items():
             training.curves.send_new(training.file)
+            self._name_with_size(stage, training)
 
     def finish(self, event: ModelFinished, at_ms: int) -> None:
         """Log what a finished model is, and end its run."""
@@ -106,7 +114,7 @@ class ModelRuns:
         training.curves.send_new(training.file)
         name = f"model/{event.stage}"
         if event.status == "FINISHED":
-            training.curves.send_new(PointFile(Path(event.folder) / METRICS_FILE))
+            training.curves.send_new(PointFile(self._store.path(event.folder) / METRICS_FILE))
             title = _title(
                 training.pipeline_title, event.stage, event.summary.get("num_parameters")
             )
@@ -116,7 +124,7 @@ class ModelRuns:
 
     def log_report(self, event: ReportFinished, at_ms: int) -> None:
         """Log each model's figures and samples to its run."""
-        folder = Path(event.folder)
+        folder = self._store.path(event.folder)
         figures, _ = split_summary(event.metrics)
         samples: list[dict[str, Json]] = json.loads((folder / "samples.json").read_bytes())
         for stage, model in MODEL_NAMES.items():
@@ -132,6 +140,16 @@ class ModelRuns:
                 self._store.client.log_artifact(run_id, str(folder / file))
             if samples:  # models that fill in masked tokens have none
                 self._store.log_table(run_id, SAMPLE_TABLE, _sample_rows(samples, model))
+
+    def _name_with_size(self, stage: str, training: Training) -> None:
+        """Give a running model its size in its name, once the training has said it."""
+        if stage in self._sized:
+            return
+        num_parameters = read_num_parameters(training.file.path.parent)
+        if num_parameters is not None:
+            title = _title(training.pipeline_title, stage, num_parameters)
+            self._store.client.update_run(self._book.run_ids[f"model/{stage}"], name=title)
+            self._sized.add(stage)
 
     def stop_following(self) -> None:
         """Send the last points of trainings whose end nobody told."""
@@ -170,12 +188,12 @@ class ModelRuns:
         self._store.client.log_inputs(run_id, datasets=datasets, models=models)
 
     def _log_final(self, run_id: str, title: str, event: ModelFinished, at_ms: int) -> None:
-        client, folder = self._store.client, Path(event.folder)
+        client, folder = self._store.client, self._store.path(event.folder)
         figures, texts = split_summary(event.summary)
         run = client.get_run(run_id)
         client.update_run(run_id, name=title)
         links = run.data.tags.get(NOTE, "").partition("Model:")[0].rstrip()
-        note = f"{links}\n\nModel: `{folder}`"
+        note = f"{links}\n\nModel: `{event.folder}`"
         self._store.set_tags(run_id, {**texts, DIGEST_TAG: event.digest, NOTE: note})
         for file in (folder / "model.json", *sorted(folder.glob("tokenizer.*"))):
             client.log_artifact(run_id, str(file))
@@ -198,7 +216,7 @@ class ModelRuns:
             return found.info.run_id
         try:
             known = json.loads((work_folder / RUN_FILE).read_bytes())
-            if known["uri"] != self._store.shown_uri:
+            if known["uri"] != self._store.known_as:
                 return None
             run = self._store.client.get_run(known["run_id"])
         except FileNotFoundError:
@@ -241,12 +259,12 @@ def _dataset_input(dataset: Dataset) -> "DatasetInput":
 
 
 def _title(pipeline_title: str, stage: str, num_parameters: Json = None) -> str:
-    """Return a model run's name: `quickstart chat 3.2M finetune.num_steps=200`. What differs comes
-    last, because MLflow's lists cut long names.
+    """Return a model run's name: `chat finetune.num_steps=200 3.2M quickstart`. What differs comes
+    before the recipe, because MLflow's lists cut long names.
     """
-    recipe, _, overrides = pipeline_title.partition(" ")
+    differing, _, recipe = pipeline_title.rpartition(" ")
     size = _short(num_parameters) if isinstance(num_parameters, int) else ""
-    return " ".join(filter(None, [recipe, MODEL_NAMES[stage], size, overrides]))
+    return " ".join(filter(None, [MODEL_NAMES[stage], differing, size, recipe]))
 
 
 def _short(count: int) -> str:

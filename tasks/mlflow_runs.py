@@ -49,14 +49,17 @@ class PipelineRuns:
         self._store = book.store
         self._artifacts_dir = artifacts_dir
         self.title = ""
-        """What the flow run is called: the recipe and what differs from it."""
+        """What the flow run is called: what differs from a recipe, and the recipe."""
+        self.sweep = ""
+        """The sweep it belongs to, if any."""
         self._settings: Mapping[str, object] = {}
 
     def start(self, event: PipelineStarted, at_ms: int) -> None:
         """Begin the pipeline's run with every setting."""
         self.title, self._settings = event.name, event.settings
+        self.sweep = event.links.get("sweep", "")
         run_id = self._book.begin("pipeline", "pipelines", event.name, {}, at_ms)
-        self._store.set_tags(run_id, described(event.links, f"Artifacts: `{self._artifacts_dir}`"))
+        self._store.set_tags(run_id, described(event.links))
         self._store.log_parameters(run_id, event.settings)
 
     def start_stage(self, event: StageStarted, at_ms: int) -> None:
@@ -125,7 +128,7 @@ class MlflowRuns:
                 self._pipeline.finish_stage(event, entry.at_ms)
             case StageCached() as event:
                 self._pipeline.note_cached(event)
-                self._models.find_cached(event)
+                self._models.find_cached(event, self._pipeline.sweep)
             case ModelStarted() as event:
                 self._models.start(event, self._pipeline.title, entry.at_ms)
             case ModelFinished() as event:

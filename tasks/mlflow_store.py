@@ -12,11 +12,20 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from llm.artifact import Json
 from llm.config import flatten
 from tasks.journal import Status
+from tasks.mlflow_files import (
+    DATABASE,
+    FOLDER,
+    ROOT,
+    SCHEME,
+    correct_locations,
+    database_uri,
+    local_files,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,6 +39,7 @@ PARAMETERS_PER_BATCH = 100
 NOTE = "mlflow.note.content"
 UID_TAG = "fromscratch.uid"
 STAGE_TAG, DIGEST_TAG, KEY_TAG = "fromscratch.stage", "fromscratch.digest", "fromscratch.key"
+SWEEP_TAG = "fromscratch.sweep"  # the runs of one sweep are grouped by it
 # Set where the user has not: a server that is away must be noticed in seconds, not minutes, and
 # nothing may be printed or sent that was not asked for.
 ENVIRONMENT = {
@@ -66,9 +76,10 @@ class MlflowStore:
     def __init__(self, uri: str, artifacts_dir: Path, project: str) -> None:
         """Remember where MLflow is; nothing is imported or opened yet."""
         self.uri = uri
-        self.shown_uri = without_password(uri)
+        self.known_as = known_as(uri, artifacts_dir)
         self._artifacts_dir = artifacts_dir
         self._project = project
+        self._is_connected = False
         self._experiment_ids: dict[Experiment, str] = {}
 
     @cached_property
@@ -84,7 +95,16 @@ class MlflowStore:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if self.uri.startswith("sqlite:"):
             self._artifacts_dir.mkdir(parents=True, exist_ok=True)
+        if self._is_own:
+            from mlflow.store.artifact import artifact_repository_registry as registry
+
+            known = registry.get_registered_artifact_repositories()
+            cast(dict[str, object], known)[SCHEME] = local_files
         return MlflowClient(tracking_uri=self.uri)
+
+    def path(self, text: str) -> Path:
+        """Return a path that an event holds: relative to the artifacts folder where it is in it."""
+        return self._artifacts_dir / text
 
     def scratch_folder(self) -> Path:
         """Return a folder for files on their way, on the disk of the artifacts: /tmp is small."""
@@ -94,8 +114,13 @@ class MlflowStore:
 
     def connect(self) -> None:
         """Open the connection and both experiments. Whatever this raises is an outage."""
+        if self._is_connected:
+            return
         for experiment in DESCRIPTIONS:
             self.experiment_id(experiment)
+        if self._is_own:
+            correct_locations(self._artifacts_dir)
+        self._is_connected = True
 
     def experiment_id(self, experiment: Experiment) -> str:
         """Return the id of `<project>/pipelines` or `<project>/models`, made when missing."""
@@ -141,8 +166,8 @@ class MlflowStore:
         """Set tags, those too long for MLflow cut visibly."""
         from mlflow.entities import RunTag
 
-        if tags:
-            entities = [RunTag(key, value) for key, value in _cut(tags).items()]
+        entities = [RunTag(key, value) for key, value in _cut(tags).items()]
+        if entities:
             self.client.log_batch(run_id, tags=entities)
 
     def log_parameters(self, run_id: str, parameters: Mapping[str, object]) -> None:
@@ -214,11 +239,18 @@ class MlflowStore:
             self.client.restore_experiment(found.experiment_id)
         return found.experiment_id
 
+    @property
+    def _is_own(self) -> bool:
+        """Whether this is the database in the artifacts folder."""
+        return self.uri == database_uri(self._artifacts_dir)
+
     def _artifact_location(self) -> str | None:
-        """Return where files go: beside a database of ours; a server decides for itself."""
+        """Return where files go: beside the database of the artifacts folder; with any other
+        database, into the artifacts folder too; a server decides for itself.
+        """
         if re.match(r"https?:|databricks", self.uri):
             return None
-        return (self._artifacts_dir / "mlruns").as_uri()
+        return ROOT if self._is_own else (self._artifacts_dir / FOLDER).as_uri()
 
 
 class RunBook:
@@ -257,8 +289,12 @@ class RunBook:
 
 def tracking_uri(setting: str, artifacts_dir: Path) -> str:
     """Return MLflow's address: the setting, MLFLOW_TRACKING_URI, or a database in artifacts_dir."""
-    own = f"sqlite:///{artifacts_dir / 'mlflow.db'}"
-    return setting or os.environ.get("MLFLOW_TRACKING_URI", "") or own
+    return setting or os.environ.get("MLFLOW_TRACKING_URI", "") or database_uri(artifacts_dir)
+
+
+def known_as(uri: str, artifacts_dir: Path) -> str:
+    """Return what files in the artifacts folder call an MLflow, also after it was moved."""
+    return DATABASE if uri == database_uri(artifacts_dir) else without_password(uri)
 
 
 def without_password(uri: str) -> str:

@@ -6,6 +6,7 @@ stays in the journal and is told by the next run. A run that was killed is told 
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import threading
@@ -33,6 +34,7 @@ from tasks.mlflow_runs import MlflowRuns
 from tasks.mlflow_store import (
     MlflowStore,
     is_refusal,
+    known_as,
     one_line,
     tracking_uri,
     without_password,
@@ -61,7 +63,7 @@ class Tracker:
         """Begin the run `name` with every setting by dotted key and links to its other pages."""
         self._tell(
             PipelineStarted(
-                tracking_uri=without_password(self._uri),
+                tracking_uri=known_as(self._uri, self._artifacts_dir),
                 project=self._project,
                 name=name,
                 settings=_shown(settings),
@@ -117,8 +119,11 @@ class Tracker:
                 stage=stage,
                 key=key,
                 settings=_shown(settings),
-                datasets=datasets,
-                work_folder=str(work_folder.absolute()),
+                datasets=[
+                    dataclasses.replace(dataset, path=self._relative(Path(dataset.path)))
+                    for dataset in datasets
+                ],
+                work_folder=self._relative(work_folder),
                 links=links or {},
             )
         )
@@ -136,7 +141,7 @@ class Tracker:
             ModelFinished(
                 stage=stage,
                 digest=digest,
-                folder=str(folder.absolute()),
+                folder=self._relative(folder),
                 summary=summary,
                 status=status,
             )
@@ -148,7 +153,7 @@ class Tracker:
 
     def report_finished(self, folder: Path, metrics: Mapping[str, Json]) -> None:
         """The report lies in `folder`; figures of a model begin with `base/` or `chat/`."""
-        self._tell(ReportFinished(folder=str(folder.absolute()), metrics=metrics))
+        self._tell(ReportFinished(folder=self._relative(folder), metrics=metrics))
 
     def close(self, status: Status = "FINISHED", timeout_seconds: float = 60.0) -> None:
         """End the run and wait until MLflow knows all of it, but not for an MLflow that is away."""
@@ -165,6 +170,13 @@ class Tracker:
     def model_run_id(self, stage: str) -> str:
         """Return the MLflow run of the model that `stage` makes, also when it was cached."""
         return self._delivery.run_ids.get(f"model/{stage}", "") if self._delivery else ""
+
+    def _relative(self, path: Path) -> str:
+        """Return a path for an event, which may be told after the artifacts folder was moved."""
+        path = path.absolute()
+        if path.is_relative_to(self._artifacts_dir):
+            return str(path.relative_to(self._artifacts_dir))
+        return str(path)
 
     def _tell(self, event: Event) -> None:
         try:
@@ -230,7 +242,7 @@ class Delivery:
         if first is None or not isinstance(first.event, PipelineStarted):
             journal.remove()  # it was killed before its first word was whole
             return
-        if first.event.tracking_uri != without_password(self._uri):
+        if first.event.tracking_uri != known_as(self._uri, self._artifacts_dir):
             journal.close()  # of a run with another MLflow, told when that is in use again
             return
         store = MlflowStore(self._uri, self._artifacts_dir, first.event.project)

@@ -1,6 +1,8 @@
 """The training curves: `metrics.jsonl`, one line a point, written here and cut back here.
 
 {"step": 50, "tokens": 409600, "seconds": 31.2, "metrics": {"train/loss": 5.1, ...}}
+
+And beside it, from the beginning of a training on, the size of its model.
 """
 
 import json
@@ -9,6 +11,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from llm.artifact import write_json_atomically
+
+SIZE = "size.json"
 VALIDATION_PREFIX = "val/"
 SECONDS_BETWEEN_WRITES = 0.2  # a small model does a hundred steps in that time
 
@@ -56,6 +61,19 @@ class MetricsFile:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_num_parameters(work: Path, num_parameters: int) -> None:
+    """Say in a work folder how large the model is that is trained there."""
+    write_json_atomically(work / SIZE, {"num_parameters": num_parameters}, is_durable=False)
+
+
+def read_num_parameters(work: Path) -> int | None:
+    """Return what a training said of its model's size, or None before it did."""
+    try:
+        return int(json.loads((work / SIZE).read_bytes())["num_parameters"])
+    except FileNotFoundError:
+        return None
 
 
 def _cut_back(path: Path, step: int) -> float:

@@ -22,7 +22,7 @@ from llm.model.masking import Masking
 from llm.model.precision import fp32_products
 from llm.model.store import save_model
 from llm.model.transformer import Transformer
-from llm.monitoring.metrics import MetricsFile
+from llm.monitoring.metrics import MetricsFile, write_num_parameters
 from llm.monitoring.throughput import TERA, flops_per_token, peak_flops, peak_memory_bytes
 from llm.runtime.job import METRICS, Job
 from llm.seeds import derive_seed
@@ -118,6 +118,8 @@ class _Run:
         self.accelerator = make_accelerator(job.runtime, config)
         device = self.accelerator.device
         self.is_writer = self.accelerator.is_main_process
+        if self.is_writer:
+            write_num_parameters(job.work, model.num_parameters())
         self.tokenizer = load_tokenizer(tokenizer_folder)
         rows, self._validation_rows = _open_rows(job, model, self.tokenizer)
         rows.fetch(self._report_fetching)

@@ -1,13 +1,15 @@
 """Who is let in, request by request."""
 
+import asyncio
 import os
+import re
 import socket
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from flows.serve import is_own_connection, refusal
+from flows.serve import LocalOnly, is_own_connection, refusal
 
 
 def scope(headers: Mapping[str, str]) -> dict[str, Any]:
@@ -82,3 +84,25 @@ def test_a_connection_of_another_account_or_of_none_is_not_own(
         client.close()
         assert not is_own_connection(address, server.getsockname())
         assert not is_own_connection(("127.0.0.1", 1), server.getsockname())
+
+
+def test_every_answer_keeps_pages_to_this_machine_and_out_of_frames() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        own = [(b"Content-Type", b"text/html"), (b"X-Frame-Options", b"SAMEORIGIN")]
+        await send({"type": "http.response.start", "status": 200, "headers": own})
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    request = scope({"Host": "127.0.0.1:4200"})
+    asyncio.run(LocalOnly(app)(request, cast(Any, None), send))
+    headers = dict(sent[0]["headers"])
+    assert headers[b"Content-Type"] == b"text/html"
+    assert headers[b"x-frame-options"] == b"DENY" and b"X-Frame-Options" not in headers
+    policy = headers[b"content-security-policy"].decode()
+    assert "default-src 'self'" in policy and "frame-ancestors 'none'" in policy
+    hosts = set(re.findall(r"\b(?:https?|wss?)://[^\s;]+", policy))
+    assert {host.partition("//")[2] for host in hosts} == {"127.0.0.1:*", "localhost:*"}
+    assert "unsafe-eval" not in policy and "*" not in policy.replace(":*", "")

@@ -8,16 +8,19 @@ import pytest
 from flows import cli
 from flows.result import RunResult
 from flows.sweep import (
+    Member,
     Sweep,
     comparison,
     differing_bytes,
     load_sweep,
     run_sweep,
+    short_name,
     sweep_names,
 )
 from llm.config import RunConfig, load_config
 from llm.errors import ConfigError, Interrupted, StageError
 from tasks.cached import Outcome
+from tasks.mlflow_models import MODEL_NAMES, _title
 
 
 def write(folder: Path, text: str) -> str:
@@ -33,7 +36,7 @@ def outcome(stage: str, role: str = "", **summary: float) -> Outcome:
     )  # fmt: skip
 
 
-def outcomes(config: RunConfig, overrides: Sequence[str]) -> Sequence[Outcome]:
+def outcomes(config: RunConfig, member: Member, overrides: Sequence[str]) -> Sequence[Outcome]:
     if config.seed == 3:
         raise StageError("pretrain: out of memory")
     return [
@@ -105,7 +108,7 @@ def test_a_member_that_fails_stops_no_other() -> None:
 
 
 def test_being_stopped_stops_the_sweep() -> None:
-    def stop(config: RunConfig, overrides: Sequence[str]) -> Sequence[Outcome]:
+    def stop(config: RunConfig, member: Member, overrides: Sequence[str]) -> Sequence[Outcome]:
         raise Interrupted("asked to stop")
 
     with pytest.raises(Interrupted):
@@ -113,7 +116,7 @@ def test_being_stopped_stops_the_sweep() -> None:
 
 
 def test_wrong_settings_are_all_said_before_anything_runs() -> None:
-    def never(config: RunConfig, overrides: Sequence[str]) -> Sequence[Outcome]:
+    def never(config: RunConfig, member: Member, overrides: Sequence[str]) -> Sequence[Outcome]:
         raise AssertionError
 
     sweep = Sweep(recipe="quickstart", members=[["seed=-1"], ["pack.seq_ln=3"], ["seed=1"]])
@@ -127,10 +130,24 @@ def test_the_table_has_the_best_first_and_only_figures_that_are_there() -> None:
     headings, rows = comparison(members)
     assert headings == ["member", "parameters", "base bits a byte", "seconds"]
     assert rows == [
-        ["as it is", "10,000", "2", "0"],
-        ["seed=2", "10,000", "3", "0"],
-        ["seed=3", "", "", "failed"],
+        ["3 as it is", "10,000", "2", "0"],
+        ["1 seed=2", "10,000", "3", "0"],
+        ["2 seed=3", "", "", "failed"],
     ]
+
+
+@pytest.mark.parametrize("name", sweep_names())
+def test_members_are_told_apart_by_20_characters_of_their_names(name: str) -> None:
+    """MLflow's table of runs and Prefect's on a narrow page show about as many."""
+    named: list[str] = []
+
+    def note(config: RunConfig, member: Member, overrides: Sequence[str]) -> Sequence[Outcome]:
+        run = f"{short_name(member)} {config.name}"
+        named.extend([run, *(_title(run, stage, 4_300_000) for stage in MODEL_NAMES)])
+        return []
+
+    run_sweep(load_sweep(name), note, lambda line: None)
+    assert len({shown[:20] for shown in named}) == len(named)
 
 
 def test_bits_per_byte_of_different_texts_are_not_compared_silently() -> None:
@@ -144,7 +161,7 @@ def test_the_command_ends_with_1_when_a_member_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def result(options: object, config: RunConfig, *rest: object) -> RunResult:
-        found = list(outcomes(config, ()))
+        found = list(outcomes(config, Member(number=1, overrides=()), ()))
         return RunResult(recipe=config.name, outcomes=found, mlflow_run_id="", addresses={})
 
     monkeypatch.setattr(cli, "_result", result)

@@ -34,10 +34,11 @@ class Place:
     def client(self) -> Any:
         return MlflowStore(self.uri, self.folder, "unused").client
 
-    def start(self, name: str = "tiny lr=1") -> Tracker:
+    def start(self, name: str = "lr=1 tiny", **links: str) -> Tracker:
         tracker = Tracker(self.config, self.folder)
         settings = {**flatten(self.config), "evaluate.prompts": "long " * 2000}
-        tracker.start_pipeline(name, settings, {"prefect_url": "http://127.0.0.1:4200/runs/1"})
+        links = {"prefect_url": "http://127.0.0.1:4200/runs/1"} | links
+        tracker.start_pipeline(name, settings, links)
         return tracker
 
     def runs(self, experiment: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from llm.artifact import Json
+from llm.monitoring.metrics import write_num_parameters
 from tests.tasks.mlflow_place import (
     SAMPLES,
     Place,
@@ -41,8 +42,8 @@ def test_a_whole_run_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> N
     tracker.close()
 
     pipelines = place.runs("pipelines")
-    assert sorted(pipelines) == ["finetune", "pack corpus", "pretrain", "tiny lr=1"]
-    parent = pipelines["tiny lr=1"]
+    assert sorted(pipelines) == ["finetune", "lr=1 tiny", "pack corpus", "pretrain"]
+    parent = pipelines["lr=1 tiny"]
     assert parent.info.run_id == tracker.pipeline_run_id
     assert parent.data.params["pretrain.model.d_model"] == "256"
     assert len(parent.data.params["evaluate.prompts"]) == 6000
@@ -59,8 +60,8 @@ def test_a_whole_run_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> N
     }
 
     models = place.runs("models")
-    assert sorted(models) == ["tiny base 3.2M lr=1", "tiny chat 3.2M lr=1"]
-    base, chat = models["tiny base 3.2M lr=1"], models["tiny chat 3.2M lr=1"]
+    assert sorted(models) == ["base lr=1 3.2M tiny", "chat lr=1 3.2M tiny"]
+    base, chat = models["base lr=1 3.2M tiny"], models["chat lr=1 3.2M tiny"]
     assert base.info.run_id == tracker.model_run_id("pretrain")
     assert place.steps(base.info.run_id) == list(range(250))
     assert place.steps(base.info.run_id, "x-axis/tokens") == list(range(250))
@@ -99,6 +100,32 @@ def test_a_cached_stage_is_a_tag_and_its_model_gets_the_new_report(place: Place)
     made_in = place.runs("pipelines")["pretrain"].info.run_id
     assert tags["cached/pretrain"] == f"{digest} made in run {made_in}"
     assert second.model_run_id("pretrain") == first.model_run_id("pretrain")
+
+
+def test_a_running_model_has_its_size_in_its_name(place: Place) -> None:
+    tracker = place.start()
+    start_model(tracker, place.work)
+    write_points(place.work, range(1))
+    wait_for(lambda: tracker.model_run_id("pretrain"))
+    assert list(place.runs("models")) == ["base lr=1 tiny"]
+    write_num_parameters(place.work, 3_200_000)
+    wait_for(lambda: list(place.runs("models")) == ["base lr=1 3.2M tiny"])
+    tracker.close("KILLED")
+    assert list(place.runs("models")) == ["base lr=1 3.2M tiny"]
+
+
+def test_runs_of_a_sweep_are_tagged_with_it_also_a_model_that_was_cached(place: Place) -> None:
+    alone = place.start("alone")
+    start_model(alone, place.work)
+    write_points(place.work, range(3))
+    digest = finish_model(alone, place.work, place.folder / "base")
+    alone.close()
+    assert "fromscratch.sweep" not in place.runs("models")["base 3.2M alone"].data.tags
+    member = place.start("1 seed=1 tiny", sweep="seeds")
+    member.stage_cached("pretrain", "", digest)
+    member.close()
+    tagged = [place.runs("pipelines")["1 seed=1 tiny"], place.runs("models")["base 3.2M alone"]]
+    assert [run.data.tags["fromscratch.sweep"] for run in tagged] == ["seeds", "seeds"]
 
 
 def test_points_are_followed_while_training_goes_on(place: Place) -> None:
@@ -249,7 +276,7 @@ def test_a_forced_second_training_gets_its_own_run(place: Place) -> None:
         finish_model(tracker, place.work, place.folder / name)
         tracker.close()
     found = {name: place.steps(run.info.run_id) for name, run in place.runs("models").items()}
-    assert found == {"first base 3.2M": [0, 1, 2], "second base 3.2M": [0, 1, 2]}
+    assert found == {"base 3.2M first": [0, 1, 2], "base 3.2M second": [0, 1, 2]}
 
 
 def test_two_runs_at_once_make_one_pair_of_experiments(place: Place) -> None:
@@ -289,4 +316,4 @@ tracker.close()
         [sys.executable, "-c", code], capture_output=True, check=True, env=environment, timeout=60
     )
     assert (done.stdout, done.stderr) == (b"", b"")
-    assert sorted(place.runs("models")) == ["tiny base 3.2M lr=1"]
+    assert sorted(place.runs("models")) == ["base lr=1 3.2M tiny"]

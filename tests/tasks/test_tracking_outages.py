@@ -182,4 +182,4 @@ def test_outages_in_the_middle_lose_and_double_nothing(remote: Place, line: Line
     (run,) = remote.runs("models").values()
     assert remote.steps(run.info.run_id) == list(range(400))
     assert run.info.status == "FINISHED"
-    assert sorted(remote.runs("pipelines")) == ["pretrain", "tiny lr=1"]
+    assert sorted(remote.runs("pipelines")) == ["lr=1 tiny", "pretrain"]

@@ -1,0 +1,91 @@
+"""Where MLflow's files are: in `mlruns` beside its database, which names them relative to that.
+
+The database says `mlflow-artifacts:/RUN/artifacts`. A server reads this as a path in its own folder
+(`--artifacts-destination`), so the artifacts folder can be moved and copied. MLflow's Python client
+reads it only through a server; `local_files` is its plugin for a client without one (registered for
+every process of this environment in pyproject.toml). Databases that hold absolute paths, as MLflow
+writes them by default, are corrected when they are opened.
+"""
+
+import re
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlparse
+
+if TYPE_CHECKING:
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
+
+SCHEME = "mlflow-artifacts"
+ROOT = f"{SCHEME}:/"
+DATABASE, FOLDER = "mlflow.db", "mlruns"
+COLUMNS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Every column of MLflow's database that says where files are."""
+SECONDS_TO_WAIT_FOR_A_WRITER = 20.0
+
+
+def database_uri(artifacts_dir: Path) -> str:
+    """Return the tracking URI of the database in an artifacts folder."""
+    return f"sqlite:///{artifacts_dir / DATABASE}"
+
+
+def local_files(
+    artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None
+) -> "ArtifactRepository":
+    """Return MLflow's access to `mlflow-artifacts:/PATH`: to `mlruns/PATH` beside an SQLite
+    database, and through the server where the tracking URI is one.
+    """
+    from mlflow import get_tracking_uri
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+    from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
+
+    uri = tracking_uri or get_tracking_uri()
+    if not uri.startswith("sqlite:///"):
+        return MlflowArtifactsRepository(artifact_uri, tracking_uri, registry_uri)
+    database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    path = unquote(urlparse(artifact_uri).path).lstrip("/")
+    folder = database.absolute().with_name(FOLDER) / path
+    return LocalArtifactRepository(folder.as_uri(), tracking_uri, registry_uri)
+
+
+def correct_locations(artifacts_dir: Path) -> int:
+    """Make absolute locations in the database of an artifacts folder relative; return how many.
+
+    A location stays as it is when its files are where it says and not in this folder.
+    """
+    database = artifacts_dir / DATABASE
+    if not database.is_file():
+        return 0
+    num_corrected = 0
+    timeout = SECONDS_TO_WAIT_FOR_A_WRITER
+    with closing(sqlite3.connect(database, timeout=timeout)) as connection, connection:
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+        for table, column in COLUMNS:
+            if table not in tables:
+                continue
+            select = f"SELECT rowid, {column} FROM {table} WHERE {column} LIKE '%/{FOLDER}%'"
+            for rowid, location in connection.execute(select).fetchall():
+                if corrected := _relative(location, artifacts_dir):
+                    update = f"UPDATE {table} SET {column} = ? WHERE rowid = ?"
+                    connection.execute(update, (corrected, rowid))
+                    num_corrected += 1
+    return num_corrected
+
+
+def _relative(location: str, artifacts_dir: Path) -> str:
+    """Return an absolute path of files in some `mlruns` as a location relative to it, or nothing
+    for any other location.
+    """
+    found = re.fullmatch(rf"(?:file://)?(/.*/{FOLDER})((?:/.*)?)", location)
+    if found is None:
+        return ""
+    old, path = Path(unquote(found[1])), unquote(found[2]).lstrip("/")
+    is_here = (artifacts_dir / FOLDER / path).exists()
+    return ROOT + found[2].lstrip("/") if is_here or not (old / path).exists() else ""
