@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.services import TemporaryPrefectServer
+from flows.temporary_server import TemporaryPrefectServer
 from llm.config import RuntimeConfig
 from llm.errors import ConfigError, DataError, Interrupted, StageError
 from llm.runtime.job import Job, is_finished, write_job
