@@ -97,7 +97,7 @@ def _libraries() -> Iterator[Finding]:
 
 def _servers(artifacts: Path) -> Iterator[Finding]:
     for text in log_errors(artifacts):
-        yield Finding(level="wrong", text=f"{text}; `fromscratch down` and `up` starts it anew")
+        yield Finding(level="note", text=text)
 
 
 def _store(artifacts: Path, is_thorough: bool) -> Iterator[Finding]:

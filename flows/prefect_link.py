@@ -116,7 +116,7 @@ class PrefectLink:
     def _bring_back(self) -> None:
         if self._artifacts_dir is None or self._is_lost:
             return
-        log.warning("Prefect's server is gone; the run goes on and starts one of its own")
+        log.warning("Prefect's server is gone; the run goes on and starts it again")
         try:
             server = bring_back(self._artifacts_dir, self._api.url)
         except (ServiceError, OSError) as error:

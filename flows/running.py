@@ -63,6 +63,12 @@ def running_runs(artifacts_dir: Path) -> list[RunningRun]:
     return found
 
 
+def has_process(artifacts_dir: Path, run: RunningRun) -> bool:
+    """Tell whether the process of a run is there: it outlives the run until Prefect knows the end."""
+    path = _folder(artifacts_dir) / run.id
+    return path.exists() and not _is_free(path)
+
+
 def close_dead_runs(artifacts_dir: Path, api: PrefectApi) -> list[str]:
     """Tell Prefect that the runs whose processes are gone crashed; return their names.
 

@@ -28,13 +28,14 @@ from flows.processes import (
     HOST,
     SECONDS_BETWEEN_LOOKS,
     Service,
+    ServiceError,
     failure,
     fetch,
     free_port,
     start,
     stop,
 )
-from flows.running import close_dead_runs, running_runs
+from flows.running import close_dead_runs, has_process, running_runs
 from llm.artifact import write_json_atomically
 from llm.config import RuntimeConfig
 from tasks.launch import SECONDS_TO_SAVE
@@ -45,7 +46,8 @@ Say = Callable[[str], None]
 
 FIRST_PORTS: Mapping[Name, int] = {"prefect": 4200, "mlflow": 5000}
 WORK_POOL, WORKER = "local", "fromscratch"
-LOGGED_ERROR = re.compile(r"^.*\b(?:ERROR|CRITICAL)\b.*$", re.M)  # of Prefect, MLflow, uvicorn
+# of Prefect, MLflow and uvicorn; what Prefect calls transient it has done again
+LOGGED_ERROR = re.compile(r"^(?!.*\btransient\b).*\b(?:ERROR|CRITICAL)\b.*$", re.M)
 SECONDS_TO_FREE_A_PORT = 5.0
 SECONDS_TO_START = 120.0  # a fresh database on a busy machine takes Prefect half a minute
 
@@ -131,6 +133,28 @@ def down(artifacts_dir: Path, say: Say | None = None) -> list[str]:
         stop([service.id for service in known.values()])
         _write(artifacts_dir, {})
         return sorted(running)
+
+
+def restart_prefect(artifacts_dir: Path, api_url: str) -> bool:
+    """Start the Prefect server of `up` again where that was at `api_url` and has died. False where
+    `up` has none there. Call it under `only_one`.
+
+    Raises:
+        ServiceError: it did not start, or something else took its port.
+    """
+    known = recorded(artifacts_dir)
+    if "prefect" not in known or _api(known["prefect"]).url != api_url:
+        return False
+    server = _start_server("prefect", known["prefect"], artifacts_dir, lambda _: None)
+    try:
+        if server.port != known["prefect"].port:
+            raise ServiceError(f"port {known['prefect'].port} was taken by another program")
+        _wait_until_ready(server, lambda _: None)
+    except BaseException:
+        stop([server.id])
+        raise
+    _write(artifacts_dir, {**known, "prefect": server})
+    return True
 
 
 def status(artifacts_dir: Path) -> Services | None:
@@ -270,10 +294,8 @@ def _cancel_runs_of_worker(artifacts_dir: Path, prefect: Service, say: Say) -> N
         with contextlib.suppress(OSError):  # then `stop` ends it, a little less politely
             _api(prefect).set_state("flow_runs", run.id, "CANCELLING", "`fromscratch down`")
     deadline = time.monotonic() + SECONDS_TO_SAVE
-    while runs and time.monotonic() < deadline:
+    while any(has_process(artifacts_dir, run) for run in runs) and time.monotonic() < deadline:
         time.sleep(SECONDS_BETWEEN_LOOKS)
-        alive = {run.id for run in running_runs(artifacts_dir)}
-        runs = [run for run in runs if run.id in alive]
 
 
 def _api(prefect: Service) -> PrefectApi:

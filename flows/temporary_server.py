@@ -23,6 +23,7 @@ from flows.services import (
     SECONDS_TO_START,
     only_one,
     recorded,
+    restart_prefect,
     server_command,
     server_log,
 )
@@ -50,6 +51,11 @@ class TemporaryPrefectServer:
                 pass_fds=[listener.fileno()],
                 start_new_session=True,  # Ctrl-C is for the run, which still has to tell its end
             )
+
+    @property
+    def pid(self) -> int:
+        """The number of its process."""
+        return self._process.pid
 
     @property
     def environment(self) -> dict[str, str]:
@@ -90,15 +96,16 @@ class TemporaryPrefectServer:
 
 
 def bring_back(artifacts_dir: Path, api_url: str) -> TemporaryPrefectServer | None:
-    """Start a server at the address of one that is gone. Its data lies in the artifacts folder, so
-    whoever used the old one goes on with the new. None where another process brought it back.
+    """Start a server at the address of one that is gone: that of `up` anew, or after `down` one for
+    this process, which is returned. Its data lies in the artifacts folder, so whoever used the old
+    one goes on with the new.
 
     Raises:
         ServiceError: it did not start, or something else took its port.
     """
     port = urllib.parse.urlsplit(api_url).port or 0
     with only_one(artifacts_dir):
-        if fetch(f"{api_url}/health") is not None:
+        if fetch(f"{api_url}/health") is not None or restart_prefect(artifacts_dir, api_url):
             return None
         server = TemporaryPrefectServer(artifacts_dir, port)
         try:

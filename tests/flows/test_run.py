@@ -171,6 +171,23 @@ def test_a_download_that_the_network_failed_is_tried_again(
     assert tasks["download corpus"]["state"]["name"] == "Completed"
 
 
+def test_a_stage_that_fails_ends_the_run_with_its_message(
+    api: PrefectApi, artifacts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "chats.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"no JSON\n')
+    process = start_run(artifacts, f"download.chats.path={tmp_path / 'chats.jsonl'}")
+    run_id = run_of(artifacts, process).id
+    printed = printed_by(process)
+    assert process.returncode == 1
+    assert "Traceback" not in printed
+    message = printed.partition("error: ")[2].strip()
+    assert "chats.jsonl" in message
+    assert until_final(api, run_id)["state"]["name"] == "Failed"
+    assert api.get(f"flow_runs/{run_id}")["state"]["message"] == message
+    assert tasks_of(api, run_id)["clean chats"] == "Failed"
+    assert "Traceback" not in logs_of(api, run_id)
+
+
 def test_a_run_is_cancelled_interrupted_and_killed_and_goes_on_each_time(
     api: PrefectApi, artifacts: Path
 ) -> None:
@@ -191,8 +208,10 @@ def test_a_run_is_cancelled_interrupted_and_killed_and_goes_on_each_time(
     assert "stopped; the same command goes on" in printed_by(run)
     assert run.returncode == 75
     assert until_final(api, run_id)["state"]["name"] == "Cancelled"
-    cached = {name: "Cached" for name in STAGES if name.startswith(("download", "clean"))}
-    assert tasks_of(api, run_id) == dict.fromkeys(STAGES, "Completed") | cached | stopped
+    ended = {
+        name: state.replace("Cached", "Completed") for name, state in tasks_of(api, run_id).items()
+    }
+    assert ended == dict.fromkeys(STAGES, "Completed") | stopped
 
     for number in (signal.SIGINT, signal.SIGTERM):
         run, run_id, log = resumed(artifacts, settings)
@@ -200,8 +219,7 @@ def test_a_run_is_cancelled_interrupted_and_killed_and_goes_on_each_time(
         assert run.returncode == 75, printed
         assert "Traceback" not in printed
         assert until_final(api, run_id)["state"]["name"] == "Cancelled"
-        states = dict.fromkeys(STAGES, "Cached") | stopped
-        assert tasks_of(api, run_id) == states
+        assert tasks_of(api, run_id) == dict.fromkeys(STAGES, "Cached") | stopped
 
     run, run_id, log = resumed(artifacts, settings)
     run.kill()
@@ -233,8 +251,9 @@ def test_a_run_that_is_run_again_keeps_its_progress_artifact(
     flow = api.post("flows/", {"name": "pipeline"})
     run_id = api.post("flow_runs/", {"flow_id": flow["id"]})["id"]
     for done in (30, 60):
+        progress = Progress(done=done, total=60, unit="steps")
         with PrefectLink(api.url, run_id, artifacts) as link:
-            link.progressed("pretrain", str(uuid.uuid4()), Progress(done, 60, "steps"))
+            link.progressed("pretrain", str(uuid.uuid4()), progress)
     shown = artifacts_of(api, run_id)
     assert shown["progress-pretrain"]["description"] == "pretrain: 60 of 60 steps"
 

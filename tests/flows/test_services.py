@@ -16,16 +16,18 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
+from flows.doctor import examine
 from flows.processes import ID_VARIABLE, ServiceError, fetch, start, stop
 from flows.services import (
     Services,
-    TemporaryPrefectServer,
     addresses,
     down,
     environment,
+    log_errors,
     status,
     up,
 )
+from flows.temporary_server import TemporaryPrefectServer, bring_back
 from llm.config import RuntimeConfig
 
 
@@ -161,6 +163,43 @@ def test_a_server_that_died_is_started_again_on_its_port(
     assert ask(again.mlflow_url, "/health")[0] == 200
 
 
+def test_a_run_starts_the_server_of_up_again_when_that_died(
+    services: Services, artifacts: Path
+) -> None:
+    before = status(artifacts)
+    assert before is not None
+    os.kill(before.prefect.pid, signal.SIGKILL)
+    wait_until_gone(psutil.Process(before.prefect.pid))
+    api_url = environment(artifacts).get("PREFECT_API_URL", f"{before.prefect_url}/api")
+    assert bring_back(artifacts, api_url) is None, "it is nobody's own"
+    now = status(artifacts)
+    assert now is not None
+    assert now.prefect_url == before.prefect_url
+    assert now.worker == before.worker
+    assert ask(now.prefect_url, "/api/health") == (200, b"true")
+    assert bring_back(artifacts, api_url) is None
+    assert status(artifacts) == now, "it was there"
+
+
+def test_errors_in_a_servers_log_are_said_by_up_and_by_doctor(
+    services: Services, artifacts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running = status(artifacts)
+    assert running is not None
+    assert log_errors(artifacts) == []
+    with Path(running.prefect.log).open("a") as log:
+        log.write("12:00:00.000 | WARNING | prefect.server - slow\n")
+        log.write("12:00:01.000 | ERROR   | prefect.server.services.scheduler - cannot\n")
+        log.write("Traceback (most recent call last):\n")
+        log.write("12:00:02.000 | ERROR   | prefect.server.api - a transient server error\n")
+    said: list[str] = []
+    up(artifacts, say=said.append)
+    assert "1 errors in" in said[-1]
+    assert said[-1].endswith("scheduler - cannot")
+    examine(artifacts)
+    assert "scheduler - cannot" in capsys.readouterr().out
+
+
 def test_down_ends_the_services_and_what_they_started_and_nothing_else(
     services: Services, artifacts: Path
 ) -> None:
@@ -206,9 +245,9 @@ def test_a_temporary_server_goes_when_its_run_is_killed(tmp_path: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
-from flows.services import TemporaryPrefectServer
+from flows.temporary_server import TemporaryPrefectServer
 server = TemporaryPrefectServer(Path({str(tmp_path)!r}))
-print(server._process.pid, flush=True)
+print(server.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30)
