@@ -64,7 +64,7 @@ def running_runs(artifacts_dir: Path) -> list[RunningRun]:
 
 
 def has_process(artifacts_dir: Path, run: RunningRun) -> bool:
-    """Tell whether the process of a run is there: it outlives the run until Prefect knows the end."""
+    """Tell whether the process of a run is there: until Prefect knows how the run ended, it is."""
     path = _folder(artifacts_dir) / run.id
     return path.exists() and not _is_free(path)
 
