@@ -1,7 +1,10 @@
-"""Print the figures of PROMISES 13 to 19: how often each held of how many times it was tried.
+"""Print the figures of the promises: how often each held of how many times it was tried.
 
-    python -m benchmarks.promises            # all, about seven minutes on one core
-    python -m benchmarks.promises 13 19      # some
+    python -m benchmarks.promises            # all, about eight minutes on one core
+    python -m benchmarks.promises 2 7        # some
+
+2 is of kills inside the save of a checkpoint, 7 of numbers that are not finite on one of two ranks,
+13 to 19 of hostile data. Kills of whole runs are benchmarks/kills.py's.
 
 The cases are those of tests/chaos, which tries fewer of the random ones. Exits with 1 when a
 promise is broken, and says which cases broke it.
@@ -16,10 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.chaos.archives import ARCHIVE_CASES
+from tests.chaos.checkpoint_saves import WIDTHS, full_disks, points, random_kills, torn_writes
 from tests.chaos.counting import Case, Figure, try_all
 from tests.chaos.downloads import DOWNLOAD_CASES
 from tests.chaos.nasty_text import LONG_LINES, RANDOM_FILES, long_line, try_hub
 from tests.chaos.no_code import try_to_run_code
+from tests.chaos.poisoned_rank import POISONS, try_poisons
 from tests.chaos.small_data import SMALL_DATA_CASES
 from tests.chaos.tokenizer_promises import (
     KINDS,
@@ -29,11 +34,28 @@ from tests.chaos.tokenizer_promises import (
     try_trainings,
 )
 
+SAVE_KILLS = 80
 RANDOM_FILES_OF_A_KIND = 40
 CONTROL_TRIES = 100_000
 ROUND_TRIPS = 1_000_000
 THREADS = (1, 2) * 5
 SHOWN_FAILURES = 5
+
+
+def checkpoint_saves(folder: Path) -> list[Figure]:
+    """Kills at every failpoint of a save, then torn writes and full disks."""
+    cases = random_kills(folder / "points", SAVE_KILLS, 1)
+    found = points(folder / "wide", WIDTHS[-1])
+    return [
+        try_all("kills inside a save", cases, folder / "kills"),
+        try_all("torn writes", torn_writes(found), folder / "torn"),
+        try_all("full disks", full_disks(found), folder / "full"),
+    ]
+
+
+def poisoned_ranks(folder: Path) -> list[Figure]:
+    """Loss or gradient not finite on one rank."""
+    return [try_poisons(POISONS, folder)]
 
 
 def downloads(folder: Path) -> list[Figure]:
@@ -104,6 +126,8 @@ def archives(folder: Path) -> list[Figure]:
 
 
 PROMISES: dict[int, Callable[[Path], list[Figure]]] = {
+    2: checkpoint_saves,
+    7: poisoned_ranks,
     13: downloads,
     14: nasty_text,
     15: small_data,
@@ -127,7 +151,7 @@ def _new(folder: Path) -> Path:
 def main() -> int:
     """Print a line for each figure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("numbers", nargs="*", type=int, metavar="13 ... 19")
+    parser.add_argument("numbers", nargs="*", type=int, metavar="2 ... 19")
     numbers: list[int] = parser.parse_args().numbers or list(PROMISES)
     if unknown := set(numbers) - PROMISES.keys():
         parser.error(f"no promise {min(unknown)}; there are {', '.join(map(str, PROMISES))}")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from llm.errors import ArtifactError
+from llm.runtime.failpoints import failpoint
 from llm.storage.disk import disk_full, refuse_full_disk
 
 MANIFEST = "manifest.json"
@@ -122,7 +123,7 @@ class HashingFile(io.RawIOBase):
     def write(self, data: object) -> int:  # type: ignore[override]
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
         self.pending_bytes = len(view)
-        self._file.write(view)
+        self._file.write(failpoint("file.write", view))
         self._sha256.update(view)
         self.size_bytes += len(view)
         return len(view)
@@ -130,6 +131,7 @@ class HashingFile(io.RawIOBase):
     def finish(self) -> str:
         """Flush to the disk itself, close, and return the sha256 of all that was written."""
         self._file.flush()
+        failpoint("file.sync")
         os.fsync(self._file.fileno())
         self.close()
         return self._sha256.hexdigest()
@@ -308,10 +310,11 @@ def write_bytes_atomically(path: Path, data: bytes, *, is_durable: bool = True) 
     with refuse_full_disk(path, len(data)):
         try:
             with temporary.open("wb") as file:
-                file.write(data)
+                file.write(failpoint(f"{path.name}.write", data))
                 if is_durable:
                     file.flush()
                     os.fsync(file.fileno())
+            failpoint(f"{path.name}.rename")
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from llm.artifact import ArtifactWriter, file_sha256, fsync_folder, read_manifes
 from llm.errors import ArtifactError, StageError
 from llm.model.store import read_tensors, set_weights, weights_of, write_tensors
 from llm.model.transformer import Transformer
+from llm.runtime.failpoints import failpoint
 from llm.training.loop import TrainState
 from llm.training.optimizers import Optimizer
 
@@ -56,11 +57,16 @@ def save_checkpoint(
             " when writing failed; make room and run again, training goes on from the checkpoint"
             " before"
         ) from error
+    failpoint("checkpoint.rename")
     (folder / WRITING).rename(final)
+    failpoint("checkpoint.renamed")
     fsync_folder(folder)
     for old in _published(folder)[:-keep]:
+        failpoint("checkpoint.remove")
         old.rename(folder / REMOVING)  # first out of sight: half a folder is no checkpoint
+        failpoint("checkpoint.removing")
         shutil.rmtree(folder / REMOVING)
+        failpoint("checkpoint.removed")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

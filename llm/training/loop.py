@@ -21,6 +21,7 @@ from llm.config import OptimizationConfig
 from llm.data.rows import Rows
 from llm.errors import StageError
 from llm.model.precision import FIRST_LOSS_SCALE, LossScale, autocast, computed_precision
+from llm.runtime.failpoints import failpoint
 from llm.seeds import derive_seed
 from llm.training.batches import Batch, Objective, StepBatches, batches_of_steps
 from llm.training.optimizers import Optimizer
@@ -287,8 +288,8 @@ class _Worker:
             with nullcontext() if is_last else accelerator.no_sync(model):
                 with autocast(self._training.config.precision, self._device.type):
                     losses = model(batch.inputs, batch.targets, batch.document_ids)  # (B, T)
-                share = losses.sum() / num_targets
-                accelerator.backward(share * factor)
+                share = failpoint("training.loss", losses.sum() / num_targets)
+                accelerator.backward(failpoint("training.gradient", share * factor))
             total += share.detach()
         return sum_on_devices(accelerator, total)
 

@@ -19,6 +19,7 @@ from llm.errors import ConfigError, DataError, StageError
 from llm.model.store import load_model
 from llm.model.transformer import Block
 from llm.pretrain import pretrain
+from llm.runtime import failpoints
 from llm.runtime.job import EXIT_INTERRUPTED, read_job
 from llm.storage.spread import spread
 from llm.tokenizer.base import TOKENIZER_JSON
@@ -143,6 +144,31 @@ def test_sigkill_at_any_moment_gives_the_bits_of_an_undisturbed_run(
     assert digest(tmp_path) == digest(undisturbed[optimizer])
     assert points(tmp_path) == points(undisturbed[optimizer])
     assert summary(tmp_path) == summary(undisturbed[optimizer])
+
+
+def test_kills_inside_saves_give_the_bits_of_an_undisturbed_run(
+    tmp_path: Path,
+    inputs: dict[str, Path],
+    undisturbed: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Saves are after steps 3, 6 and 8; two are kept, so that the third removes the first."""
+    for plan, left in (
+        ("checkpoint.renamed=kill", [3]),  # published, but not yet for sure on the disk
+        ("file.write:2=kill", [3]),
+        ("manifest.json.rename=kill", [3]),
+        ("checkpoint.removing=kill", [6, 8]),
+    ):
+        monkeypatch.setenv(failpoints.VARIABLE, plan)
+        code, errors = run(tmp_path, inputs)
+        assert code == -signal.SIGKILL, errors
+        assert steps_saved(tmp_path) == left
+    monkeypatch.delenv(failpoints.VARIABLE)
+    code, errors = run(tmp_path, inputs)
+    assert code == 0, errors
+    assert digest(tmp_path) == digest(undisturbed["adamw"])
+    assert points(tmp_path) == points(undisturbed["adamw"])
+    assert "set aside" not in errors, "every checkpoint was whole"
 
 
 def num_lines(path: Path) -> int:
@@ -382,6 +408,26 @@ def test_a_stop_of_the_launcher_makes_both_ranks_save_and_end(
     assert run(tmp_path, inputs, num_processes=2)[0] == 0
     expected = summary(undisturbed["adamw"])
     assert summary(tmp_path)["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+
+
+@pytest.mark.distributed
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_the_next_run_goes_on(
+    tmp_path: Path,
+    inputs: dict[str, Path],
+    undisturbed: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(failpoints.VARIABLE, "training.loss:5@1=nan")
+    assert run(tmp_path, inputs, num_processes=2)[0] == 1
+    for name in ("error.json", "rank-1-error.json"):
+        error = json.loads((tmp_path / "work" / name).read_text())
+        assert (error["type"], error["is_user_error"]) == ("StageError", True)
+        assert "pretrain: step 5 of 8 gave a loss of nan" in error["message"]
+    assert steps_saved(tmp_path) == [3], "what is not finite is never saved"
+    monkeypatch.delenv(failpoints.VARIABLE)
+    assert run(tmp_path, inputs, num_processes=2)[0] == 0
+    expected = summary(undisturbed["adamw"])
+    assert summary(tmp_path)["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
 
 
 @pytest.mark.distributed
