@@ -26,6 +26,7 @@ from tasks.mlflow_files import (
     database_uri,
     local_files,
 )
+from tasks.mlflow_view import VIEW_TAG, curves_first
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -224,10 +225,12 @@ class MlflowStore:
 
         name = f"{self._project}/{experiment}"
         found = self.client.get_experiment_by_name(name)
+        views = {VIEW_TAG: curves_first()} if experiment == "models" else {}
         if found is None:
             tags = {
                 NOTE: DESCRIPTIONS[experiment],
                 "mlflow.experimentKind": "custom_model_development",
+                **views,
             }
             try:
                 return self.client.create_experiment(name, self._artifact_location(), tags)
@@ -237,6 +240,9 @@ class MlflowStore:
                     raise
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)
+        for key, view in views.items():
+            if found.tags.get(key) != view:  # of an earlier version of this project
+                self.client.set_experiment_tag(found.experiment_id, key, view)
         return found.experiment_id
 
     @property
