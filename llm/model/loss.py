@@ -5,12 +5,13 @@ The largest tensor of a small model is its logits: 16 rows of 1024 positions tha
 learns they never stand in memory whole here. Scoring and the loss are one function, which walks
 over chunks of positions and forgets each chunk's logits.
 
-Shapes: B rows, T positions, C model width, V vocabulary, N = B * T positions in a line, M of them
-that are looked at, n of these in a chunk.
+Shapes: B rows, T positions, C model width, V vocabulary, W rows of the head's weights (V and its
+padding), N = B * T positions in a line, M of them that are looked at, n of these in a chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache as remember
 from typing import Any, cast
 
 import torch
@@ -29,8 +30,9 @@ CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 MIN_CHUNK_POSITIONS = 128
 
 # Within a chunk, logits whose softmax is taken together. A CPU keeps 1 MiB of fp32 in its cache,
-# which made this part five times as fast as 4 MiB did; on a GPU the work per kernel counts.
-SOFTMAX_LOGITS = {"cpu": 1 << 18, "cuda": 1 << 40}
+# which made this part five times as fast as 4 MiB did. On a GPU 256 MiB of fp32 are work enough for
+# a kernel, and bound what the two fp32 copies of uncompiled code take beside the chunk.
+SOFTMAX_LOGITS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -59,15 +61,40 @@ class ModelWithLoss(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> Tensor:
         """Return the loss at each position, (B, T)."""
-        x = self.model.read(inputs, document_ids).flatten(0, 1)  # (B, T, C) -> (N, C)
-        head = _Head(
+        x = self.model.read(inputs, document_ids)  # (B, T, C)
+        return _head_losses(
+            x,
+            self.model.head.weight,
+            targets,
             vocab_size=self.model.vocab_size,
             soft_cap=self.model.config.logit_soft_cap,
-            kind=_product_kind(x),
-            is_learning=torch.is_grad_enabled(),
+            is_compiled=torch.compiler.is_compiling(),
         )
-        losses = _HeadLosses.apply(x, self.model.head.weight, targets.flatten(), head)
-        return cast(Tensor, losses).view_as(targets)  # (N,) -> (B, T)
+
+
+# Not part of a compiled graph: its partitioner, which knows nothing of chunks, would keep every
+# chunk's logits from forward to backward, three times what plain cross-entropy keeps. The break
+# comes after the last layer, and what is worth fusing here is compiled by itself.
+@torch.compiler.disable
+def _head_losses(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    soft_cap: float,
+    is_compiled: bool,
+) -> Tensor:
+    """Return the losses (B, T) of x (B, T, C) scored by the head's weights (W, C)."""
+    head = _Head(
+        vocab_size=vocab_size,
+        soft_cap=soft_cap,
+        kind=_product_kind(x),
+        is_learning=torch.is_grad_enabled(),
+        is_compiled=is_compiled,
+    )
+    losses = _HeadLosses.apply(x.flatten(0, 1), weight, targets.flatten(), head)
+    return cast(Tensor, losses).view_as(targets)  # (N,) -> (B, T)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,13 +102,15 @@ class _Head:
     """How to get from what the model made of a position to its loss."""
 
     vocab_size: int
-    """V: rows of the weights that are tokens. Those after them are padding and never looked at."""
+    """V: rows of the weights that are tokens. Those after them are padding, and no choice."""
     soft_cap: float
     """Logits x become cap * tanh(x / cap); 0 leaves them."""
     kind: torch.dtype
     """Of the matrix products and of a chunk's logits. Sums and the weights' gradient are wider."""
     is_learning: bool
     """Whether a gradient will be asked for."""
+    is_compiled: bool
+    """Whether softmax and gradient are compiled to pass over the logits twice, not ten times."""
 
     @property
     def wide_kind(self) -> torch.dtype:
@@ -162,56 +191,84 @@ def _walk(
 
     `above` (M,) is the gradient of the losses.
     """
-    V = head.vocab_size
-    x, tokens = x.to(head.kind), weight[:V].to(head.kind)  # (M, C), (V, C)
+    x, tokens = x.to(head.kind), weight.to(head.kind)  # (M, C), (W, C)
     losses = torch.empty(len(x), dtype=head.wide_kind, device=x.device)
     x_gradient = torch.empty_like(x) if needs[0] else None
     weight_gradient = torch.zeros_like(weight, dtype=head.wide_kind) if needs[1] else None
-    step = max(MIN_CHUNK_POSITIONS, CHUNK_BYTES[x.device.type] // (V * x.element_size()))
+    step = max(MIN_CHUNK_POSITIONS, CHUNK_BYTES[x.device.type] // (len(weight) * x.element_size()))
     for start in range(0, len(x), step):
         part = slice(start, start + step)
-        logits = product(x[part], tokens)  # (n, C) x (C, V) -> (n, V)
+        logits = product(x[part], tokens)  # (n, C) x (C, W) -> (n, W)
         losses[part] = _turn_into_gradient(logits, targets[part], above[part], head, any(needs))
         if x_gradient is not None:
-            x_gradient[part] = product(logits, tokens.T)  # (n, V) x (V, C) -> (n, C)
+            x_gradient[part] = product(logits, tokens.T)  # (n, W) x (W, C) -> (n, C)
         if weight_gradient is not None:
-            _add_product(weight_gradient[:V], logits, x[part])  # (V, n) x (n, C) -> (V, C)
+            _add_product(weight_gradient, logits, x[part])  # (W, n) x (n, C) -> (W, C)
     return losses, x_gradient, weight_gradient
 
 
 def _turn_into_gradient(
     logits: Tensor, targets: Tensor, above: Tensor, head: _Head, has_gradient: bool
 ) -> Tensor:
-    """Return the losses (n,) of logits (n, V), and put the gradient of these in their place.
+    """Return the losses (n,) of logits (n, W), and put the gradient of these in their place."""
+    turn = _compiled_turn() if head.is_compiled else _turn
+    losses: list[Tensor] = []
+    for part, wanted, numbers in _in_parts(logits, targets, above):
+        lines = torch.arange(len(part), device=part.device)
+        choices = wanted.clamp(min=0)  # any will do where IGNORED
+        found, of_choices = turn(part, lines, choices, numbers, head, has_gradient)
+        losses.append(found)
+        if has_gradient:  # not in `turn`: compiled, it would cost one more pass over all logits
+            part[lines, choices] = of_choices
+    return torch.cat(losses)
+
+
+def _turn(
+    logits: Tensor,
+    lines: Tensor,
+    choices: Tensor,
+    above: Tensor,
+    head: _Head,
+    has_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Do the same for logits (n, W) of one softmax, but for the logits of the `choices` (n,), which
+    stand in `lines` (n,): return their gradient beside the losses.
 
     logsumexp(z) = max z - log max softmax(z): the softmax has one exponential for each logit, and
     they are needed for the gradient in any case.
     """
-    losses: list[Tensor] = []
-    for part, wanted, numbers in _in_parts(logits, targets, above):
-        choices = wanted.clamp(min=0)[:, None]  # (n,) -> (n, 1): any will do where IGNORED
-        scores = part.to(head.wide_kind)
-        if head.soft_cap:
-            scores = head.soft_cap * torch.tanh(scores / head.soft_cap)
-        chances = scores.softmax(dim=-1)
-        log_sums = scores.amax(dim=-1) - chances.amax(dim=-1).log()
-        losses.append(log_sums - scores.gather(1, choices).squeeze(1))
-        if has_gradient:
-            chances.scatter_add_(1, choices, chances.new_full((1, 1), -1.0).expand_as(choices))
-            if head.soft_cap:  # the slope of cap * tanh(x / cap) is 1 - tanh^2
-                chances.mul_(1 - (scores / head.soft_cap) ** 2)
-            part.copy_(chances.mul_(numbers[:, None]))
-    return torch.cat(losses)
+    scores = logits.to(head.wide_kind)
+    if head.soft_cap:
+        scores = head.soft_cap * torch.tanh(scores / head.soft_cap)
+    scores[:, head.vocab_size :] = -torch.inf  # no probability for padding
+    chances = scores.softmax(dim=-1)
+    log_sums = scores.amax(dim=-1) - chances.amax(dim=-1).log()
+    losses = log_sums - scores[lines, choices]
+    of_choices = (chances[lines, choices] - 1.0) * above
+    if has_gradient:
+        gradient = chances.mul_(above[:, None])
+        if head.soft_cap:  # the slope of cap * tanh(x / cap) is 1 - tanh^2
+            slopes = 1.0 - (scores / head.soft_cap) ** 2
+            gradient = gradient.mul_(slopes)
+            of_choices = of_choices * slopes[lines, choices]
+        gradient[:, head.vocab_size :] = 0.0
+        logits.copy_(gradient)
+    return losses, of_choices.to(logits.dtype)
+
+
+@remember
+def _compiled_turn() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_turn)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left (n, V)^T x right (n, C) to `total` (V, C), which may be wider than both.
+    """Add left (n, W)^T x right (n, C) to `total` (W, C), which may be wider than both.
 
     Sums of many chunks in bfloat16 would lose what is small beside the sum so far. On a CPU the
     product is made in blocks, which stay in its cache until they are added.
     """
-    if total.device.type != "cpu" and total.dtype == right.dtype:
-        total.addmm_(left.T, right)
+    if total.device.type != "cpu":
+        total.addmm_(left.T, right) if total.dtype == right.dtype else total.add_(left.T @ right)
         return
     block = max(1, SOFTMAX_LOGITS[total.device.type] // right.shape[0])
     for rows, columns in zip(total.split(block), left.split(block, dim=1), strict=True):
@@ -219,7 +276,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _in_parts(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield logits (n, V), and what goes with them (n,), in parts for one softmax each."""
+    """Yield logits (n, W), and what goes with them (n,), in parts for one softmax each."""
     step = max(1, SOFTMAX_LOGITS[logits.device.type] // logits.shape[-1])
     yield from zip(*(each.split(step) for each in (logits, *others)), strict=True)
 

@@ -1,12 +1,17 @@
 """The loss equals torch's cross-entropy over whole logits, in value and in every gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from llm.config import ModelConfig
@@ -15,6 +20,7 @@ from llm.model.loss import IGNORED, ModelWithLoss, token_losses
 from llm.model.transformer import Transformer
 
 V, T = 70, 12  # not a multiple of 64, so that the head has rows that are no tokens
+W = 128  # with these
 SMALL = ModelConfig(num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, d_ff=24)
 CAPPED = ModelConfig(
     num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, d_ff=24, logit_soft_cap=2.0
@@ -111,7 +117,9 @@ def test_gradients_are_those_of_finite_differences(
     weight = torch.randn(
         vocab_size + 2, 3, dtype=torch.float64, generator=generator, requires_grad=True
     )
-    head = loss._Head(vocab_size=vocab_size, soft_cap=cap, kind=torch.float64, is_learning=True)
+    head = loss._Head(
+        vocab_size=vocab_size, soft_cap=cap, kind=torch.float64, is_learning=True, is_compiled=False
+    )
 
     def reduced(x: Tensor, weight: Tensor) -> Tensor:
         losses = loss._HeadLosses.apply(x, weight, targets, head)
@@ -121,8 +129,12 @@ def test_gradients_are_those_of_finite_differences(
     assert torch.autograd.gradcheck(reduced, (x, weight))
 
 
+@pytest.mark.filterwarnings("default")  # torch's own tracing does what torch warns of
 @pytest.mark.usefixtures("tiny_chunks")
-def test_training_walks_over_the_logits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["", "compiled"])
+def test_training_walks_over_the_logits_once(
+    is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     walks: list[bool] = []
     walk = loss._walk
 
@@ -131,8 +143,12 @@ def test_training_walks_over_the_logits_once(monkeypatch: pytest.MonkeyPatch) ->
         return walk(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loss, "_walk", counted)
-    model = make_model()
-    (ModelWithLoss(model)(*make_batch(), None).sum() / 17 * 2).backward()
+    compiled_turn = torch.compile(loss._turn, backend="eager")
+    monkeypatch.setattr(loss, "_compiled_turn", lambda: compiled_turn)
+    module = ModelWithLoss(make_model())
+    if is_compiled:
+        module.compile(backend="eager")
+    (module(*make_batch(), None).sum() / 17 * 2).backward()
     assert len(walks) == 1
 
 
@@ -171,15 +187,88 @@ def test_where_nothing_is_learned_there_is_no_loss_and_no_gradient() -> None:
     assert all(gradient.abs().max() == 0 for gradient in gradients(model, losses).values())
 
 
-def test_padding_of_the_vocabulary_is_no_choice_and_learns_nothing() -> None:
-    model = make_model(UNTIED)
+@pytest.mark.usefixtures("tiny_chunks")
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_padding_of_the_vocabulary_is_no_choice_and_learns_nothing(
+    cap: float, reduction: str
+) -> None:
+    model = make_model(replace(UNTIED, logit_soft_cap=cap))
     inputs, targets = make_batch()
     before = ModelWithLoss(model)(inputs, targets, None)
     with torch.no_grad():
         model.head.weight[V:] = 1e4
     after = ModelWithLoss(model)(inputs, targets, None)
     assert torch.equal(before, after)
-    assert gradients(model, after)["head.weight"][V:].abs().max() == 0
+    found = gradients(model, after, REDUCTIONS[reduction])["head.weight"]
+    assert found[V:].abs().max() == 0 and found[:V].abs().max() > 0
+
+
+@pytest.mark.usefixtures("tiny_chunks")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_every_product_with_the_head_has_the_padded_width(
+    reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def seen(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def called(left: Tensor, right: Tensor) -> Tensor:
+            shapes.extend((left.shape, right.shape))
+            return function(left, right)
+
+        return called
+
+    for name in ("product", "transposed_product"):
+        monkeypatch.setattr(loss, name, seen(getattr(loss, name)))
+    monkeypatch.setitem(loss.SOFTMAX_LOGITS, "cpu", 1 << 20)  # products are not cut in blocks
+    model = make_model()
+    gradients(model, ModelWithLoss(model)(*make_batch(), None), REDUCTIONS[reduction])
+    assert len(model.head.weight) == W
+    assert shapes and all(W in shape or SMALL.d_model in shape for shape in shapes)
+    assert not any(V in shape for shape in shapes)
+
+
+@pytest.mark.filterwarnings("default")  # torch's own tracing does what torch warns of
+@pytest.mark.usefixtures("tiny_chunks")
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_compiled_it_keeps_no_logits_from_forward_to_backward(
+    kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: all positions are looked at, in several chunks, and the cut into forward and
+    backward is that of Inductor. No code is generated.
+    """
+    outputs: list[tuple[int, ...]] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        [results] = (node.args[0] for node in graph.graph.nodes if node.op == "output")
+        values = [node.meta["val"] for node in results if isinstance(node, torch.fx.Node)]
+        outputs.extend(tuple(value.shape) for value in values if isinstance(value, Tensor))
+        return make_boxed_func(graph.forward)
+
+    cut = min_cut_rematerialization_partition
+    backend = aot_autograd(fw_compiler=look, bw_compiler=look, partition_fn=cut)
+    compiled_turn = torch.compile(loss._turn, backend="aot_eager")
+    monkeypatch.setattr(loss, "_compiled_turn", lambda: compiled_turn)
+    monkeypatch.setattr(loss, "_places", lambda targets: torch.arange(len(targets)))
+    model, batch = make_model(), make_batch()
+    module = ModelWithLoss(model)
+    module.compile(backend=backend)
+    saved: list[tuple[int, ...]] = []
+    keep = saved_tensors_hooks(lambda x: (saved.append(tuple(x.shape)), x)[1], lambda x: x)
+    with torch.autocast("cpu", kind, enabled=kind != torch.float32):
+        with keep:
+            found = module(*batch, None)
+        expected = plain(model, *batch)
+    mine, theirs = gradients(model, found), gradients(model, expected)
+    assert outputs and saved
+    weights = (W, SMALL.d_model)
+    assert not [s for s in outputs + saved if {V, W} & set(s) and s != weights]
+    # the same products, in other types where autocast has a say
+    tolerance = 1e-5 if kind == torch.float32 else 3e-2
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    for name in mine:
+        scale = float(theirs[name].abs().max())
+        torch.testing.assert_close(mine[name], theirs[name], rtol=tolerance, atol=tolerance * scale)
 
 
 def test_frozen_weights_get_no_gradient_and_pass_one_on() -> None:
@@ -231,7 +320,9 @@ def test_sure_and_wrong_models_have_finite_exact_losses(scale: float) -> None:
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(5))
     weight = torch.randn(V, 8, generator=torch.Generator().manual_seed(6)) * scale
     targets = torch.arange(40)
-    head = loss._Head(vocab_size=V, soft_cap=0.0, kind=torch.float32, is_learning=False)
+    head = loss._Head(
+        vocab_size=V, soft_cap=0.0, kind=torch.float32, is_learning=False, is_compiled=False
+    )
     found = loss._HeadLosses.apply(x, weight, targets, head)
     expected = F.cross_entropy(x.double() @ weight.double().T, targets, reduction="none")
     assert isinstance(found, Tensor)
