@@ -6,18 +6,19 @@ rename once all of it is on the disk. So a folder of that name is whole, unless 
 later, which the sums show.
 """
 
-import errno
 import json
 import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 from llm.artifact import ArtifactWriter, file_sha256, fsync_folder, read_manifest
-from llm.errors import ArtifactError, StageError
+from llm.errors import ArtifactError, DiskFullError
 from llm.model.store import read_tensors, set_weights, weights_of, write_tensors
 from llm.model.transformer import Transformer
 from llm.runtime.failpoints import failpoint
+from llm.storage.disk import disk_full
 from llm.training.loop import TrainState
 from llm.training.optimizers import Optimizer
 
@@ -32,7 +33,7 @@ def save_checkpoint(
     """Publish a checkpoint of `state` in `folder`, then remove all but the newest `keep`.
 
     Raises:
-        StageError: the disk is full. Earlier checkpoints are untouched.
+        DiskFullError: earlier checkpoints are untouched, and training goes on from the newest.
     """
     final = folder / f"{PREFIX}{state.step:08d}"
     if final.exists():
@@ -46,17 +47,12 @@ def save_checkpoint(
             write_tensors(file, moments)
         writer.write_json(STATE, asdict(state))
         writer.finish(stage="checkpoint", summary={"step": state.step})
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        free = shutil.disk_usage(folder).free
-        shutil.rmtree(folder / WRITING, ignore_errors=True)
+    except (OSError, DiskFullError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
         needed = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values()))
-        raise StageError(
-            f"{folder}: no space left for a checkpoint of {needed:,} bytes, found {free:,} free"
-            " when writing failed; make room and run again, training goes on from the checkpoint"
-            " before"
-        ) from error
+        full = disk_full(cast(OSError, cause), folder, needed)  # of the whole, not of one write
+        shutil.rmtree(folder / WRITING, ignore_errors=True)
+        raise full or error from error
     failpoint("checkpoint.rename")
     (folder / WRITING).rename(final)
     failpoint("checkpoint.renamed")

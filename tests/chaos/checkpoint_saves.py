@@ -16,7 +16,7 @@ import torch
 import torch._dynamo  # an optimizer's first step does, 3 s in each process otherwise
 
 from llm.config import OptimizationConfig
-from llm.errors import StageError
+from llm.errors import DiskFullError
 from llm.model.transformer import Transformer
 from llm.runtime import failpoints
 from llm.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
@@ -145,6 +145,6 @@ def _save_three(folder: Path, width: int, plan: str) -> None:
     failpoints.arm(plan)
     try:
         save_checkpoint(folder, model, optimizer, state, keep=KEEP)
-    except StageError as error:
-        assert "no space left for a checkpoint of" in str(error)
+    except DiskFullError as error:
+        assert str(folder) in str(error) and "bytes free, needed" in str(error)
         raise SystemExit(FULL_DISK_SAID) from None

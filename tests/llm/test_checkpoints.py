@@ -11,7 +11,7 @@ import torch
 
 from llm.artifact import HashingFile
 from llm.config import OptimizationConfig
-from llm.errors import ArtifactError, StageError
+from llm.errors import ArtifactError, DiskFullError
 from llm.model.transformer import Transformer
 from llm.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from llm.training.loop import TrainState
@@ -130,10 +130,14 @@ def test_a_full_disk_is_said_in_one_line_and_loses_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = names(folder)
+    model, optimizer, state = trained(5)
+    tensors = (*model.state_dict().values(), *optimizer.state_dict().values())
+    needed = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())  # tied: once
     with monkeypatch.context() as patched:
         patched.setattr(HashingFile, "write", fail)
-        with pytest.raises(StageError, match=r"no space left for a checkpoint of [\d,]+ bytes"):
-            save_checkpoint(folder, *trained(5), keep=3)
+        with pytest.raises(DiskFullError, match=f"bytes free, needed {needed:,} more") as caught:
+            save_checkpoint(folder, model, optimizer, state, keep=3)
+    assert "\n" not in str(caught.value)
     assert names(folder) == before
     assert newest_checkpoint(folder) == folder / "step-00000004"
 
