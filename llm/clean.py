@@ -40,6 +40,7 @@ from llm.data.document_file import (
     write_documents_json,
 )
 from llm.data.document_steps import add_changes
+from llm.data.documents import MISSING_KEY
 from llm.data.exact_duplicates import find_repeated
 from llm.data.first_look import read_shard
 from llm.data.formats import Content
@@ -56,6 +57,7 @@ from llm.data.last_look import (
     write_shard,
 )
 from llm.data.raw_shards import RawInput
+from llm.data.record_layouts import expected_layout
 from llm.data.staging import Staged, StagedShard
 from llm.data.tally import MAX_REJECTED_EXAMPLES, Tally
 from llm.errors import DataError
@@ -89,7 +91,7 @@ def clean(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     if settings.decontamination.action != "none":
         _protect(job, staged, settings)
     shards = _write(job, read, staged, decisions, settings, writer, tally, summary)
-    _refuse_empty_side(tally, settings)
+    _refuse_empty_side(tally, settings, raw)
     lines = (json.dumps(example, sort_keys=True) + "\n" for example in tally.rejected())
     writer.write_bytes("rejected.jsonl", "".join(lines).encode())
     write_documents_json(writer, raw.content, shards, len(raw.folders))
@@ -281,17 +283,24 @@ def _count(
         tally.show(skip, record, shard)
 
 
-def _refuse_empty_side(tally: Tally, settings: CleanConfig) -> None:
+def _refuse_empty_side(tally: Tally, settings: CleanConfig, raw: RawInput) -> None:
     if tally.num_kept["train"] and tally.num_kept["validation"]:
         return
     counts = [f"{count} {reason}" for reason, count in sorted(tally.skipped.items())]
-    first = [
-        f"the first in {example['file']} line {example['line']}" for example in tally.rejected()
-    ]
+    examples = tally.rejected()
+    first = [f"the first in {example['file']} line {example['line']}" for example in examples[:1]]
+    found = (
+        f"of {tally.num_read} documents {tally.num_kept.total()} are left"
+        f" (skipped: {', '.join(counts + first) or 'none'})"
+    )
+    if not tally.num_kept.total() and examples and examples[0]["reason"] == MISSING_KEY:
+        keys = str(examples[0]["excerpt"]).partition(": {")[0]
+        raise DataError(
+            f"{found}; found {keys}; {expected_layout(raw.content, raw.text_key(), raw.setting())}"
+        )
     side = "train" if tally.num_kept["validation"] else "validation"
     raise DataError(
-        f"of {tally.num_read} documents {tally.num_kept.total()} are left"
-        f" (skipped: {', '.join(counts + first[:1]) or 'none'}), and none of them fell to {side};"
+        f"{found}, and none of them fell to {side};"
         f" give more data, change clean.validation_fraction ({settings.validation_fraction:g}), or"
         f" make clean.text_document_bytes ({settings.text_document_bytes}) smaller, which cuts text"
         " files into more documents"

@@ -24,6 +24,7 @@ from llm.data.hub import (
     resolve_commit,
 )
 from llm.data.reading import read_stream
+from llm.data.record_layouts import FirstRecords
 from llm.data.records import Skip
 from llm.data.sources import files_fingerprint, fingerprint, local_files
 from llm.data.stdlib import corpus_documents
@@ -115,8 +116,12 @@ def _hub_records(
     job: Job, source: SourceConfig, commit: str, files: Sequence[HubFile], skipped: Counter[str]
 ) -> Iterator[dict[str, Json]]:
     """Yield the records of the files, one file after another, and count those that are none."""
-    keys = keys_of(content_of(job.role), source.text_key)
+    content = content_of(job.role)
+    keys = keys_of(content, source.text_key)
     for file in files:
+        first = FirstRecords(
+            content=content, text_key=source.text_key, setting=f"download.{job.role}"
+        )
         with contextlib.ExitStack() as stack:
             if source.is_hub_streamed:
                 opened = stack.enter_context(open_hub_file(source, job.role, commit, file))
@@ -137,6 +142,7 @@ def _hub_records(
                 elif isinstance(record.value, str):
                     yield {source.text_key: record.value}
                 else:
+                    first.see(record)
                     value = record.value
                     yield {key: value[key] for key in keys if key in value}
 

@@ -13,10 +13,12 @@ from llm.artifact import Json
 from llm.config import ReadingConfig
 from llm.data.formats import Content, keys_of
 from llm.data.reading import read_records
+from llm.data.record_layouts import FirstRecords, shown_keys
 from llm.data.records import EXCERPT_CHARACTERS, DecodePolicy, Place, Record, Skip, Span
 from llm.errors import DataError
 
 ROLES = frozenset(("system", "user", "assistant"))
+MISSING_KEY = "missing key"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -49,15 +51,18 @@ def read_documents(
     text_document_bytes: int,
     limits: ReadingConfig,
     scratch: Path,
+    setting: str,
     span: Span | None = None,
 ) -> Iterator[Document | Skip]:
     """Yield every document of the file at `path`, called `name` in messages, in its order; with a
-    `span` those of that part of it.
+    `span` those of that part of it. Its source is that of `setting`.
 
     Raises:
-        DataError: the file cannot be read as what its name says; with the policy `strict`, text
-        that is no UTF-8.
+        DataError: the file cannot be read as what its name says; none of its first records has a
+        known layout; with the policy `strict`, text that is no UTF-8.
     """
+    first = FirstRecords(content=content, text_key=text_key, setting=setting)
+    is_beginning = span is None or span.start_bytes == 0
     for record in read_records(
         path,
         name,
@@ -75,6 +80,8 @@ def read_documents(
                 place=record.place, text=record.value, num_decode_errors=record.num_decode_errors
             )
         else:
+            if is_beginning:
+                first.see(record)
             yield _make_document(record, record.value, content, text_key, policy)
 
 
@@ -94,7 +101,10 @@ def _make_document(
         if num_errors and policy == "skip":
             raise _Problem("invalid UTF-8")
     except _Problem as problem:
-        excerpt = json.dumps(value, ensure_ascii=False, default=str)[:EXCERPT_CHARACTERS]
+        excerpt = json.dumps(value, ensure_ascii=False, default=str)
+        if str(problem) == MISSING_KEY:
+            excerpt = f"{shown_keys(record)}: {excerpt}"
+        excerpt = excerpt[:EXCERPT_CHARACTERS]
         return Skip(place=place, reason=str(problem), excerpt=excerpt, num_decode_errors=num_errors)
     return document
 
@@ -147,7 +157,7 @@ def _messages(record: Mapping[str, Json]) -> list[dict[str, str]]:
 def _string(record: Mapping[str, Json], key: str, default: str | None = None) -> str:
     value = record.get(key, default)
     if value is None and key not in record:
-        raise _Problem("missing key")
+        raise _Problem(MISSING_KEY)
     if not isinstance(value, str):
         raise _Problem("wrong type")
     return value

@@ -110,7 +110,7 @@ class RawInput:
         self, source: int, name: str, settings: CleanConfig, scratch: Path, span: Span | None
     ) -> Iterator[Document | Skip]:
         path, content = self._path(source, name), self.content
-        text_key = cast(str, self._source(source)["text_key"])
+        text_key = self.text_key(source)
 
         def read(span: Span | None) -> Iterator[Document | Skip]:
             return read_documents(
@@ -122,6 +122,7 @@ class RawInput:
                 text_document_bytes=settings.text_document_bytes,
                 limits=settings.reading,
                 scratch=scratch,
+                setting=self.setting(source),
                 span=span,
             )
 
@@ -132,6 +133,15 @@ class RawInput:
                 for _ in read(replace(span, line=1 + _count_lines(path, span.start_bytes))):
                     pass
             raise
+
+    def setting(self, number: int = 0) -> str:
+        """Return what the settings of a source begin with."""
+        role = "corpus" if self.content == "text" else "chats"
+        return f"download.{role}" + (f".sources.{number}" if len(self.folders) > 1 else "")
+
+    def text_key(self, number: int = 0) -> str:
+        """Return the key under which the records of a source hold their text."""
+        return cast(str, self._source(number)["text_key"])
 
     def _path(self, source: int, name: str) -> Path:
         return self.folders[source] / "files" / name

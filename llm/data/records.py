@@ -6,7 +6,7 @@ hold is for the caller to say.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Literal, cast
 
@@ -50,6 +50,8 @@ class Record:
     value: str | dict[str, Json]
     num_decode_errors: int = 0
     """How often U+FFFD stands for bytes that are no UTF-8."""
+    other_keys: Sequence[str] = ()
+    """Keys whose values were not read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

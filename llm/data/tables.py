@@ -94,7 +94,9 @@ def read_parquet(
             stream.file, pre_buffer=False, buffer_size=BLOCK_BYTES, page_checksum_verification=True
         )
         metadata = table.metadata
-        columns = [name for name in keys if name in table.schema_arrow.names]
+        names: list[str] = table.schema_arrow.names
+        columns = [name for name in keys if name in names]
+        others = tuple(name for name in names if name not in columns)
         for index in range(table.num_row_groups):
             group = metadata.row_group(index)
             row_bytes = max(1, group.total_byte_size // max(1, group.num_rows))
@@ -120,7 +122,7 @@ def read_parquet(
                         read_bytes=stream.start_bytes + int(stream.size_bytes * share),
                     )
                     scalars = {name: array[row] for name, array in arrays.items()}
-                    yield _read_row(scalars, place, policy)
+                    yield _read_row(scalars, place, policy, others)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
@@ -181,7 +183,9 @@ def _column_names(name: str, fields: Sequence[str] | None) -> list[str]:
     return list(fields)
 
 
-def _read_row(scalars: Mapping[str, Any], place: Place, policy: DecodePolicy) -> Record | Skip:
+def _read_row(
+    scalars: Mapping[str, Any], place: Place, policy: DecodePolicy, other_keys: Sequence[str]
+) -> Record | Skip:
     """Make Python values of a row's Arrow scalars."""
     value: dict[str, Json] = {}
     num_errors = 0
@@ -195,4 +199,4 @@ def _read_row(scalars: Mapping[str, Any], place: Place, policy: DecodePolicy) ->
         if isinstance(found, str) and len(found) > MAX_RECORD_BYTES:
             return Skip(place=place, reason=TOO_LONG, excerpt=found[:EXCERPT_CHARACTERS])
         value[name] = found
-    return Record(place=place, value=value, num_decode_errors=num_errors)
+    return Record(place=place, value=value, num_decode_errors=num_errors, other_keys=other_keys)
