@@ -16,7 +16,8 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import track
 
-from flows.services import log_errors
+from flows.processes import HOST
+from flows.services import FIRST_PORTS, log_errors, recorded
 from llm.errors import ArtifactError, ConfigError, PlaceError
 from tasks.stages import STAGES
 from tasks.store import Store
@@ -69,11 +70,6 @@ def _machine(artifacts: Path) -> Iterator[Finding]:
     yield Finding(level=level, text=text if level == "ok" else f"{text}: free some, or move it")
     if not os.access(existing, os.W_OK):
         yield Finding(level="wrong", text=f"{existing}: not writable; set runtime.artifacts_dir")
-    for name, port in (("Prefect", 4200), ("MLflow", 5000)):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                text = f"port {port} is in use; `fromscratch up` takes another for {name}"
-                yield Finding(level="note", text=text)
 
 
 def _libraries() -> Iterator[Finding]:
@@ -96,8 +92,21 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _servers(artifacts: Path) -> Iterator[Finding]:
+    known = recorded(artifacts.absolute())
+    for name, port in FIRST_PORTS.items():
+        service = known.get(name)
+        if service is not None and service.is_alive:
+            yield Finding(level="ok", text=f"{name} runs on port {service.port}")
+        elif _is_in_use(port):
+            text = f"port {port} is in use; `fromscratch up` takes another for {name}"
+            yield Finding(level="note", text=text)
     for text in log_errors(artifacts):
         yield Finding(level="note", text=text)
+
+
+def _is_in_use(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0
 
 
 def _store(artifacts: Path, is_thorough: bool) -> Iterator[Finding]:

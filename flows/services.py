@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.parse
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, cast
@@ -40,6 +40,7 @@ from llm.artifact import write_json_atomically
 from llm.config import RuntimeConfig
 from tasks.launch import SECONDS_TO_SAVE
 from tasks.mlflow_store import tracking_uri, without_password
+from tasks.mlflow_view import CURVES_VIEW, VIEW_TAG
 
 Name = Literal["prefect", "mlflow", "worker"]
 Say = Callable[[str], None]
@@ -216,9 +217,12 @@ def _models_page(server_url: str, project: str) -> str:
     found = fetch(server_url.rstrip("/") + path)
     if found is None:
         return server_url
-    page = f"#/experiments/{json.loads(found)['experiment']['experiment_id']}/runs"
+    experiment = json.loads(found)["experiment"]
+    page = f"#/experiments/{experiment['experiment_id']}/runs"
     # without the query MLflow shows traces of conversations
     query = "workflowType=machine_learning&compareRunsMode=CHART"
+    if any(tag["key"] == VIEW_TAG for tag in experiment.get("tags", [])):
+        query += f"&viewStateShareKey={CURVES_VIEW}"
     return f"{server_url.rstrip('/')}/{page}?{query}"
 
 
@@ -328,11 +332,24 @@ def only_one(artifacts_dir: Path) -> Generator[None]:
 
 
 def recorded(artifacts_dir: Path) -> dict[Name, Service]:
+    """Return the services of this folder. In a copy of a folder the services of the original are
+    recorded too, which are left alone. Those of a folder that was moved have paths that are gone:
+    they count as ended.
+    """
+    folder = artifacts_dir / "services"
     try:
-        data = json.loads((artifacts_dir / "services" / "services.json").read_bytes())
-        return {cast(Name, name): Service(**service) for name, service in data.items()}
+        data = json.loads((folder / "services.json").read_bytes())
+        services = {cast(Name, name): Service(**service) for name, service in data.items()}
     except (FileNotFoundError, ValueError, TypeError, AttributeError):
         return {}
+    found: dict[Name, Service] = {}
+    for name, service in services.items():
+        log = Path(service.log)
+        if log.parent == folder:
+            found[name] = service
+        elif not log.exists():
+            found[name] = replace(service, pid=0)
+    return found
 
 
 def _write(artifacts_dir: Path, services: Mapping[Name, Service]) -> None:
