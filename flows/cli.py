@@ -25,8 +25,10 @@ from flows.processes import ServiceError
 from llm.config import RunConfig, RuntimeConfig, load_config, recipe_names
 from llm.errors import ArtifactError, ConfigError, FromscratchError, Interrupted
 from llm.inference.chat import add_options, talk_as_asked
-from llm.runtime.job import EXIT_INTERRUPTED
+from llm.runtime.failures import EXIT_INTERRUPTED
+from llm.storage.disk import disk_full
 from tasks.plan import PlannedStep, Selection, make_plan
+from tasks.preflight import find_problems, refuse_what_cannot_run
 from tasks.stages import STAGES, in_order
 from tasks.store import Store
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 EXIT_BAD_SETTINGS = 2  # as argparse's own
+EXIT_CTRL_C = 130  # 128 + SIGINT, as shells count
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FromscratchError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except OSError as error:
+        if (full := disk_full(error, Path(error.filename or "."))) is None:
+            raise
+        print(f"error: {full}", file=sys.stderr)
+        return EXIT_FAILED
     except (Interrupted, KeyboardInterrupt):
+        if options.command not in (_run, _sweep):  # the others keep nothing to go on from
+            print("stopped", file=sys.stderr)
+            return EXIT_CTRL_C
         print("stopped; the same command goes on from where it was", file=sys.stderr)
         return EXIT_INTERRUPTED
 
@@ -184,7 +195,13 @@ def _add_tokenizers(commands: Any) -> None:
 
 
 def _add_artifacts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), metavar="FOLDER")
+    parser.add_argument(
+        "--artifacts",
+        type=Path,
+        default=Path("artifacts"),
+        metavar="FOLDER",
+        help="of all artifacts, as runtime.artifacts_dir of a run; default: artifacts",
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -199,7 +216,7 @@ def _run(options: argparse.Namespace) -> int:
     store = Store(Path(config.runtime.artifacts_dir))
     plan = make_plan(in_order(language_model(config)), config, store, selection)
     if options.plan:
-        return _show_plan(config, plan, options.json)
+        return _show_plan(config, plan, find_problems(plan, config, store), options.json)
     result = _result(options, config, plan, store)
     _show_result(result, time.monotonic() - started_at, options.json)
     return 0
@@ -213,6 +230,7 @@ def _result(
 
     if all(item.status == "cached" and item.reason == "unchanged" for item in plan):
         return cached_result(config, plan, store)
+    refuse_what_cannot_run(plan, config, store)
     return _run_flow(options, config, store)
 
 
@@ -309,7 +327,10 @@ def _use_prefect_server(artifacts: Path) -> None:
     server.wait_ready()
 
 
-def _show_plan(config: RunConfig, plan: Sequence[PlannedStep], is_json: bool) -> int:
+def _show_plan(
+    config: RunConfig, plan: Sequence[PlannedStep], problems: Sequence[str], is_json: bool
+) -> int:
+    """Print the plan and what keeps it from being done here, which is bad settings."""
     if is_json:
         stages = [
             {
@@ -321,12 +342,14 @@ def _show_plan(config: RunConfig, plan: Sequence[PlannedStep], is_json: bool) ->
             }
             for item in plan
         ]
-        print(json.dumps({"recipe": config.name, "stages": stages}))
+        print(json.dumps({"recipe": config.name, "stages": stages, "problems": list(problems)}))
     else:
         from flows.display import print_plan
 
         print_plan(plan)
-    return 0
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+    return EXIT_BAD_SETTINGS if problems else 0
 
 
 def _show_result(result: "RunResult", seconds: float, is_json: bool) -> None:
@@ -404,13 +427,15 @@ def _confirm_down(runs: "Sequence[RunningRun]") -> None:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    folder = Path(options.model) if options.model else _newest_chat_model(options.artifacts)
+    folder = _model_folder(options)
+    if not options.model and not sys.stdin.isatty():  # a terminal is told by the chat itself
+        print(f"model: {folder}", file=sys.stderr)
     talk_as_asked(folder, options)
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    folder = Path(options.model) if options.model else _newest_chat_model(options.artifacts)
+    folder = _model_folder(options)
     if options.format == "gguf":
         from llm.model.gguf import export_gguf as export
     else:
@@ -434,6 +459,23 @@ def _spread(options: argparse.Namespace) -> int:
     store = Store(options.artifacts)
     move_shards(store, options.artifact, options.places, is_back=options.back)
     return 0
+
+
+def _model_folder(options: argparse.Namespace) -> Path:
+    """Return the folder of the model that was named, or of the newest chat model.
+
+    Raises:
+        ArtifactError: it is not there.
+    """
+    if not options.model:
+        return _newest_chat_model(options.artifacts)
+    folder = Path(options.model)
+    if not folder.is_dir():
+        raise ArtifactError(
+            f"{folder}: no such folder; expected that of a model, artifacts/finetune/DIGEST or"
+            " artifacts/pretrain/DIGEST, or nothing for the newest chat model"
+        )
+    return folder
 
 
 def _newest_chat_model(artifacts: Path) -> Path:

@@ -33,6 +33,7 @@ from llm.config import RunConfig, flatten, load_config
 from llm.errors import FromscratchError, Interrupted, TransientError
 from tasks.cached import Builder, Outcome
 from tasks.plan import Selection, make_plan
+from tasks.preflight import refuse_what_cannot_run
 from tasks.stages import DOWNLOAD, Step, in_order
 from tasks.store import Store
 from tasks.tracking import Tracker
@@ -92,6 +93,7 @@ def _run(config: RunConfig, selection: Selection) -> RunResult:
     """Plan, then build. Nothing is built where the plan finds something wrong."""
     store = Store(Path(config.runtime.artifacts_dir))
     plan = make_plan(in_order(language_model(config)), config, store, selection)
+    refuse_what_cannot_run(plan, config, store)
     tracker = Tracker(config, store.root)
     status = "FAILED"
     link = PrefectLink(PREFECT_API_URL.value() or "", str(flow_run.id), served_artifacts())

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -49,7 +49,9 @@ def build(cls: type, tree: Mapping[str, object], prefix: str, problems: list[str
     for name, value in tree.items():
         dotted = f"{prefix}{name}"
         if name not in known:
-            meant = did_you_mean(str(name), list(known), prefix)
+            meant = _did_you_mean_deeper(cls, str(name), prefix) or did_you_mean(
+                str(name), list(known), prefix
+            )
             problems.append(f"{dotted}: unknown{meant or '; known here: ' + ', '.join(known)}")
             continue
         values[name] = _check(hints[name], value, dotted, problems)
@@ -132,6 +134,22 @@ def _coerce(hint: object, value: object) -> object:
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     return value
+
+
+def _did_you_mean_deeper(cls: type, name: str, prefix: str) -> str:
+    """Suggest the settings of this name in the sections below `cls`, at most three."""
+    found = [f"{prefix}{dotted}" for dotted in _settings(cls) if dotted.endswith(f".{name}")]
+    return f", did you mean {' or '.join(found)}?" if 0 < len(found) <= 3 else ""
+
+
+def _settings(cls: type) -> Iterator[str]:
+    """Yield the dotted key of every setting of `cls` and of the sections in it."""
+    hints = typing.get_type_hints(cls)
+    for known in dataclasses.fields(cls):
+        yield known.name
+        if dataclasses.is_dataclass(hints[known.name]):
+            deeper = typing.cast(type, hints[known.name])
+            yield from (f"{known.name}.{dotted}" for dotted in _settings(deeper))
 
 
 def did_you_mean(word: str, known: Sequence[str], prefix: str = "") -> str:

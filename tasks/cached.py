@@ -12,6 +12,7 @@ from llm.artifact import Artifact, Json, load_artifact
 from llm.config import RunConfig, flatten
 from llm.errors import Interrupted
 from llm.runtime.job import Job, is_finished
+from llm.storage.disk import refuse_full_disk
 from tasks.launch import Progress, launch
 from tasks.plan import PlannedStep, Selection, explain, key_parts, reusable, section_of
 from tasks.stages import Step
@@ -91,7 +92,7 @@ class Builder:
         """Return the outcome of `step`, whose inputs were built by this builder before.
 
         Raises:
-            Interrupted, StageError, DataError: as `launch` does.
+            Interrupted, StageError, DataError: as `launch` does. DiskFullError: here or there.
             ConfigError: before a training, a prompt of `evaluate` that is longer than the context.
         """
         inputs = {name: self.outcomes[made_first] for name, made_first in step.inputs.items()}
@@ -105,7 +106,7 @@ class Builder:
             self._raise_if_stopping(step)
 
         self._raise_if_stopping(step)
-        with self.store.lock(lock_name, on_wait=wait):
+        with refuse_full_disk(self.store.root), self.store.lock(lock_name, on_wait=wait):
             outcome = self._from_store(step, parts)
             if outcome is None:
                 outcome = self._build(step, parts, inputs, on_progress)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import tasks
+from llm.config import RuntimeConfig
 from llm.errors import ConfigError, FromscratchError, StageError
 from llm.runtime.failures import error_from_json, error_to_json, how_it_ended
 from llm.runtime.job import Job
@@ -19,6 +20,17 @@ ERROR = "cluster_error.json"
 LOG = "cluster.log"
 SECONDS_TO_FINISH = 20.0  # to close a cluster on this machine
 EXTRAS = {"dask": "prefect_dask", "ray": "prefect_ray"}
+
+
+def missing_runner(runtime: RuntimeConfig) -> str:
+    """Say that the library of the cluster that shards are done on is not there, or nothing."""
+    kind = runtime.shard_runner
+    if kind == "processes" or importlib.util.find_spec(EXTRAS[kind]) is not None:
+        return ""
+    return (
+        f"runtime.shard_runner: found {kind}, which needs {EXTRAS[kind].replace('_', '-')};"
+        f" `pip install 'fromscratch[{kind}]'`, or take processes"
+    )
 
 
 class ShardRunner:
@@ -34,13 +46,9 @@ class ShardRunner:
         self._folder = job.work / "shards"
         self._process: subprocess.Popen[bytes] | None = None
         self._done_id = ""
-        kind = job.runtime.shard_runner
-        self._is_used = kind != "processes"
-        if self._is_used and importlib.util.find_spec(EXTRAS[kind]) is None:
-            raise ConfigError(
-                f"runtime.shard_runner: {kind} needs {EXTRAS[kind].replace('_', '-')}, which is not"
-                f" installed; pip install 'fromscratch[{kind}]', or take processes"
-            )
+        self._is_used = job.runtime.shard_runner != "processes"
+        if problem := missing_runner(job.runtime):
+            raise ConfigError(problem)
         for stale in (WANTED, ERROR):  # of a stage that was killed
             (self._folder / stale).unlink(missing_ok=True)
 

@@ -20,7 +20,8 @@ from typing import IO
 
 from llm.artifact import file_sha256, write_json_atomically
 from llm.data.connecting import Names, deadline, find_route, shown
-from llm.errors import DataError
+from llm.errors import DataError, DiskFullError
+from llm.storage.disk import refuse_full_disk
 
 BLOCK_BYTES = 1 << 20
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -152,7 +153,10 @@ def _fetch_rest(
         declared = response.length
         total_bytes = offset_bytes + declared if declared is not None else 0
         _refuse_full_disk(partial, declared or 0, total_bytes, setting)
-        with partial.open("ab" if offset_bytes else "wb") as file:
+        with (
+            refuse_full_disk(partial, declared),
+            partial.open("ab" if offset_bytes else "wb") as file,
+        ):
             for done_bytes in _copy_body(response, file, offset_bytes, declared, setting, limits):
                 yield done_bytes, total_bytes
 
@@ -284,7 +288,7 @@ def _refuse_useless(response: http.client.HTTPResponse, url: str, setting: str) 
 def _refuse_full_disk(partial: Path, missing: int, total_bytes: int, setting: str) -> None:
     needed, free = missing + total_bytes, shutil.disk_usage(partial.parent).free
     if needed > free:
-        raise DataError(
+        raise DiskFullError(
             f"{setting}: {needed:,} bytes are needed to download and keep the file, and"
             f" {partial.parent} has {free:,} free; make room or set runtime.artifacts_dir"
         )

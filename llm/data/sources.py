@@ -4,6 +4,7 @@ The digest enters the cache key of `download`, so it is taken for every plan: a 
 remembered for as long as its size, times and inode stay as they were.
 """
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -20,7 +21,7 @@ from llm.config import SourceConfig
 from llm.data.formats import content_of, endings, is_readable, refuse_name
 from llm.data.hub import resolve_commit
 from llm.data.stdlib import library_files
-from llm.errors import DataError
+from llm.errors import DataError, DiskFullError
 
 NANOSECONDS_UNTIL_REMEMBERED = 2_000_000_000
 """A file changed within the clock tick of its stamp keeps that stamp; git waits too."""
@@ -146,8 +147,10 @@ def _hash_files(
                 remembered[key], is_changed = record, True
         hashes.append((name, str(record[-1])))
     if cache_file is not None and is_changed:
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomically(cache_file, remembered, is_durable=False)
+        # what cannot be remembered is read again; what is to be built there says what is wrong
+        with contextlib.suppress(OSError, DiskFullError):
+            cache_file.parent.mkdir(parents=True, exist_ok=True)
+            write_json_atomically(cache_file, remembered, is_durable=False)
     return hashes
 
 

@@ -138,13 +138,16 @@ def chat_terminal(
     for file in (sys.stdin, sys.stdout):
         if isinstance(file, io.TextIOWrapper):  # bytes that are no UTF-8, or a terminal without it
             file.reconfigure(errors="replace")
+    model = load_model(folder, "cuda" if torch.cuda.is_available() else "cpu")
     conversation = Conversation(
-        packed(load_model(folder, "cuda" if torch.cuda.is_available() else "cpu"), precision),
+        packed(model, precision),
         load_tokenizer(folder),
         sampling=sampling,
         max_new_tokens=max_new_tokens,
     )
     if sys.stdin.isatty():
+        size = f"{model.num_parameters():,} parameters, context of {model.seq_len} tokens"
+        print(f"Model: {folder} ({size})")
         _talk(conversation)
     else:
         answer_lines(conversation, sys.stdin, sys.stdout)

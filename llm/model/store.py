@@ -62,6 +62,11 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Transformer:
         data = json.loads(path.read_bytes())
         config = read_section(ModelConfig, data["model"])
         vocab_size, seq_len = int(data["vocab_size"]), int(data["seq_len"])
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"{path}: not there; expected the folder of a model, as `fromscratch run` leaves in"
+            " artifacts/pretrain/ and artifacts/finetune/"
+        ) from error
     except (
         OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, ConfigError
     ) as error:  # fmt: skip

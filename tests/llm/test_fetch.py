@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llm.data.connecting import Names, find_route
 from llm.data.fetch import FetchLimits, fetch, file_name, redirect_target
-from llm.errors import DataError
+from llm.errors import DataError, DiskFullError
 from tests.llm.http_server import Answer, HostileServer, answer, drip, redirect, serve_ranges
 
 BODY = random.Random(1).randbytes(300_000)
@@ -397,7 +397,7 @@ def test_nobody_there_is_a_network_failure_and_the_login_is_not_told(tmp_path: P
 
 
 def test_a_file_larger_than_the_disk_is_refused_before_it_comes(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"bytes are needed .* free"):
+    with pytest.raises(DiskFullError, match=r"bytes are needed .* free"):
         fetch_all([answer(b"x", declared_bytes=1 << 60)], tmp_path / "p")
 
 
