@@ -137,9 +137,9 @@ def _coerce(hint: object, value: object) -> object:
 
 
 def _did_you_mean_deeper(cls: type, name: str, prefix: str) -> str:
-    """Suggest the settings of this name in the sections below `cls`, at most three."""
+    """Suggest the settings of this name in the sections below `cls`."""
     found = [f"{prefix}{dotted}" for dotted in _settings(cls) if dotted.endswith(f".{name}")]
-    return f", did you mean {' or '.join(found)}?" if 0 < len(found) <= 3 else ""
+    return f", did you mean {' or '.join(found)}?" if found else ""
 
 
 def _settings(cls: type) -> Iterator[str]:

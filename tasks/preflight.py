@@ -6,9 +6,9 @@ Only what is to be built counts: a run that finds everything cached needs nothin
 import functools
 import importlib.util
 import json
-import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -74,12 +74,21 @@ def _folder_problems(config: RunConfig, store: Store) -> Iterator[str]:
             if not existing.is_dir():
                 yield f"runtime.{setting}: {existing} is a file; expected a folder that can be made"
                 break
-            if not os.access(existing, os.W_OK | os.X_OK):
+            if reason := _why_not_writable(existing):
                 yield (
-                    f"runtime.{setting}: {existing} cannot be written; make it writable, or name"
-                    " another folder"
+                    f"runtime.{setting}: {existing} cannot be written ({reason}); make it writable,"
+                    " or name another folder"
                 )
                 break
+
+
+def _why_not_writable(folder: Path) -> str:
+    """Try it: permissions alone tell nothing of root, nor of a file system that is read only."""
+    try:
+        Path(tempfile.mkdtemp(prefix=".writable-", dir=folder)).rmdir()
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return ""
 
 
 def _library_problems(steps: Sequence[Step], config: RunConfig) -> Iterator[str]:
