@@ -69,6 +69,9 @@ def start(
             pass_fds=descriptors,
             start_new_session=True,
         )
+    # a new process has its environment a moment after Popen has returned
+    while process.poll() is None and not _has_id(process.pid, service_id):
+        time.sleep(SECONDS_BETWEEN_LOOKS)
     process.returncode = 0  # it is to outlive this handle, which would warn of that otherwise
     return Service(name=name, pid=process.pid, port=port, id=service_id, log=str(log))
 

@@ -50,9 +50,7 @@ WORK_POOL, WORKER = "local", "fromscratch"
 # of Prefect, MLflow and uvicorn; what Prefect calls transient it has done again
 LOGGED_ERROR = re.compile(r"^(?!.*\btransient\b).*\b(?:ERROR|CRITICAL)\b.*$", re.M)
 SECONDS_TO_FREE_A_PORT = 5.0
-SECONDS_TO_START = (
-    240.0  # a fresh database takes 15 s; on a machine with five times its load, minutes
-)
+SECONDS_TO_START = 300.0  # a fresh database takes 15 s, on an overloaded machine minutes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +97,8 @@ def up(artifacts_dir: Path, say: Say | None = None) -> Services:
             for name in started:
                 _wait_until_ready(started[name], say)
             prefect = (running | started)["prefect"]
-            if "worker" not in running or "prefect" in started:
+            has_moved = "prefect" in known and prefect.port != known["prefect"].port
+            if "worker" not in running or has_moved:
                 if "worker" in running:
                     stop([running.pop("worker").id])
                 started["worker"] = _start_worker(prefect, artifacts_dir)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -121,9 +122,12 @@ print(connection.recv(12).decode())
 
 
 def test_a_second_up_finds_everything_running(services: Services, artifacts: Path) -> None:
+    with Path(services.prefect.log).open("a") as log:
+        log.write("12:00:01.000 | ERROR   | prefect.server.services.scheduler - cannot\n")
     said: list[str] = []
     assert up(artifacts, say=said.append) == services
-    assert said == ["everything is running"]
+    assert said[0] == "everything is running"
+    assert f"errors in {services.prefect.log}" in said[1]
     assert status(artifacts) == services
 
 
@@ -181,23 +185,28 @@ def test_a_run_starts_the_server_of_up_again_when_that_died(
     assert status(artifacts) == now, "it was there"
 
 
-def test_errors_in_a_servers_log_are_said_by_up_and_by_doctor(
-    services: Services, artifacts: Path, capsys: pytest.CaptureFixture[str]
+def test_errors_in_a_servers_log_are_found_and_said_by_doctor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    running = status(artifacts)
-    assert running is not None
-    assert log_errors(artifacts) == []
-    with Path(running.prefect.log).open("a") as log:
-        log.write("12:00:00.000 | WARNING | prefect.server - slow\n")
-        log.write("12:00:01.000 | ERROR   | prefect.server.services.scheduler - cannot\n")
-        log.write("Traceback (most recent call last):\n")
-        log.write("12:00:02.000 | ERROR   | prefect.server.api - a transient server error\n")
-    said: list[str] = []
-    up(artifacts, say=said.append)
-    assert "1 errors in" in said[-1]
-    assert said[-1].endswith("scheduler - cannot")
-    examine(artifacts)
-    assert "scheduler - cannot" in capsys.readouterr().out
+    (tmp_path / "services").mkdir()
+    code = "print('a | ERROR | b - cannot\\nTraceback (most recent call last):', flush=True)\n"
+    code += "print('c | WARNING | d\\ne | ERROR | f - a transient server error', flush=True)\n"
+    code += "import time; time.sleep(60)"
+    command = [sys.executable, "-c", code]
+    service = start("prefect", command, os.environ, tmp_path / "services" / "prefect.log")
+    try:
+        record = {"prefect": asdict(service)}
+        (tmp_path / "services" / "services.json").write_text(json.dumps(record))
+        while "transient" not in Path(service.log).read_text():
+            time.sleep(0.05)
+        assert log_errors(tmp_path) == [
+            f"1 errors in {service.log}, the last: a | ERROR | b - cannot"
+        ]
+        examine(tmp_path)
+        assert "b - cannot" in capsys.readouterr().out
+    finally:
+        stop([service.id])
+    assert log_errors(tmp_path) == [], "it is not running"
 
 
 def test_down_ends_the_services_and_what_they_started_and_nothing_else(
