@@ -1,29 +1,26 @@
 """Kill a run at random moments, start it again each time, and compare with an undisturbed run.
 
-    python benchmarks/kills.py --kills 10 quickstart pretrain.num_steps=60 finetune.num_steps=40
+    python -m benchmarks.kills --kills 10 quickstart pretrain.num_steps=60 finetune.num_steps=40
 
-Each kill is SIGKILL to the whole process group of `fromscratch run`. Prints one line a kill and a
-verdict; exits with 1 when a digest differs or a process is left over.
+Each kill is SIGKILL to the whole process group of `fromscratch run`. One that comes when the run is
+over already does not count. Prints one line a kill and a verdict; exits with 1 when a digest
+differs, a run fails or a process is left over.
 """
 
 import argparse
-import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import psutil
+from tests.chaos.killed_runs import SECONDS_UNTIL_GONE, digests, kill, left_over
 
-SECONDS_UNTIL_GONE = 10.0
 LONGEST_SHARE = 0.4  # of an undisturbed run, so that most attempts are killed before they end
 
 
-def start(options: argparse.Namespace, artifacts: Path) -> subprocess.Popen[str]:
+def start(options: argparse.Namespace, artifacts: Path) -> "subprocess.Popen[str]":
     """Start one run in a process group of its own."""
     command = [sys.executable, "-m", "flows.cli", "run", options.recipe, *options.overrides]
     command += [f"runtime.artifacts_dir={artifacts}", "--json"]
@@ -36,28 +33,10 @@ def start(options: argparse.Namespace, artifacts: Path) -> subprocess.Popen[str]
     )
 
 
-def digests(output: str) -> dict[str, str]:
-    """Return the digest of every stage of a finished run."""
-    stages = json.loads(output.splitlines()[-1])["stages"]
-    return {f"{stage['stage']} {stage['role']}".strip(): stage["digest"] for stage in stages}
-
-
-def left_over(artifacts: Path) -> list[psutil.Process]:
-    """Return processes that still work in `artifacts`."""
-    found: list[psutil.Process] = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and any(str(artifacts) in w for w in process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def report_kill(number: int, seconds: float, artifacts: Path) -> bool:
     """Print what a kill hit; return whether all processes of the run were gone in time."""
     staged = sorted(path.name[:24] for path in (artifacts / "staging").glob("*-*"))
-    _, alive = psutil.wait_procs(left_over(artifacts), timeout=SECONDS_UNTIL_GONE)
+    alive = left_over(artifacts)
     print(
         f"kill {number}: after {seconds:.1f} s, in {', '.join(staged) or 'nothing'};"
         f" {len(alive)} processes left after {SECONDS_UNTIL_GONE:.0f} s",
@@ -90,15 +69,15 @@ def main() -> int:
             try:
                 output, _ = run.communicate(timeout=None if is_last else seconds)
             except subprocess.TimeoutExpired:
-                os.killpg(run.pid, signal.SIGKILL)
-                run.communicate()
-                num_killed += 1
-                is_bad |= not report_kill(num_killed, seconds, artifacts)
-                continue
+                if (printed := kill(run)) is None:
+                    num_killed += 1
+                    is_bad |= not report_kill(num_killed, seconds, artifacts)
+                    continue
+                output = printed  # it had just ended
             num_finished += 1  # the next kills hit a new run from its beginning
-            is_same = digests(output) == expected
-            is_bad |= not is_same
-            verdict = "all digests equal" if is_same else f"DIFFERENT: {digests(output)}"
+            found = digests(output) if run.returncode == 0 else {}
+            is_bad |= found != expected
+            verdict = "all digests equal" if found == expected else f"DIFFERENT: {found}"
             print(f"run {num_finished} over after {num_killed} kills in all: {verdict}", flush=True)
     print("FAILED" if is_bad else f"all digests equal after {num_killed} kills")
     return 1 if is_bad else 0

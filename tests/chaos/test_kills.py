@@ -1,53 +1,57 @@
 """Kill it anywhere, start it again, get the same bits. The long form is benchmarks/kills.py."""
 
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests import tiny
+from tests.chaos.killed_runs import digests, kill, left_over, stage_process, stages
+from tests.flows.orchestrated import printed_by, start_run, until_trained
 
-SCRIPT = (
-    "import sys\nfrom pathlib import Path\nfrom tests import tiny\n"
-    "for outcome in tiny.build(Path(sys.argv[1]), sys.argv[2:]).values():\n"
-    "    print(outcome.name, outcome.digest, sep=': ')\n"
+NUM_STEPS = {"pretrain": 60, "finetune": 40}
+SETTINGS = (
+    *(f"{stage}.num_steps={number}" for stage, number in NUM_STEPS.items()),
+    "runtime.checkpoint_every_steps=1",
+    "--json",
 )
-
-
-def start(artifacts: Path, overrides: Sequence[str]) -> subprocess.Popen[str]:
-    """Start the tiny pipeline in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(artifacts), *overrides],
-        cwd=Path(__file__).parents[2],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+KILLED_IN = ("clean", "pretrain", "finetune")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_run_killed_at_random_moments_ends_with_the_digests_of_an_undisturbed_one(
-    tmp_path: Path, seed: int
+@pytest.mark.timeout(1500)  # five runs or more, each with a Prefect server of its own
+def test_a_run_killed_in_its_stages_ends_with_the_digests_of_an_undisturbed_one(
+    tmp_path: Path,
 ) -> None:
-    overrides = [*tiny.write_sources(tmp_path), "runtime.checkpoint_every_steps=1"]
-    started_at = time.monotonic()
-    expected, _ = start(tmp_path / "undisturbed", overrides).communicate()
-    seconds = time.monotonic() - started_at
-    rng = random.Random(seed)
-    for _ in range(4):
-        run = start(tmp_path / "killed", overrides)
-        try:
-            run.communicate(timeout=rng.uniform(0.3, 0.5 * seconds))
-        except subprocess.TimeoutExpired:
-            os.killpg(run.pid, signal.SIGKILL)
-            run.communicate()
-    found, _ = start(tmp_path / "killed", overrides).communicate()
-    assert len(found.splitlines()) == 10
-    assert found == expected
+    undisturbed = printed_by(start_run(tmp_path / "undisturbed", *SETTINGS))
+    expected = digests(undisturbed)
+    assert len(expected) == 10
+    seconds = {name.split()[0]: float(s["seconds"]) for name, s in stages(undisturbed).items()}
+    rng = random.Random(1)
+    artifacts = tmp_path / "killed"
+    for stage in KILLED_IN:
+        options: tuple[str, ...] = ()
+        while not was_killed(stage, artifacts, options, rng, seconds[stage]):
+            options = (f"--force={stage}",)  # the kill came too late: the stage was finished
+        assert not left_over(artifacts)
+    run = start_run(artifacts, *SETTINGS)
+    found = printed_by(run)
+    assert run.returncode == 0, found
+    assert digests(found) == expected
+    redone = [name for name, stage in stages(found).items() if stage["status"] == "built"]
+    assert set(redone) == {"finetune", "evaluate"}, "the others were finished before the last kill"
+
+
+def was_killed(
+    stage: str, artifacts: Path, options: tuple[str, ...], rng: random.Random, seconds: float
+) -> bool:
+    """Start a run and kill it at a random moment of `stage`; return whether both were at work."""
+    run = start_run(artifacts, *SETTINGS, *options)
+    process = stage_process(run, artifacts, stage)
+    assert process is not None, f"{stage} never ran: {run.communicate()[0]}"
+    if stage in NUM_STEPS:
+        until_trained(artifacts, stage, rng.randrange(1, NUM_STEPS[stage] // 2))
+    else:
+        psutil.wait_procs([process], timeout=rng.uniform(0.0, 0.8 * seconds))
+    was_at_work = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return kill(run) is None and was_at_work
