@@ -51,6 +51,7 @@ def prefect_environment(artifacts_dir: Path, port: int) -> dict[str, str]:
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(artifacts_dir / "prefect" / "pages"),
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+        "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # after 10 s for its turn a page gets an error 503
     }
     return without_prefect({**client_environment(artifacts_dir, port), **settings})
 
