@@ -58,43 +58,30 @@ class ModelWithLoss(nn.Module):
     def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model = model
+        self._compiled_read: Callable[..., Tensor] | None = None
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the model, and of the loss what is worth it: the softmax and its gradient.
+
+        Not both as one graph: what cuts it into forward and backward knows nothing of chunks, and
+        would keep the logits of each from one to the other, three times what plain cross-entropy
+        keeps. Arguments are those of `torch.compile`.
+        """
+        self._compiled_read = torch.compile(self.model.read, *args, **options)
 
     def forward(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> Tensor:
         """Return the loss at each position, (B, T)."""
-        x = self.model.read(inputs, document_ids)  # (B, T, C)
-        return _head_losses(
-            x,
-            self.model.head.weight,
-            targets,
+        read = self._compiled_read or self.model.read
+        x = read(inputs, document_ids).flatten(0, 1)  # (B, T, C) -> (N, C)
+        head = _Head(
             vocab_size=self.model.vocab_size,
             soft_cap=self.model.config.logit_soft_cap,
-            is_compiled=torch.compiler.is_compiling(),
+            kind=_product_kind(x),
+            is_learning=torch.is_grad_enabled(),
+            is_compiled=self._compiled_read is not None,
         )
-
-
-# Not part of a compiled graph: its partitioner, which knows nothing of chunks, would keep every
-# chunk's logits from forward to backward, three times what plain cross-entropy keeps. The break
-# comes after the last layer, and what is worth fusing here is compiled by itself.
-@torch.compiler.disable
-def _head_losses(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    vocab_size: int,
-    soft_cap: float,
-    is_compiled: bool,
-) -> Tensor:
-    """Return the losses (B, T) of x (B, T, C) scored by the head's weights (W, C)."""
-    head = _Head(
-        vocab_size=vocab_size,
-        soft_cap=soft_cap,
-        kind=_product_kind(x),
-        is_learning=torch.is_grad_enabled(),
-        is_compiled=is_compiled,
-    )
-    losses = _HeadLosses.apply(x.flatten(0, 1), weight, targets.flatten(), head)
-    return cast(Tensor, losses).view_as(targets)  # (N,) -> (B, T)
+        losses = _HeadLosses.apply(x, self.model.head.weight, targets.flatten(), head)
+        return cast(Tensor, losses).view_as(targets)  # (N,) -> (B, T)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
