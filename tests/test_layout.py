@@ -125,6 +125,7 @@ def test_llm_dependencies_are_all_that_llm_imports_but_optional_libraries() -> N
     [
         ("flows.cli", {"prefect", "mlflow", "torch", "numpy", "datasets"}),
         ("tasks.plan", {"prefect", "mlflow", "torch", "numpy", "datasets"}),
+        ("tasks.preflight", {"prefect", "mlflow", "torch", "numpy", "datasets"}),
         ("tasks.cached", {"prefect", "mlflow", "torch"}),
         ("llm.download", {"prefect", "mlflow", "torch", "datasets"}),
         ("llm.clean", {"prefect", "mlflow", "torch", "datasets"}),

@@ -1,5 +1,6 @@
-"""Commands that need no pipeline: models out to others and back."""
+"""Commands that need no pipeline: models out to others and back, and what all commands say."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from llm.config import ModelConfig
 from llm.model.store import save_model
 from llm.model.transformer import Transformer
 from llm.tokenizer.characters import CharacterTokenizer
+from tasks.store import KeyParts, KeyRecord, Store
 
 
 @pytest.fixture
@@ -41,7 +43,9 @@ def test_export_writes_a_folder_and_says_which(
         (["export", "MODEL", "--to", "MODEL"], 2, "already there"),
         (["export", "MODEL", "--to", "NEW", "--dtype", "float16"], 2, "dtype: found 'float16'"),
         (["export", "MODEL", "--to", "NEW", "--format", "gguf"], 2, "found characters"),
-        (["export", "NOWHERE", "--to", "NEW"], 1, "no model description"),
+        (["export", "NOWHERE", "--to", "NEW"], 1, "nowhere: no such folder; expected that of a"),
+        (["export", "EMPTY", "--to", "NEW"], 1, "model.json: not there; expected the folder"),
+        (["chat", "NOWHERE"], 1, "nowhere: no such folder; expected that of a model"),
         (["export", "--to", "NEW", "--artifacts", "NOWHERE"], 1, "no chat model there"),
         (["import", "NOWHERE", "--to", "NEW"], 1, "tokenizer.json: not there"),
         (["import", "MODEL", "--to", "MODEL"], 2, "already there"),
@@ -58,6 +62,72 @@ def test_what_cannot_be_is_said_in_a_line_and_leaves_nothing(
     if "gguf" in command:
         pytest.importorskip("gguf", reason="the package gguf writes the file")
     places = {"MODEL": model, "NEW": tmp_path / "new", "NOWHERE": tmp_path / "nowhere"}
+    places["EMPTY"] = tmp_path.parent
     assert main([str(places.get(word, word)) for word in command]) == code
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("command", ["chat", "export", "tokenizers", "spread", "doctor", "up"])
+def test_every_option_has_its_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--artifacts FOLDER of all artifacts, as runtime.artifacts_dir of a run" in said
+
+
+@pytest.mark.parametrize(
+    ("function", "command", "code", "said"),
+    [
+        ("talk_as_asked", ["chat", "MODEL"], 130, "stopped\n"),
+        ("_run_flow", ["run", "quickstart"], 75, "stopped; the same command goes on from where"),
+    ],
+)
+def test_ctrl_c_says_that_it_goes_on_only_of_what_does(
+    function: str,
+    command: list[str],
+    code: int,
+    said: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(f"flows.cli.{function}", interrupted)
+    assert main([str(model) if word == "MODEL" else word for word in command]) == code
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_chat_that_took_the_newest_model_says_which_where_no_terminal_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = KeyParts(
+        stage="finetune", role="", settings={}, seed=1, inputs={}, libraries={}, code={}
+    )
+    folder = tmp_path / "finetune" / "abc"
+    folder.mkdir(parents=True)
+    Store(tmp_path).remember(
+        KeyRecord(key=parts.key, parts=parts, digest="abc", seconds=1.0, made_at="now")
+    )
+    taken: list[Path] = []
+    monkeypatch.setattr("flows.cli.talk_as_asked", lambda folder, options: taken.append(folder))
+    assert main(["chat", "--artifacts", str(tmp_path)]) == 0
+    assert taken == [folder]
+    assert capsys.readouterr().err == f"model: {folder}\n"
+
+
+def test_full_disk_is_a_line_whatever_the_command(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/a/file")
+
+    monkeypatch.setattr("flows.cli.talk_as_asked", full)
+    assert main(["chat", str(model)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: /a/file: no space left on the disk: found")
+    assert said.count("\n") == 1

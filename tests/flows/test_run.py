@@ -112,6 +112,10 @@ def test_what_cannot_be_run_is_refused_before_any_stage_and_without_a_traceback(
             "overrides": [*settings, "pretrain.num_step=3"],
             "only": "",
         },
+        "runtime.cache_dir: ": {
+            "recipe": str(RECIPE),
+            "overrides": [*settings, f"runtime.cache_dir={RECIPE / 'folder'}"],
+        },
         "nosuch: no such stage": {
             "recipe": str(RECIPE),
             "overrides": settings,

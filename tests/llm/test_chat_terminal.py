@@ -292,7 +292,8 @@ class Terminal:
 
 def test_a_person_asks_resets_interrupts_and_leaves(folder: Path) -> None:
     with Terminal(folder) as terminal:
-        terminal.wait_for("> ")
+        begin = terminal.wait_for("> ")
+        assert f"Model: {folder} (" in begin.replace("\r\n", "") and " parameters, context" in begin
         terminal.type("red?\n")
         assert "blue" in terminal.wait_for("> ")
         terminal.type("/reset\n")

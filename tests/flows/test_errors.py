@@ -1,0 +1,72 @@
+"""What a process of a run fails of reaches the user of the command: message, type and exit code."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows.temporary_server import TemporaryPrefectServer
+from tests.flows.orchestrated import printed_by, start_run
+
+# In a process that does FAILING_PART of FAILING_STAGE, the error is raised that FAILING_WITH names.
+SITECUSTOMIZE = """
+import os
+if "FAILING_PART" in os.environ:
+    from llm import errors
+    from llm.runtime import job
+
+    def fail(of):
+        rank = os.environ.get("RANK")
+        part = "shard" if of.shard else f"rank {rank}" if rank else "stage"
+        if (of.stage, part) == (os.environ["FAILING_STAGE"], os.environ["FAILING_PART"]):
+            raise getattr(errors, os.environ["FAILING_WITH"])("pack.seq_len: too large")
+
+    job._refuse_changed_code = fail
+"""
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("errors") / "artifacts"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Prefect server; yield the environment that leads to it."""
+    server = TemporaryPrefectServer(tmp_path_factory.mktemp("prefect"))
+    try:
+        server.wait_ready()
+        yield server.environment
+    finally:
+        server.stop()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("stage", "part", "kind", "code"),
+    [
+        ("clean", "stage", "ConfigError", 2),
+        ("clean", "shard", "ConfigError", 2),
+        ("clean", "shard", "DataError", 1),
+        pytest.param("pretrain", "rank 1", "ConfigError", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_error_of_any_process_is_one_line_with_its_exit_code(
+    stage: str, part: str, kind: str, code: int, artifacts: Path, server: dict[str, str]
+) -> None:
+    (artifacts.parent / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    failing = {"FAILING_STAGE": stage, "FAILING_PART": part, "FAILING_WITH": kind}
+    run = start_run(
+        artifacts,
+        "clean.shard_bytes=3000",
+        "runtime.shard_workers=2",
+        "runtime.num_processes=2",
+        "runtime.device=cpu",
+        **server,
+        **failing,
+        PYTHONPATH=str(artifacts.parent),
+    )
+    said = printed_by(run)
+    assert run.returncode == code, said
+    assert f"error: {stage}: pack.seq_len: too large\n" in said
+    assert "Traceback" not in said and "again" not in said
