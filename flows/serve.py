@@ -50,16 +50,23 @@ PAGE_SETTINGS = {
     "mlflow.telemetry.info.alert.dismissed_v1": True,
     "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": True,
 }
+
+
+def _sha256_base64(text: str) -> str:
+    return b64encode(sha256(text.encode()).digest()).decode()
+
+
 PAGE_SCRIPT = "".join(
     f"localStorage.setItem({json.dumps(key)}, {json.dumps(json.dumps(value))});"
     for key, value in PAGE_SETTINGS.items()
 )
 # Prefect's page calls its API as 127.0.0.1, also where it was opened as localhost. Both pages write
-# styles into their elements and draw from data: and blob: addresses they make themselves.
+# styles into their elements, draw from data: and blob: addresses they make themselves, and compile
+# what they draw with (pixi.js the graph of a run, regl parallel coordinates).
 CONTENT_SECURITY_POLICY = "; ".join(
     [
         "default-src 'self'",
-        f"script-src 'self' 'sha256-{b64encode(sha256(PAGE_SCRIPT.encode()).digest()).decode()}'",
+        f"script-src 'self' 'unsafe-eval' 'sha256-{_sha256_base64(PAGE_SCRIPT)}'",
         "style-src 'self' 'unsafe-inline'",
         "img-src 'self' data: blob:",
         "font-src 'self' data:",
