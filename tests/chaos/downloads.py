@@ -17,7 +17,7 @@ from unittest import mock
 from llm.artifact import ArtifactWriter, load_artifact
 from llm.data.fetch import FetchLimits
 from llm.download import download
-from llm.errors import DataError
+from llm.errors import DataError, DiskFullError
 from llm.runtime.job import Job, finish, is_finished
 from tests.chaos.counting import Case
 from tests.llm.cleaning import run_clean
@@ -186,7 +186,8 @@ REFUSED = {
     "204": Refused(answers=[answer(b"", "204 No Content")], saying="answered 204"),
     "an endless body": Refused(answers=[endless], saying="sent more than 3,145,728 bytes"),
     "more than the disk": Refused(
-        answers=[answer(b"x", declared_bytes=1 << 60)], saying="bytes are needed"
+        answers=[answer(b"x", declared_bytes=1 << 60)], saying="bytes are needed",
+        error=DiskFullError,
     ),
     "compressed on the way": Refused(
         answers=[answer(gzip.compress(BODY), "200 OK", "Content-Encoding: gzip")],
