@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from tests.chaos.killed_runs import digests, kill, left_over, stage_process, stages
-from tests.flows.orchestrated import printed_by, start_run, until_trained
+from tests.flows.orchestrated import start_run, until_trained
 
 NUM_STEPS = {"pretrain": 60, "finetune": 40}
 SETTINGS = (
@@ -23,7 +23,7 @@ KILLED_IN = ("clean", "pretrain", "finetune")
 def test_a_run_killed_in_its_stages_ends_with_the_digests_of_an_undisturbed_one(
     tmp_path: Path,
 ) -> None:
-    undisturbed = printed_by(start_run(tmp_path / "undisturbed", *SETTINGS))
+    undisturbed = start_run(tmp_path / "undisturbed", *SETTINGS).communicate()[0]
     expected = digests(undisturbed)
     assert len(expected) == 10
     seconds = {name.split()[0]: float(s["seconds"]) for name, s in stages(undisturbed).items()}
@@ -35,7 +35,7 @@ def test_a_run_killed_in_its_stages_ends_with_the_digests_of_an_undisturbed_one(
             options = (f"--force={stage}",)  # the kill came too late: the stage was finished
         assert not left_over(artifacts)
     run = start_run(artifacts, *SETTINGS)
-    found = printed_by(run)
+    found = run.communicate()[0]
     assert run.returncode == 0, found
     assert digests(found) == expected
     redone = [name for name, stage in stages(found).items() if stage["status"] == "built"]

@@ -4,15 +4,14 @@ import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tasks.stages import STAGES
 from tasks.store import Store
 from tests.chaos.killed_runs import command, left_over, stage_process, stages, working_in
-from tests.flows.orchestrated import printed_by, start_run
+from tests.flows.orchestrated import start_run, until_trained
 
-SETTINGS = ("pretrain.num_steps=60", "--json")
+SETTINGS = ("pretrain.num_steps=200", "runtime.checkpoint_every_steps=1", "--json")
 BEFORE = {"download corpus", "download chats", "clean corpus", "clean chats", "train_tokenizer",
           "pack corpus"}  # fmt: skip
 
@@ -26,9 +25,10 @@ def test_the_running_stage_is_kept_and_the_next_run_redoes_none_that_is_finished
     run = start_run(artifacts, *SETTINGS)
     training = stage_process(run, artifacts, "pretrain")
     assert training is not None, run.communicate()[0]
+    until_trained(artifacts, "pretrain", 5)
     [server] = [process for process in working_in(artifacts) if "flows.serve" in command(process)]
     server.kill()
-    psutil.wait_procs([server])
+    assert training.is_running(), "pretrain was at work when the server was killed"
     trainings = processes_of_training(run, artifacts)
     first = run.communicate()[0]
     assert trainings == {training.pid}, "pretrain goes on in the process that was at work"
@@ -37,7 +37,7 @@ def test_the_running_stage_is_kept_and_the_next_run_redoes_none_that_is_finished
     assert not left_over(artifacts)
 
     run = start_run(artifacts, *SETTINGS)
-    found = stages(printed_by(run))
+    found = stages(run.communicate()[0])
     assert run.returncode == 0
     assert {name for name, stage in found.items() if stage["status"] == "cached"} >= finished
     assert len(found) == 10
