@@ -51,12 +51,15 @@ def fp32_products(asked: Precision, device_type: str) -> Generator[None]:
         yield
         return
     products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    products.fp32_precision = "tf32" if asked == "tf32" else "ieee"
+    before, before_by_name = products.allow_tf32, products.fp32_precision
+    # the older setting sets the newer one too; set alone, that one makes the getters of the other
+    # raise, which Inductor asks (torch 2.13)
+    products.allow_tf32 = asked == "tf32"
     try:
         yield
     finally:
-        products.fp32_precision = before
+        products.allow_tf32 = before
+        products.fp32_precision = before_by_name  # "none" and "ieee" are one for the older setting
 
 
 class LossScale:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from llm.config import ModelConfig
-from llm.model.shape import window_of
+from llm.model.shape import head_dim_of, window_of
 
 # On a CPU, attending document by document took 0.2 to 0.7 of the time of one pass with a mask in
 # rows of 256 and 1024 positions with 4 to 10 documents, but 2 to 4 times as long in rows of 64
@@ -29,6 +29,12 @@ SEGMENTED_POSITIONS = 256
 # bfloat16 for rows of 64 positions and 0.6 for 256; in fp32 0.7 for 64 and 1.3 for 256; for 1024
 # more in both (docs/log.md).
 SHORT_POSITIONS = {torch.bfloat16: 256, torch.float32: 128}
+
+# Where flex_attention is compiled to a kernel that is right (see Flex), and from which head width D
+# on: the matrix units that Triton's `dot` stands for take no fewer than 16 columns, and torch
+# refuses narrower heads (torch/_inductor/kernel/flex/flex_attention.py).
+FLEX_DEVICES = ("cuda",)
+MIN_FLEX_HEAD_DIM = 16
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """From q (B, H, T, D), k and v (B, K, S, D) and the share to drop to what is mixed, (B, H, T, D).
@@ -58,7 +64,8 @@ class Sight:
     def __init__(self, config: ModelConfig) -> None:
         self._windows = {window_of(config, layer) for layer in range(config.num_layers)}
         self._is_causal, self._soft_cap = config.is_causal, config.attention_soft_cap
-        self._has_dropout = config.dropout > 0
+        # flex_attention has no dropout
+        self._is_for_flex = not config.dropout and head_dim_of(config) >= MIN_FLEX_HEAD_DIM
 
     def over_rows(self, tokens: Tensor, document_ids: Tensor | None) -> dict[int, Attend]:
         """Return, by window, how whole rows (B, T) attend, within documents if these are given."""
@@ -92,7 +99,7 @@ class Sight:
             if device.type == "cpu" and max(SHORT_POSITIONS.values()) >= T:
                 return Short(kernel, boolean_mask(rule, tokens, None).unsqueeze(1))
             return kernel
-        if device.type == "cuda" and not self._has_dropout:  # which flex_attention has not
+        if device.type in FLEX_DEVICES and self._is_for_flex:
             return Flex(rule, 1 if document_ids is None else len(tokens), T, device, self._soft_cap)
         if (
             document_ids is not None

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from llm.config import ModelConfig
+from llm.data.rows import PADDING_ID
 from llm.model import reach
+from llm.model.loss import ModelWithLoss
 from llm.model.reach import (
     Attend,
     Flex,
@@ -28,7 +30,8 @@ from llm.model.reach import (
 from llm.model.transformer import Transformer
 from tests.llm.training_setup import TINY
 
-GROUPED = (2, 4, 2, 8)  # B rows, H query heads, K key/value heads, D head width
+GROUPED = (2, 4, 2, 16)  # B rows, H query heads, K key/value heads, D head width
+FITTING = ModelConfig(d_model=64, num_heads=4, num_kv_heads=2)  # heads of that width
 
 
 def heads(T: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -124,6 +127,57 @@ def test_sight_chooses_the_fastest_way_that_is_right(
     assert {type(way) for way in ways.values()} == {kind}
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "dropout", "kind"),
+    [(16, 0.0, Flex), (20, 0.0, Flex), (8, 0.0, Short), (15, 0.0, Short), (16, 0.1, Short)],
+)
+def test_where_flex_attention_is_fast_it_takes_the_heads_that_it_can(
+    head_dim: int, dropout: float, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it refuses heads narrower than 16; here a CPU stands for one."""
+    monkeypatch.setattr(reach, "FLEX_DEVICES", ("cpu",))
+    documents = documents_of([30, 10])
+    for shape in ({}, {"sliding_window": 8}, {"is_causal": False}):
+        sight = on_cpu(head_dim=head_dim, dropout=dropout, positions="learned", **shape)
+        (way,) = sight.over_rows(documents, documents).values()
+        assert type(way) is kind
+    (way,) = on_cpu(head_dim=head_dim).over_rows(torch.zeros(1, 300), None).values()
+    assert type(way) is Unmasked, "a kernel that knows the rule is faster still"
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "kernel with a mask": {"SHORT_POSITIONS": {torch.float32: 0}},
+    "all scores written": {"SHORT_POSITIONS": {torch.float32: 999}},
+    "document by document": {"SEGMENTED_POSITIONS": 1},
+    "flex_attention": {"FLEX_DEVICES": ("cpu",)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("shape", [{}, {"is_causal": False}, {"positions": "learned"}])
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_scores_packed_and_padded_documents_as_each_alone(
+    way: str, shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Transformer(replace(FITTING, num_layers=2, d_ff=48, **shape), 600, 64)
+    with torch.no_grad():
+        for parameter in model.parameters():  # large, so that an error shows
+            parameter.normal_(0.5, 0.15) if parameter.ndim == 1 else parameter.normal_(0, 0.15)
+    tokens = torch.randint(0, 600, (2, 40))
+    ids = documents_of([12, 17, 11], [33, 7])
+    ids[0, 29:] = ids[1, 33:] = PADDING_ID
+    with torch.no_grad():
+        alone = [model(part) for part in tokens[0, :29][None].split([12, 17], dim=1)]
+        alone.append(model(tokens[1:, :33]))
+        monkeypatch.setattr(reach, "_compiled_flex_attention", lambda: flex_attention)
+        for name, value in WAYS[way].items():
+            monkeypatch.setattr(reach, name, value)
+        packed = model(tokens, ids)
+    found = [packed[:1, :12], packed[:1, 12:29], packed[1:, :33]]
+    # sums in another order, and rotations by other positions of the same distance
+    torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
+
+
 def test_layers_of_two_kinds_have_a_way_each() -> None:
     sight = on_cpu(num_layers=4, sliding_window=8, full_attention_every=2)
     ways = sight.over_rows(torch.zeros(1, 30, dtype=torch.long), None)
@@ -162,19 +216,27 @@ def test_a_block_mask_leaves_out_blocks_where_nobody_may_look() -> None:
     assert mask.sparsity() > 50  # percent: of 16 blocks of 128, 6 hold something
 
 
+@pytest.fixture
+def gpu() -> torch.device:
+    """A GPU, with nothing compiled yet: torch keeps few versions of a function."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    torch.compiler.reset()
+    return torch.device("cuda")
+
+
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # torch says what it would do faster in TF32
 @pytest.mark.parametrize(("is_causal", "window", "has_documents"), RULES)
 @pytest.mark.parametrize("cap", [0.0, 2.0])
 def test_flex_attention_on_a_gpu_equals_the_mask(
-    is_causal: bool, window: int, has_documents: bool, cap: float
+    is_causal: bool, window: int, has_documents: bool, cap: float, gpu: torch.device
 ) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-    documents = documents_of([50, 1, 200, 49], [300]).to("cuda")
+    documents = documents_of([50, 1, 200, 49], [300]).to(gpu)
     given = documents if has_documents else None
-    rule = make_rule(is_causal, window, given, "cuda")
+    rule = make_rule(is_causal, window, given, gpu)
     mask = boolean_mask(rule, documents, given).unsqueeze(1)
-    config = ModelConfig(is_causal=is_causal, sliding_window=window, attention_soft_cap=cap)
+    config = replace(FITTING, is_causal=is_causal, sliding_window=window, attention_soft_cap=cap)
     (way,) = Sight(config).over_rows(documents, given).values()
     assert isinstance(way, Flex)
     plain = Written(mask, cap) if cap else Masked(mask)
@@ -188,18 +250,42 @@ def test_flex_attention_on_a_gpu_equals_the_mask(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [{}, {"sliding_window": 40, "full_attention_every": 2}])
-def test_a_model_compiled_for_a_gpu_attends_within_documents(shape: dict[str, Any]) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-    model = Transformer(replace(TINY, d_model=64, **shape), 600, 300)
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"sliding_window": 40, "full_attention_every": 2},
+        {"is_causal": False},
+        pytest.param({"num_heads": 8}, id="heads too narrow for flex_attention"),
+    ],
+)
+def test_a_model_compiled_for_a_gpu_attends_within_documents(
+    shape: dict[str, Any], gpu: torch.device
+) -> None:
+    model = Transformer(replace(FITTING, num_layers=2, d_ff=48, **shape), 600, 300)
     with torch.no_grad():
         for parameter in model.parameters():  # large, so that an error shows
             parameter.normal_(0.5, 0.15) if parameter.ndim == 1 else parameter.normal_(0, 0.15)
     documents = documents_of([50, 1, 200, 49], [300])
     tokens = torch.randint(0, 600, documents.shape)
-    expected = model(tokens, documents)
-    model.to("cuda")
-    found = torch.compile(model)(tokens.to("cuda"), documents.to("cuda"))
-    # two layers of fp32 products, by kernels that may use TF32
-    torch.testing.assert_close(found.cpu(), expected, rtol=5e-2, atol=5e-2)
+
+    def losses(module: ModelWithLoss) -> list[Tensor]:
+        device = model.embedding.weight.device
+        found = module(*(x.to(device) for x in (tokens, tokens.roll(-1, 1), documents)))
+        gradients = torch.autograd.grad(found.mean(), list(model.parameters()))
+        return [x.detach().cpu() for x in (found, *gradients)]
+
+    expected = losses(ModelWithLoss(model))
+    model.to(gpu)
+    compiled = ModelWithLoss(model)
+    compiled.compile()
+    for module in (ModelWithLoss(model), compiled):
+        for name, found, wanted in zip(
+            ["losses", *dict(model.named_parameters())], losses(module), expected, strict=True
+        ):
+            # two layers of fp32 products, by kernels that may use TF32
+            scale = float(wanted.abs().max())
+            torch.testing.assert_close(
+                found, wanted, rtol=5e-2, atol=2e-2 * scale, msg=lambda text, n=name: f"{n}: {text}"
+            )

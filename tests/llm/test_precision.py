@@ -34,12 +34,23 @@ def test_a_gpu_computes_in_what_is_asked_for(asked: Any) -> None:
 
 @pytest.mark.parametrize("asked", ["fp32", "tf32", "bf16"])
 def test_fp32_products_are_rounded_as_asked_and_left_as_they_were(asked: Any) -> None:
+    """torch has three getters, two of them older; Inductor asks all, so all must answer alike."""
     products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    with pytest.raises(RuntimeError, match="on the way"), fp32_products(asked, "cuda"):
-        assert products.fp32_precision == ("tf32" if asked == "tf32" else "ieee")
-        raise RuntimeError("on the way")
-    assert products.fp32_precision == before
+
+    def found() -> tuple[str, bool, str]:
+        return products.fp32_precision, products.allow_tf32, torch.get_float32_matmul_precision()
+
+    before = found()
+    for other in ("fp32", "tf32"):  # one inside the other
+        with fp32_products(other, "cuda"):  # type: ignore[arg-type]
+            outside = found()
+            with pytest.raises(RuntimeError, match="on the way"), fp32_products(asked, "cuda"):
+                is_tf32 = asked == "tf32"
+                expected = ("tf32", True, "high") if is_tf32 else ("ieee", False, "highest")
+                assert found() == expected
+                raise RuntimeError("on the way")
+            assert found() == outside
+    assert found() == before
 
 
 def test_the_loss_scale_moves_as_torchs_scaler_does() -> None:
