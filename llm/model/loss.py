@@ -73,6 +73,13 @@ class ModelWithLoss(nn.Module):
         """Return the loss at each position, (B, T)."""
         read = self._compiled_read or self.model.read
         x = read(inputs, document_ids).flatten(0, 1)  # (B, T, C) -> (N, C)
+        losses = self._losses
+        if torch.compiler.is_compiling():  # the whole module, not by its own `compile`
+            losses = torch.compiler.disable(losses)
+        return losses(x, targets)
+
+    def _losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Return the losses (B, T) of x (N, C)."""
         head = _Head(
             vocab_size=self.model.vocab_size,
             soft_cap=self.model.config.logit_soft_cap,

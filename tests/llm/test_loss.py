@@ -230,9 +230,13 @@ def test_every_product_with_the_head_has_the_padded_width(
 
 @pytest.mark.filterwarnings("default")  # torch's own tracing does what torch warns of
 @pytest.mark.usefixtures("tiny_chunks")
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "is_whole"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+    ids=["fp32", "bf16", "by torch.compile of the whole module"],
+)
 def test_compiled_it_keeps_no_logits_from_forward_to_backward(
-    kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    kind: torch.dtype, is_whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: all positions are looked at, in several chunks, and the cut into forward and
     backward is that of Inductor. No code is generated.
@@ -251,8 +255,11 @@ def test_compiled_it_keeps_no_logits_from_forward_to_backward(
     monkeypatch.setattr(loss, "_compiled_turn", lambda: compiled_turn)
     monkeypatch.setattr(loss, "_places", lambda targets: torch.arange(len(targets)))
     model, batch = make_model(), make_batch()
-    module = ModelWithLoss(model)
-    module.compile(backend=backend)
+    module: Any = ModelWithLoss(model)
+    if is_whole:
+        module = torch.compile(module, backend=backend)
+    else:
+        module.compile(backend=backend)
     saved: list[tuple[int, ...]] = []
     keep = saved_tensors_hooks(lambda x: (saved.append(tuple(x.shape)), x)[1], lambda x: x)
     with torch.autocast("cpu", kind, enabled=kind != torch.float32):
