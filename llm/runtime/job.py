@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from llm.artifact import MANIFEST, ArtifactWriter, Json, write_json_atomically
 from llm.config import RuntimeConfig
@@ -121,30 +122,35 @@ def run_job(
         signal.signal(number, _stop)
     job = read_job(Path(sys.argv[1]))
     rank = int(os.environ.get("RANK", "0"))
-    job.work.mkdir(parents=True, exist_ok=True)
-    alive = (job.work / "alive.lock").open("w")
-    fcntl.flock(
-        alive, fcntl.LOCK_SH
-    )  # kept until this process ends: whoever starts the stage anew waits for it
-    try:
-        with refuse_full_disk(job.work):
-            _refuse_changed_code(job)
-            _do(job, rank, function, shard_function)
-    except Interrupted as stop:
-        print(f"{stop}; it can go on from here", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    except DiskFullError as error:
-        print(error, file=sys.stderr)
-        if rank == 0 and not job.shard:  # the part of an artifact takes the room of error.json
-            shutil.rmtree(job.out, ignore_errors=True)
-        with contextlib.suppress(DiskFullError):  # then the exit code says what it can
+    with contextlib.ExitStack() as stack:
+        try:
+            with refuse_full_disk(job.work):
+                job.work.mkdir(parents=True, exist_ok=True)
+                alive = stack.enter_context((job.work / "alive.lock").open("w"))
+                # kept until this process ends: whoever starts the stage anew waits for it
+                fcntl.flock(alive, fcntl.LOCK_SH)
+                _refuse_changed_code(job)
+                _do(job, rank, function, shard_function)
+        except Interrupted as stop:
+            print(f"{stop}; it can go on from here", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
+        except DiskFullError as error:
+            _end_of_room(job, error, rank)
+        except BaseException as error:
             write_error(job.work, error, rank)
-        sys.exit(EXIT_DISK_FULL)
-    except BaseException as error:
+            raise
+
+
+def _end_of_room(job: Job, error: DiskFullError, rank: int) -> NoReturn:
+    """End with EXIT_DISK_FULL, which says what it can where the message finds no room either."""
+    if rank == 0 and not job.shard:  # the part of an artifact takes the room of error.json
+        shutil.rmtree(job.out, ignore_errors=True)
+    with contextlib.suppress(DiskFullError):
         write_error(job.work, error, rank)
-        raise
-    finally:
-        alive.close()
+    with contextlib.suppress(OSError):  # what is printed goes to the same disk
+        print(error, file=sys.stderr, flush=True)
+    sys.stderr = None  # Python's own last flush would end it with another code
+    sys.exit(EXIT_DISK_FULL)
 
 
 def _do(job: Job, rank: int, function: StageFunction, shard_function: StageFunction | None) -> None:

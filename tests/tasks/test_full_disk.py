@@ -19,7 +19,7 @@ BOTH = [
     pytest.param(DATA, id="data"),
     pytest.param(MODELS, id="models", marks=pytest.mark.slow),
 ]
-SHARDS = ("clean.shard_bytes=3000", "pack.shard_bytes=3000")
+SHARDS = ("clean.shard_bytes=8000", "pack.shard_bytes=8000")
 # In a process of the stage that FULL_STAGE names nothing more can be written to an artifact, or,
 # where the disk is full to the last byte, at all.
 SITECUSTOMIZE = """

@@ -52,5 +52,5 @@ def test_a_masked_model_is_trained_measured_and_tracked(place: Place) -> None:
         }
         assert shown <= metrics.keys()
         assert run.data.tags["summary.throughput_peak_teraflops"] == "unknown"
-    base = next(run for name, run in runs.items() if " base " in name)
+    base = next(run for name, run in runs.items() if name.startswith("base"))
     assert {"update_norm", "update_norm_relative", "memory/peak_gb"} <= base.data.metrics.keys()
