@@ -338,16 +338,16 @@ def recorded(artifacts_dir: Path) -> dict[Name, Service]:
     folder = artifacts_dir / "services"
     try:
         data = json.loads((folder / "services.json").read_bytes())
-        services = {cast(Name, name): Service(**service) for name, service in data.items()}
+        services = {name: Service(**service) for name, service in data.items()}
     except (FileNotFoundError, ValueError, TypeError, AttributeError):
         return {}
     found: dict[Name, Service] = {}
     for name, service in services.items():
         log = Path(service.log)
         if log.parent == folder:
-            found[name] = service
+            found[cast(Name, name)] = service
         elif not log.exists():
-            found[name] = replace(service, pid=0)
+            found[cast(Name, name)] = replace(service, pid=0)
     return found
 
 

@@ -73,9 +73,9 @@ class ModelWithLoss(nn.Module):
         """Return the loss at each position, (B, T)."""
         read = self._compiled_read or self.model.read
         x = read(inputs, document_ids).flatten(0, 1)  # (B, T, C) -> (N, C)
-        losses = self._losses
+        losses: Callable[[Tensor, Tensor], Tensor] = self._losses
         if torch.compiler.is_compiling():  # the whole module, not by its own `compile`
-            losses = torch.compiler.disable(losses)
+            losses = cast(Any, torch.compiler.disable)(losses)
         return losses(x, targets)
 
     def _losses(self, x: Tensor, targets: Tensor) -> Tensor:
