@@ -94,20 +94,19 @@ def stop(ids: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def free_port(port: int, seconds_to_wait: float = 0.0) -> Generator[socket.socket]:
-    """Yield a socket bound to `port`, or to a free one where that is in use. Handed down as it is,
-    nobody can take the port before the server listens.
+    """Yield a socket that listens on `port`, or on a free one where that is in use. Handed down as
+    it is, nobody can take the port: two may bind one, and the first to listen has it.
 
     A server that was killed holds its port until the last of its threads is gone, a moment after it
     has become a zombie: `seconds_to_wait` gives it that moment.
     """
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        deadline = time.monotonic() + seconds_to_wait
-        while not _bind(listener, port):
-            if time.monotonic() > deadline:
-                port = 0
-            else:
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+    deadline = time.monotonic() + seconds_to_wait
+    while (listener := _listen(port)) is None:
+        if time.monotonic() > deadline:
+            port = 0
+        else:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    with listener:
         yield listener
 
 
@@ -134,14 +133,19 @@ def failure(what: str, log: Path) -> ServiceError:
     return ServiceError(f"{what} did not start; the end of {log}:\n{tail}")
 
 
-def _bind(listener: socket.socket, port: int) -> bool:
+def _listen(port: int) -> socket.socket | None:
+    """Return a socket that listens on `port`, None where that is in use."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((HOST, port))
+        listener.listen()
     except OSError as error:
+        listener.close()
         if port == 0 or error.errno != errno.EADDRINUSE:
             raise
-        return False
-    return True
+        return None
+    return listener
 
 
 def _processes_with(ids: Sequence[str]) -> set[psutil.Process]:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from flows.doctor import examine
-from flows.processes import ID_VARIABLE, ServiceError, fetch, start, stop
+from flows.processes import ID_VARIABLE, ServiceError, fetch, free_port, start, stop
 from flows.services import (
     Services,
     addresses,
@@ -290,3 +290,8 @@ def test_importing_services_imports_neither_prefect_nor_mlflow() -> None:
     code = "import sys, flows.services; print({'prefect', 'mlflow'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert done.stdout.strip() == b"set()"
+
+
+def test_a_port_is_one_servers_before_it_answers() -> None:
+    with free_port(0) as first, free_port(first.getsockname()[1]) as second:
+        assert second.getsockname()[1] != first.getsockname()[1]
