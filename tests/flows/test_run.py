@@ -119,6 +119,7 @@ def test_what_cannot_be_run_is_refused_before_any_stage_and_without_a_traceback(
         "runtime.cache_dir: ": {
             "recipe": str(RECIPE),
             "overrides": [*settings, f"runtime.cache_dir={RECIPE / 'folder'}"],
+            "only": "",
         },
         "nosuch: no such stage": {
             "recipe": str(RECIPE),

@@ -197,7 +197,7 @@ def test_the_published_ids_are_those_of_an_excerpt_of_the_published_files(
     """The excerpt holds every merge that these texts can meet; other ids have names of no text."""
     excerpt = json.loads((Path(__file__).parent / "gpt2_excerpt.json").read_text())
     names = {index: name for name, index in excerpt["ids"].items()}
-    vocabulary = {names.get(index, f"no text {index}"): index for index in range(50_256)}
+    vocabulary = {names.get(index, f"no-text-{index}"): index for index in range(50_256)}
     merges = "\n".join(["#version: 0.2", *excerpt["merges"], ""])
     encoder = json.dumps(vocabulary | {"<|endoftext|>": 50_256})
     files = {"encoder.json": encoder.encode(), "vocab.bpe": merges.encode()}
