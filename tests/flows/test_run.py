@@ -47,7 +47,13 @@ AFTER_PRETRAIN = {"finetune", "evaluate"}
 ENDLESS = "pretrain.num_steps=1000000"
 
 # a server, a worker and a dozen runs, each a few processes
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.flaky(
+        reason="real servers, runs, signals and kills, on a machine that may be busy"
+    ),
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]
 
 
 @pytest.fixture(scope="module")

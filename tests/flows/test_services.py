@@ -31,6 +31,8 @@ from flows.services import (
 from flows.temporary_server import TemporaryPrefectServer, bring_back
 from llm.config import RuntimeConfig
 
+pytestmark = pytest.mark.flaky(reason="real servers start and end, on a machine that may be busy")
+
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
