@@ -1,5 +1,6 @@
 """Kill it anywhere, start it again, get the same bits. The long form is benchmarks/kills.py."""
 
+import os
 import random
 from pathlib import Path
 
@@ -23,6 +24,7 @@ KILLED_IN = ("clean", "pretrain", "finetune")
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("FROMSCRATCH_LONG" not in os.environ, reason="FROMSCRATCH_LONG=1 asks")
 @pytest.mark.timeout(1500)  # five runs or more, each with a Prefect server of its own
 def test_a_run_killed_in_its_stages_ends_with_the_digests_of_an_undisturbed_one(
     tmp_path: Path,

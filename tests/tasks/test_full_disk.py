@@ -13,11 +13,12 @@ from tasks.store import Store
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
+LONG = pytest.mark.skipif("FROMSCRATCH_LONG" not in os.environ, reason="FROMSCRATCH_LONG=1 asks")
 DATA = ("download corpus", "clean corpus", "train_tokenizer", "pack corpus")
 MODELS = ("pretrain", "finetune", "evaluate")
 BOTH = [
     pytest.param(DATA, id="data"),
-    pytest.param(MODELS, id="models", marks=pytest.mark.slow),
+    pytest.param(MODELS, id="models", marks=[pytest.mark.slow, LONG]),
 ]
 SHARDS = ("clean.shard_bytes=8000", "pack.shard_bytes=8000")
 # In a process of the stage that FULL_STAGE names nothing more can be written to an artifact, or,
@@ -117,7 +118,9 @@ echo $(ls "$1/artifacts")
 """
 
 
-@pytest.mark.parametrize("last", ["pack corpus", pytest.param("evaluate", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "last", ["pack corpus", pytest.param("evaluate", marks=[pytest.mark.slow, LONG])]
+)
 @pytest.mark.parametrize("kind", ["tmpfs", "ulimit"])
 def test_disk_that_is_full_at_any_level_is_said_in_a_line_until_there_is_room(
     tmp_path: Path, kind: str, last: str
