@@ -1,4 +1,4 @@
-"""Kill the builder anywhere, start it again, get the same bits. With the command line: test_kills."""
+"""Kill the builder anywhere, start it again, get the same bits. By the command line: test_kills."""
 
 import os
 import random
