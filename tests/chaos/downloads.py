@@ -217,7 +217,7 @@ def try_refused(folder: Path, case: Refused) -> None:
     """Download in vain."""
     try:
         run_download(folder, case.answers, BODY)
-    except (DataError, ConnectionError) as error:
+    except (DataError, DiskFullError, ConnectionError) as error:
         assert isinstance(error, case.error) and case.saying in str(error), error
         assert "download.corpus.url" in str(error)
     else:

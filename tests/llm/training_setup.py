@@ -132,6 +132,7 @@ def run_inside(stage: StageFunction, job_file: Path) -> Mapping[str, Json]:
     """Run a stage in this process, so that its errors can be caught; return its summary."""
     forget_accelerator()
     job = read_job(job_file)
+    job.work.mkdir(parents=True, exist_ok=True)
     return stage(job, ArtifactWriter(job.out))
 
 
