@@ -13,13 +13,13 @@ from data_stages import HERE, Figure, StageRun, run_stage, write_corpus
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import NearDuplicatesConfig, RuntimeConfig
-from llm.data.decisions import Decisions
-from llm.data.deduplicate import UnitWriter, find_near_duplicates
-from llm.data.near_duplicates import NearDuplicates, Signer, jaccard
-from llm.data.ngrams import hash_distinct_ngrams
-from llm.data.records import Place
-from llm.data.staging import Staged, StagedDocument, StagedShard, StagingWriter
-from llm.data.stdlib import library_files
+from llm.data.cleaning.decisions import Decisions
+from llm.data.cleaning.deduplicate import UnitWriter, find_near_duplicates
+from llm.data.cleaning.minhash import NearDuplicates, Signer, jaccard
+from llm.data.cleaning.ngrams import hash_distinct_ngrams
+from llm.data.cleaning.staging import Staged, StagedDocument, StagedShard, StagingWriter
+from llm.data.raw.records import Place
+from llm.data.sources.stdlib import library_files
 
 # C4 and Gopher are rules for prose: on code their own limits would drop nearly every document, and
 # later steps would have nothing to do. So every rule is computed and nearly all texts pass.

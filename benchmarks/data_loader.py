@@ -11,9 +11,9 @@ from data_stages import Figure
 
 from llm.artifact import ArtifactWriter
 from llm.config import OptimizationConfig
-from llm.data.packing import lay_best_fit
-from llm.data.row_writing import Documents, EncodedDocument, write_shard
-from llm.data.rows import RowLayout, Rows, shard_prefix, write_pack_json
+from llm.data.packed import PackedLayout, PackedSequences, shard_prefix, write_pack_json
+from llm.data.packed_writer import Documents, EncodedDocument, write_shard
+from llm.data.packing import pack_best_fit
 from llm.training.batches import NextToken, batches_of_steps
 
 SEQ_LEN, VOCAB_SIZE = 2048, 50_257
@@ -29,9 +29,9 @@ def measure_loader(options: argparse.Namespace, folder: Path) -> Iterator[Figure
     for num_shards in (12, 256):
         rows = _write_rows(folder / str(num_shards), num_tokens // num_shards, num_shards)
         rows.read(np.arange(rows.num_rows))  # opens every shard, and has it in memory
-        for is_document_masked in (False, True):
-            rates = [_rate(rows, is_document_masked) for _ in range(options.repeats)]
-            documents = " with document ids" if is_document_masked else ""
+        for document_mask in (False, True):
+            rates = [_rate(rows, document_mask) for _ in range(options.repeats)]
+            documents = " with document ids" if document_mask else ""
             yield Figure(
                 measure=f"loader, T={SEQ_LEN}, {num_shards} shards{documents}",
                 value=f"{np.median(rates):.1f} M tokens/s",
@@ -39,17 +39,17 @@ def measure_loader(options: argparse.Namespace, folder: Path) -> Iterator[Figure
             )
 
 
-def _rate(rows: Rows, is_document_masked: bool) -> float:
+def _rate(rows: PackedSequences, document_mask: bool) -> float:
     num_steps = TOKENS_MEASURED // (ROWS_PER_STEP * SEQ_LEN)
     steps = batches_of_steps(
         rows,
-        NextToken(is_document_masked=is_document_masked),
-        OptimizationConfig(num_steps=num_steps, rows_per_step=ROWS_PER_STEP),
+        NextToken(document_mask=document_mask),
+        OptimizationConfig(num_steps=num_steps, global_batch_size=ROWS_PER_STEP),
         seed=1,
         first_step=0,
         process=0,
         num_processes=1,
-        micro_batch_rows=8,
+        micro_batch_size=8,
         device=torch.device("cpu"),
     )
     started_at = time.perf_counter()
@@ -57,8 +57,8 @@ def _rate(rows: Rows, is_document_masked: bool) -> float:
     return num_tokens / (time.perf_counter() - started_at) / 1e6
 
 
-def _write_rows(folder: Path, shard_tokens: int, num_shards: int) -> Rows:
-    layout = RowLayout(
+def _write_rows(folder: Path, shard_tokens: int, num_shards: int) -> PackedSequences:
+    layout = PackedLayout(
         seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE, content="text", bos_id=0, pad_id=VOCAB_SIZE - 1
     )
     rng = np.random.default_rng(1)
@@ -70,9 +70,9 @@ def _write_rows(folder: Path, shard_tokens: int, num_shards: int) -> Rows:
             tokens = rng.integers(1, VOCAB_SIZE - 1, length, dtype=np.uint32)
             tokens[0] = layout.bos_id
             documents.add([EncodedDocument(id=bytes(16), tokens=tokens)])
-        pieces = lay_best_fit(documents.lengths, SEQ_LEN)
+        pieces = pack_best_fit(documents.lengths, SEQ_LEN)
         prefix = shard_prefix("train", number)
         token_bytes = np.ones(VOCAB_SIZE, dtype=np.int64)
         infos.append(write_shard(writer, prefix, layout, documents, pieces, token_bytes))
     write_pack_json(writer, layout, {"train": infos})
-    return Rows(folder, "train")
+    return PackedSequences(folder, "train")

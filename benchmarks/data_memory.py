@@ -9,7 +9,7 @@ from data_stages import Figure, StageRun, run_stage, write_corpus
 
 from llm.artifact import canonical
 from llm.config import SourceConfig
-from llm.data.sources import fingerprint
+from llm.data.sources.fingerprint import fingerprint
 
 
 def measure_memory(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:

@@ -9,9 +9,9 @@ import numpy as np
 from data_stages import Figure
 
 from llm.artifact import ArtifactWriter
-from llm.data.packing import lay_best_fit
-from llm.data.row_writing import Documents, EncodedDocument, write_shard
-from llm.data.rows import RowLayout, Rows, shard_prefix, write_pack_json
+from llm.data.packed import PackedLayout, PackedSequences, shard_prefix, write_pack_json
+from llm.data.packed_writer import Documents, EncodedDocument, write_shard
+from llm.data.packing import pack_best_fit
 
 NUM_DOCUMENTS, DOCUMENTS_AT_ONCE = 1_000_000, 1000
 SEQ_LEN, VOCAB_SIZE, BOS, PAD = 2048, 32_768, 0, 5
@@ -23,7 +23,7 @@ def measure_pack(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
     lengths = np.minimum(rng.lognormal(5, 1, NUM_DOCUMENTS).astype(np.int64) + 1, 100_000)
     stream = rng.integers(10, VOCAB_SIZE, lengths.sum(), dtype=np.uint16).astype(np.uint32)
     stream[np.cumsum(lengths) - lengths] = BOS
-    layout = RowLayout(
+    layout = PackedLayout(
         seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE, content="text", bos_id=BOS, pad_id=PAD
     )
     token_bytes = np.full(VOCAB_SIZE, 4)
@@ -37,7 +37,7 @@ def measure_pack(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
     for start in range(0, NUM_DOCUMENTS, DOCUMENTS_AT_ONCE):
         documents.add(encoded[start : start + DOCUMENTS_AT_ONCE])
     held_at = time.perf_counter()
-    pieces = lay_best_fit(documents.lengths, SEQ_LEN)
+    pieces = pack_best_fit(documents.lengths, SEQ_LEN)
     placed_at = time.perf_counter()
     writer = ArtifactWriter(folder / "rows")
     info = write_shard(writer, shard_prefix("train", 0), layout, documents, pieces, token_bytes)
@@ -49,7 +49,7 @@ def measure_pack(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
         value=f"{ended_at - started_at:.1f} s ({parts}, {ended_at - placed_at:.1f} written)",
         target="<= 10 s",
     )
-    rows = Rows(folder / "rows", "train")
+    rows = PackedSequences(folder / "rows", "train")
     num_positions = rows.num_rows * (SEQ_LEN + 1)
     yield Figure(
         measure="  positions used, without those that repeat a token",

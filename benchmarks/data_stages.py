@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from llm.artifact import ArtifactWriter, Json, load_artifact
-from llm.data.document_file import (
+from llm.data.cleaning.staging import ENCODER
+from llm.data.documents import (
     SPLITS,
     DocumentShard,
     DocumentsWriter,
     write_documents_json,
 )
-from llm.data.staging import ENCODER
-from llm.data.stdlib import library_files
+from llm.data.sources.stdlib import library_files
 from llm.runtime.job import Job, write_job
 
 HERE = Path(__file__).parents[1]

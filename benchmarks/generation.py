@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
+from llm.exchange.huggingface import read_model
 from llm.inference.generate import generate
 from llm.inference.packed import packed
-from llm.model.huggingface import read_model
 from llm.model.transformer import Transformer
 
 PROMPT_TOKENS = 16

@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from llm.artifact import ArtifactWriter
 from llm.config import ModelConfig, OptimizationConfig, RuntimeConfig
-from llm.data.packing import lay_best_fit
-from llm.data.row_writing import Documents, EncodedDocument, write_shard
-from llm.data.rows import RowLayout, Rows, shard_prefix, write_pack_json
+from llm.data.packed import PackedLayout, PackedSequences, shard_prefix, write_pack_json
+from llm.data.packed_writer import Documents, EncodedDocument, write_shard
+from llm.data.packing import pack_best_fit
 from llm.model.loss import ModelWithLoss
 from llm.model.precision import Precision, autocast, fp32_products
 from llm.model.transformer import Transformer
@@ -64,8 +64,8 @@ class Size:
     shape: ModelConfig = GPT2_124M
     vocab_size: int = 50_257
     seq_len: int = 1024
-    rows_per_step: int = 128
-    micro_batch_rows: int = 16
+    global_batch_size: int = 128
+    micro_batch_size: int = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +118,9 @@ class WholeLoss(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
 
 
-def plain_steps(rung: Rung, size: Size, rows: Rows, device: torch.device) -> Iterator[float]:
+def plain_steps(
+    rung: Rung, size: Size, rows: PackedSequences, device: torch.device
+) -> Iterator[float]:
     """Train with a loop as tutorials write it; yield the loss of every step."""
     model = make_model(size).to(device)
     module = ModelWithLoss(model) if rung.has_chunked_loss else WholeLoss(model)
@@ -129,15 +131,15 @@ def plain_steps(rung: Rung, size: Size, rows: Rows, device: torch.device) -> Ite
     )
     step = 0
     while True:
-        first = step * size.rows_per_step % (NUM_ROWS - size.rows_per_step + 1)
-        tokens = torch.from_numpy(rows.read(first + np.arange(size.rows_per_step)).tokens)
+        first = step * size.global_batch_size % (NUM_ROWS - size.global_batch_size + 1)
+        tokens = torch.from_numpy(rows.read(first + np.arange(size.global_batch_size)).tokens)
         total = torch.zeros((), device=device)
         with nullcontext() if rung.has_attention_kernel else sdpa_kernel(SDPBackend.MATH):
-            for batch in tokens.split(micro_batch_rows(rung, size)):
+            for batch in tokens.split(micro_batch_size(rung, size)):
                 local = batch.to(device)  # (B, T + 1)
                 with autocast(rung.precision, device.type):
                     losses = module(local[:, :-1].contiguous(), local[:, 1:].contiguous(), None)
-                loss = losses.sum() / (size.rows_per_step * size.seq_len)
+                loss = losses.sum() / (size.global_batch_size * size.seq_len)
                 loss.backward()
                 total += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -147,10 +149,12 @@ def plain_steps(rung: Rung, size: Size, rows: Rows, device: torch.device) -> Ite
         yield total.item()
 
 
-def project_steps(rung: Rung, size: Size, rows: Rows, device: torch.device) -> Iterator[float]:
+def project_steps(
+    rung: Rung, size: Size, rows: PackedSequences, device: torch.device
+) -> Iterator[float]:
     """Train with the project's loop; yield the loss of every step."""
     config = OptimizationConfig(
-        num_steps=1_000_000, rows_per_step=size.rows_per_step, precision=rung.precision
+        num_steps=1_000_000, global_batch_size=size.global_batch_size, precision=rung.precision
     )
     kind = "cuda" if device.type == "cuda" else "cpu"
     runtime = RuntimeConfig(
@@ -169,11 +173,11 @@ def project_steps(rung: Rung, size: Size, rows: Rows, device: torch.device) -> I
         model=prepared,
         optimizer=make_optimizer(model, config),
         rows=rows,
-        objective=NextToken(is_document_masked=False),
+        objective=NextToken(document_mask=False),
         config=config,
         stage="pretrain",
         seed=1,
-        micro_batch_rows=micro_batch_rows(rung, size),
+        micro_batch_size=micro_batch_size(rung, size),
     )
     steps = training_steps(
         training,
@@ -185,9 +189,9 @@ def project_steps(rung: Rung, size: Size, rows: Rows, device: torch.device) -> I
         yield step.loss
 
 
-def micro_batch_rows(rung: Rung, size: Size) -> int:
+def micro_batch_size(rung: Rung, size: Size) -> int:
     """Return the rows of one forward pass."""
-    return size.micro_batch_rows * (2 if rung.has_chunked_loss else 1)
+    return size.micro_batch_size * (2 if rung.has_chunked_loss else 1)
 
 
 def make_model(size: Size) -> Transformer:
@@ -197,9 +201,9 @@ def make_model(size: Size) -> Transformer:
     return model
 
 
-def make_rows(folder: Path, size: Size) -> Rows:
+def make_rows(folder: Path, size: Size) -> PackedSequences:
     """Write rows of random tokens."""
-    layout = RowLayout(
+    layout = PackedLayout(
         seq_len=size.seq_len, vocab_size=size.vocab_size, content="text", bos_id=0, pad_id=5
     )
     shape = (NUM_ROWS, size.seq_len + 1)
@@ -208,16 +212,16 @@ def make_rows(folder: Path, size: Size) -> Rows:
     writer = ArtifactWriter(folder)
     documents = Documents(layout.dtype)
     documents.add([EncodedDocument(id=bytes(16), tokens=row) for row in tokens])
-    pieces = lay_best_fit(documents.lengths, size.seq_len)
+    pieces = pack_best_fit(documents.lengths, size.seq_len)
     token_bytes = np.ones(size.vocab_size, dtype=np.int64)
     prefix = shard_prefix("train", 0)
     info = write_shard(writer, prefix, layout, documents, pieces, token_bytes)
     write_pack_json(writer, layout, {"train": [info]})
-    return Rows(folder, "train")
+    return PackedSequences(folder, "train")
 
 
 def tokens_per_second(
-    rung: Rung, size: Size, rows: Rows, device: torch.device, seconds: float
+    rung: Rung, size: Size, rows: PackedSequences, device: torch.device, seconds: float
 ) -> float:
     """Take steps for about so many seconds after a warm-up, in which compiling falls."""
     synchronize: Callable[[], None] = (
@@ -236,7 +240,7 @@ def tokens_per_second(
         synchronize()
         passed = time.perf_counter() - started_at
         steps.close()
-    return num_steps * size.rows_per_step * size.seq_len / passed
+    return num_steps * size.global_batch_size * size.seq_len / passed
 
 
 def main() -> None:
@@ -249,12 +253,15 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py measures a GPU, and torch sees no CUDA device here")
     device = torch.device("cuda")
-    size = Size(rows_per_step=options.rows_per_step, micro_batch_rows=options.micro_batch_rows)
+    size = Size(
+        global_batch_size=options.global_batch_size, micro_batch_size=options.micro_batch_size
+    )
     with torch.device("meta"):
         per_token = flops_per_token(Transformer(size.shape, size.vocab_size, size.seq_len))
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}", flush=True)
     print(
-        f"{per_token / 1e6:.1f} MFLOP a token; {size.rows_per_step} rows of {size.seq_len} a step"
+        f"{per_token / 1e6:.1f} MFLOP per token; {size.global_batch_size} sequences of"
+        f" {size.seq_len} tokens per step"
     )
     print(f"{'':<38}{'tokens/s':>12}{'gain':>8}{'in all':>8}{'peak TFLOP/s':>14}{'MFU':>8}")
     before = first = 0.0

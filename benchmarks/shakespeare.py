@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm.config import ModelConfig, PretrainConfig, RuntimeConfig, load_config
-from llm.data.rows import Rows
+from llm.data.packed import PackedSequences
 from llm.model.loss import ModelWithLoss
-from llm.model.store import load_model
 from llm.model.transformer import Transformer
+from llm.model.weights import load_model
 from llm.runtime.job import METRICS, Job, write_job
 from llm.tokenizer.load import load_tokenizer
 from llm.training.batches import NextToken
@@ -180,7 +180,7 @@ class Ours:
         stages = json.loads(done.stdout.splitlines()[-1])["stages"]
         paths = {(stage["stage"], stage["role"]): Path(stage["path"]) for stage in stages}
         self._inputs = {
-            "rows": paths["pack", "corpus"],
+            "sequences": paths["pack", "corpus"],
             "tokenizer": paths["train_tokenizer", ""],
         }
         (text,) = (paths["download", "corpus"] / "files").iterdir()
@@ -222,7 +222,7 @@ class Ours:
 
     def steps(self, config: PretrainConfig) -> Iterator[object]:
         """Take the steps of the stage's loop in this process."""
-        rows = Rows(self._inputs["rows"], "train")
+        rows = PackedSequences(self._inputs["sequences"], "train")
         model = Transformer(config.model, self.tokenizer.vocab_size, CONTEXT)
         model.initialize(torch.Generator().manual_seed(1))
         accelerator = make_accelerator(RuntimeConfig(device="cpu"), config)
@@ -231,11 +231,11 @@ class Ours:
             model=accelerator.prepare_model(ModelWithLoss(model)),
             optimizer=make_optimizer(model, config),
             rows=rows,
-            objective=NextToken(is_document_masked=config.is_document_masked),
+            objective=NextToken(document_mask=config.document_mask),
             config=config,
             stage="pretrain",
             seed=1,
-            micro_batch_rows=ROWS,
+            micro_batch_size=ROWS,
         )
         return training_steps(training, TrainState(), is_stopping=lambda: False)
 

@@ -21,13 +21,13 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from flows.compare_tokenizers import measure_tokenizers, read_texts, write_report
 from flows.display import print_tokenizers
 from llm.config import TrainTokenizerConfig
-from llm.data.stdlib import corpus_documents
+from llm.data.sources.stdlib import corpus_documents
 from llm.tokenizer.base import TOKENIZER_JSON
 from llm.train_tokenizer import make_tokenizer
 
 KINDS = {
     "bpe 32k": TrainTokenizerConfig(vocab_size=32_768),
-    "bpe 32k, gpt4": TrainTokenizerConfig(vocab_size=32_768, splitting="gpt4"),
+    "bpe 32k, gpt4": TrainTokenizerConfig(vocab_size=32_768, pre_tokenization="gpt4"),
     "bpe 4k": TrainTokenizerConfig(vocab_size=4096),
     "sentencepiece bpe 4k": TrainTokenizerConfig(kind="sentencepiece", algorithm="bpe"),
     "sentencepiece unigram 4k": TrainTokenizerConfig(kind="sentencepiece"),

@@ -21,12 +21,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 from flows.pipeline import language_model
-from flows.processes import ServiceError
+from flows.services.processes import ServiceError
 from llm.config import RunConfig, RuntimeConfig, load_config, recipe_names
 from llm.errors import ArtifactError, ConfigError, FromscratchError, Interrupted
 from llm.inference.chat import add_options, talk_as_asked
+from llm.runtime.disk import disk_full
 from llm.runtime.failures import EXIT_INTERRUPTED
-from llm.storage.disk import disk_full
 from tasks.plan import PlannedStep, Selection, make_plan
 from tasks.preflight import find_problems, refuse_what_cannot_run
 from tasks.stages import STAGES, in_order
@@ -309,8 +309,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _use_prefect_server(artifacts: Path) -> None:
     """Point Prefect's client at the server that is up, or at one started for this run alone."""
-    from flows.services import environment
-    from flows.temporary_server import TemporaryPrefectServer
+    from flows.services.servers import environment
+    from flows.services.temporary_server import TemporaryPrefectServer
 
     found = environment(artifacts)
     wanted = os.environ.get("PREFECT_API_URL", "")
@@ -391,7 +391,7 @@ def _show_result(result: "RunResult", seconds: float, is_json: bool) -> None:
 
 
 def _up(options: argparse.Namespace) -> int:
-    from flows.services import addresses, up
+    from flows.services.servers import addresses, up
 
     artifacts_dir = options.artifacts.absolute()
     up(artifacts_dir)
@@ -402,7 +402,7 @@ def _up(options: argparse.Namespace) -> int:
 
 def _down(options: argparse.Namespace) -> int:
     from flows.running import running_runs
-    from flows.services import down
+    from flows.services.servers import down
 
     artifacts_dir = options.artifacts.absolute()
     runs = running_runs(artifacts_dir)
@@ -437,16 +437,16 @@ def _chat(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     folder = _model_folder(options)
     if options.format == "gguf":
-        from llm.model.gguf import export_gguf as export
+        from llm.exchange.gguf import export_gguf as export
     else:
-        from llm.model.hub import export_model as export
+        from llm.exchange.folders import export_model as export
     export(folder, options.to, dtype=options.dtype)
     print(options.to)
     return 0
 
 
 def _import(options: argparse.Namespace) -> int:
-    from llm.model.hub import import_model
+    from llm.exchange.folders import import_model
 
     import_model(options.folder, options.to)
     print(options.to)

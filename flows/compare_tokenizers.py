@@ -8,12 +8,12 @@ from pathlib import Path
 
 from llm.artifact import read_manifest
 from llm.config import TrainTokenizerConfig, read_section
-from llm.data.document_file import DocumentFile
+from llm.data.documents import DocumentReader
 from llm.errors import ArtifactError, ConfigError
 from llm.tokenizer.load import load_tokenizer
 from llm.tokenizer.report import TokenizerReport, TokenizerSpeed, measure_tokenizer
-from tasks.mlflow_tokenizer import draw_lengths
 from tasks.store import Store
+from tasks.tracking.tokenizer_plot import draw_lengths
 
 MAX_TEXT_BYTES = 10_000_000
 CHUNK_CHARACTERS = 4000
@@ -67,7 +67,7 @@ def read_texts(path: Path) -> list[str]:
         ConfigError: there is no such file, or it is no UTF-8.
     """
     if path.is_dir():
-        documents = DocumentFile(path, "validation")
+        documents = DocumentReader(path, "validation")
         ordinals = range(len(documents))
         return list(_beginning("\n".join(found.texts) for found in documents.read(ordinals)))
     decoder = codecs.getincrementaldecoder("utf-8")()
@@ -119,7 +119,7 @@ def _name(folder: Path) -> str:
     if manifest.stage != "train_tokenizer":
         return str(folder)
     config = read_section(TrainTokenizerConfig, manifest.settings)
-    more = {"bpe": f" {config.splitting}", "sentencepiece": f" {config.algorithm}"}
+    more = {"bpe": f" {config.pre_tokenization}", "sentencepiece": f" {config.algorithm}"}
     return f"{config.kind}{more.get(config.kind, '')} {manifest.digest[:6]}"
 
 

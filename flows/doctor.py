@@ -16,8 +16,8 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import track
 
-from flows.processes import HOST
-from flows.services import FIRST_PORTS, log_errors, recorded
+from flows.services.processes import HOST
+from flows.services.servers import FIRST_PORTS, log_errors, recorded
 from llm.errors import ArtifactError, ConfigError, PlaceError
 from tasks.stages import STAGES
 from tasks.store import Store

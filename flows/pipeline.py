@@ -2,7 +2,7 @@
 
 from llm.config import RunConfig
 from tasks.stages import (
-    Step,
+    PipelineStep,
     clean,
     download,
     evaluate,
@@ -13,13 +13,13 @@ from tasks.stages import (
 )
 
 
-def language_model(config: RunConfig) -> Step:
+def language_model(config: RunConfig) -> PipelineStep:
     """Return the last step, the report; every other step is an input of an input of it."""
     chats = clean(download("chats", config.download), config.clean)
     corpus = clean(download("corpus", config.download), config.clean, held_out=chats)
     tokenizer = train_tokenizer(corpus)
-    text_rows = pack(corpus, tokenizer)
-    chat_rows = pack(chats, tokenizer)
-    base = pretrain(text_rows, tokenizer)
-    chat = finetune(base, chat_rows)
-    return evaluate(base, chat, text_rows, chat_rows, tokenizer)
+    text_sequences = pack(corpus, tokenizer)
+    chat_sequences = pack(chats, tokenizer)
+    base = pretrain(text_sequences, tokenizer)
+    chat = finetune(base, chat_sequences)
+    return evaluate(base, chat, text_sequences, chat_sequences, tokenizer)

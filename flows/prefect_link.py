@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import Any
 
 from flows.prefect_api import PrefectApi, state_type
-from flows.processes import ServiceError
 from flows.running import close_dead_runs
-from flows.temporary_server import TemporaryPrefectServer, bring_back
+from flows.services.processes import ServiceError
+from flows.services.temporary_server import TemporaryPrefectServer, bring_back
 from tasks.launch import Progress
 
 SECONDS_BETWEEN_LOOKS = 2.0

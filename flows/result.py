@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flows.services import addresses
+from flows.services.servers import addresses
 from llm.config import RunConfig
 from tasks.cached import Outcome, cached_outcome
 from tasks.plan import PlannedStep

@@ -22,21 +22,21 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.tasks import Task
 
 from flows.display import LiveDisplay
-from flows.environments import served_artifacts
 from flows.pipeline import language_model
 from flows.prefect_link import PrefectLink
 from flows.result import RunResult
 from flows.running import RunFile, RunningRun
-from flows.services import addresses, environment
+from flows.services.environments import served_artifacts
+from flows.services.servers import addresses, environment
 from flows.sweep import SWEEP
 from llm.config import RunConfig, flatten, load_config
 from llm.errors import FromscratchError, Interrupted, TransientError
 from tasks.cached import Builder, Outcome
 from tasks.plan import Selection, make_plan
 from tasks.preflight import refuse_what_cannot_run
-from tasks.stages import DOWNLOAD, Step, in_order
+from tasks.stages import DOWNLOAD, PipelineStep, in_order
 from tasks.store import Store
-from tasks.tracking import Tracker
+from tasks.tracking.tracker import Tracker
 
 NAME_CHARACTERS = 120  # of a flow run, as its page shows it on one line
 DOWNLOAD_RETRY_SECONDS = [2.0, 10.0, 30.0]
@@ -129,13 +129,13 @@ def _run(config: RunConfig, selection: Selection) -> RunResult:
     )
 
 
-def _build_all(steps: list[Step], builder: Builder, link: PrefectLink) -> list[Outcome]:
+def _build_all(steps: list[PipelineStep], builder: Builder, link: PrefectLink) -> list[Outcome]:
     """Submit every step at once; each starts when its inputs are built.
 
     Raises:
         Interrupted: the run was cancelled, or a signal came. Every stage has stopped and saved.
     """
-    futures: dict[Step, PrefectFuture[Any]] = {}
+    futures: dict[PipelineStep, PrefectFuture[Any]] = {}
     for step in steps:
         inputs = {name: futures[made_first] for name, made_first in step.inputs.items()}
         futures[step] = _as_task(step, builder, link).submit(inputs)
@@ -166,7 +166,7 @@ def _wait_for_all(futures: Sequence[PrefectFuture[Any]], link: PrefectLink) -> N
                 link.stop()
 
 
-def _as_task(step: Step, builder: Builder, link: PrefectLink) -> Task[..., Any]:
+def _as_task(step: PipelineStep, builder: Builder, link: PrefectLink) -> Task[..., Any]:
     """Return the Prefect task of a step. Prefect keeps no result of it: the store does."""
 
     def build(inputs: Mapping[str, Mapping[str, str]]) -> State[Any] | Mapping[str, str]:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import IO, cast
 
 from llm.errors import ArtifactError
+from llm.runtime.disk import disk_full, refuse_full_disk
 from llm.runtime.failpoints import failpoint
-from llm.storage.disk import disk_full, refuse_full_disk
 
 MANIFEST = "manifest.json"
 DIGEST_HEX_CHARACTERS = 32  # 128 bits; MLflow cuts dataset digests at 36 characters

@@ -28,23 +28,16 @@ import numpy.typing as npt
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import CleanConfig, read_section
-from llm.data.decisions import FATES, Decisions
-from llm.data.decontaminate import DocumentCounts, merge_ngrams, ngrams_of, write_uncommon
-from llm.data.deduplicate import REST, compares, find_near_duplicates, judge_rests
-from llm.data.document_file import (
-    LINES,
-    SPLITS,
-    SUFFIXES,
-    DocumentFile,
-    DocumentShard,
-    write_documents_json,
-)
-from llm.data.document_steps import add_changes
-from llm.data.documents import MISSING_KEY
-from llm.data.exact_duplicates import find_repeated
-from llm.data.first_look import read_shard
-from llm.data.formats import Content
-from llm.data.last_look import (
+from llm.data.cleaning.counts import MAX_REJECTED_EXAMPLES, Tally
+from llm.data.cleaning.decisions import FATES, Decisions
+from llm.data.cleaning.decontaminate import DocumentCounts, merge_ngrams, ngrams_of, write_uncommon
+from llm.data.cleaning.deduplicate import REST, compares, find_near_duplicates, judge_rests
+from llm.data.cleaning.document_steps import add_changes
+from llm.data.cleaning.exact_duplicates import find_repeated
+from llm.data.cleaning.input_shards import RawInput
+from llm.data.cleaning.map_pass import read_shard
+from llm.data.cleaning.staging import Staged, StagedShard
+from llm.data.cleaning.write_pass import (
     COUNTS,
     DECISIONS,
     JUDGED,
@@ -56,10 +49,17 @@ from llm.data.last_look import (
     rest_shard,
     write_shard,
 )
-from llm.data.raw_shards import RawInput
-from llm.data.record_layouts import expected_layout
-from llm.data.staging import Staged, StagedShard
-from llm.data.tally import MAX_REJECTED_EXAMPLES, Tally
+from llm.data.documents import (
+    LINES,
+    SPLITS,
+    SUFFIXES,
+    DocumentReader,
+    DocumentShard,
+    write_documents_json,
+)
+from llm.data.raw.formats import Content
+from llm.data.raw.parsing import MISSING_KEY
+from llm.data.raw.record_layouts import expected_layout
 from llm.errors import DataError
 from llm.runtime.job import Job, run_job
 from llm.runtime.shards import FinishedShard, Shard, do_shards
@@ -180,7 +180,7 @@ def _protect(job: Job, staged: Staged, settings: CleanConfig) -> None:
         for text in config.texts:
             file.write(ngrams_of(text, config.ngram_words))
         if "held_out" in job.inputs:
-            held_out = DocumentFile(Path(job.inputs["held_out"]), "validation")
+            held_out = DocumentReader(Path(job.inputs["held_out"]), "validation")
             for document in held_out.read(range(len(held_out))):
                 file.write(ngrams_of("\n".join(document.texts), config.ngram_words))
     numbers = range(len(staged.shards))

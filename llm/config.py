@@ -297,7 +297,7 @@ class TrainTokenizerConfig:
     """bpe, sentencepiece: tokens in all: the control tokens, 256 bytes, and what is learned. More
     means fewer tokens per byte.
     """
-    splitting: Literal["code", "gpt2", "gpt4"] = "code"
+    pre_tokenization: Literal["code", "gpt2", "gpt4"] = "code"
     """bpe: where text is split before merging. gpt4: a word may take the sign before it; code: it
     may not, and takes underscores; gpt2: blanks before a word are tokens of one character each.
     """
@@ -321,8 +321,8 @@ class PackConfig:
 
     seq_len: Annotated[int, Range(minimum=8, maximum=1_048_576)] = 256
     """T: positions in a row, the longest context the model ever sees."""
-    packing: Literal["end_to_end", "best_fit"] = "end_to_end"
-    """Of text. end_to_end: one stream, cut every seq_len tokens; best_fit: no document that fits a
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """Of text. concatenate: one stream, cut every seq_len tokens; best_fit: no document that fits a
     row is cut, and rows that are not quite full end in padding. Chats are always packed so.
     """
     shard_bytes: Positive = 64 << 20
@@ -404,7 +404,7 @@ class OptimizationConfig:
 
     num_steps: Positive = 500
     """Optimizer steps."""
-    rows_per_step: Positive = 32
+    global_batch_size: Positive = 32
     """Rows in one optimizer step, over all processes and micro-batches."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices inside the blocks, AdamW for the rest."""
@@ -435,7 +435,7 @@ class OptimizationConfig:
     """
     masked_fraction: Annotated[float, Range(above=0, below=1)] = 0.15
     """A model that is not causal: share of the tokens to be filled in."""
-    is_document_masked: bool = False
+    document_mask: bool = False
     """Attend within a document only; off, a token also sees the documents before its own in the
     row.
     """
@@ -494,9 +494,9 @@ class RuntimeConfig:
     """auto: every visible GPU, else the CPU."""
     num_processes: Count = 0
     """Training processes; 0 is one per visible GPU, or one on a machine without any. Where they do
-    not divide rows_per_step, some learn from a row less in each step.
+    not divide global_batch_size, some learn from a row less in each step.
     """
-    micro_batch_rows: Count = 0
+    micro_batch_size: Count = 0
     """At most so many rows in one forward pass of one process; 0: as many as there is memory for.
     Where that does not divide a process's rows, its passes are of a smaller, equal size.
     """
@@ -506,7 +506,7 @@ class RuntimeConfig:
     """Use only kernels that add in a fixed order, so that the same training, resumed or not, gives
     the same bits on the same kind of device. auto: on a CPU, where it costs nothing, not on a GPU.
     """
-    recomputes_activations: bool = False
+    activation_checkpointing: bool = False
     """Keep only what enters each block and compute the rest again: less memory, a third slower."""
     num_threads: Count = 0
     """CPU threads of one process; 0 divides the cores among the processes."""
@@ -523,7 +523,7 @@ class RuntimeConfig:
     """
     validate_every_steps: Positive = 50
     """Steps between measurements of validation loss."""
-    validation_rows: Positive = 64
+    validation_sequences: Positive = 64
     """Validation rows measured while training; the report measures all."""
     log_every_steps: Positive = 1
     """Steps between points of the training curves."""
@@ -738,7 +738,7 @@ def _surroundings(config: RunConfig) -> presets.Surroundings:
         is_gated=model.mlp in ("swiglu", "geglu"),
         tie_embeddings=model.tie_embeddings,
         vocab_size=256 if has_few_tokens else tokenizer.vocab_size,
-        tokens_per_step=config.pretrain.rows_per_step * config.pack.seq_len,
+        tokens_per_step=config.pretrain.global_batch_size * config.pack.seq_len,
     )
 
 

@@ -13,9 +13,13 @@ from pathlib import Path
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import ReadingConfig, SourceConfig, read_section
-from llm.data.fetch import fetch, file_name
-from llm.data.formats import content_of, keys_of, refuse_name
-from llm.data.hub import (
+from llm.data.raw.formats import content_of, keys_of, refuse_name
+from llm.data.raw.reading import read_stream
+from llm.data.raw.record_layouts import FirstRecords
+from llm.data.raw.records import Skip
+from llm.data.sources.fingerprint import files_fingerprint, fingerprint, local_files
+from llm.data.sources.http import fetch, file_name
+from llm.data.sources.hub import (
     HubFile,
     authorization,
     digest_of,
@@ -23,12 +27,8 @@ from llm.data.hub import (
     open_hub_file,
     resolve_commit,
 )
-from llm.data.reading import read_stream
-from llm.data.record_layouts import FirstRecords
-from llm.data.records import Skip
-from llm.data.sources import files_fingerprint, fingerprint, local_files
-from llm.data.stdlib import corpus_documents
-from llm.data.stdlib_chats import chat_records
+from llm.data.sources.stdlib import corpus_documents
+from llm.data.sources.stdlib_chats import chat_records
 from llm.errors import DataError
 from llm.runtime.job import Job, run_job
 

@@ -10,11 +10,11 @@ import torch
 
 from llm.artifact import ArtifactWriter, Json, Manifest, read_manifest
 from llm.config import EvaluateConfig, ModelConfig, read_section
-from llm.data.rows import Rows
+from llm.data.packed import PackedSequences
 from llm.errors import ArtifactError, ConfigError
 from llm.evaluation import masked
 from llm.evaluation.baselines import Baselines, measure_baselines
-from llm.evaluation.bits_per_byte import DocumentScores, score_rows
+from llm.evaluation.bits_per_byte import DocumentScores, score_sequences
 from llm.evaluation.instructions import (
     HeldOut,
     answer_instructions,
@@ -28,10 +28,10 @@ from llm.evaluation.prompts import encode_prompts
 from llm.evaluation.report import Metric, Report, Sample, rounded, samples_json
 from llm.evaluation.samples import continue_prompts
 from llm.inference.sampling import Sampling
-from llm.model.masking import Masking
+from llm.model.masked_lm import Masking
 from llm.model.precision import Precision, fp32_products
-from llm.model.store import load_model
 from llm.model.transformer import Transformer
+from llm.model.weights import load_model
 from llm.runtime.job import Job, run_job
 from llm.seeds import derive_seed
 from llm.storage.file_cache import file_cache
@@ -48,8 +48,8 @@ class Data:
     """What both models are measured on."""
 
     tokenizer: Tokenizer
-    text: Rows
-    chats: Rows
+    text: PackedSequences
+    chats: PackedSequences
     held_out: HeldOut
     prompts: list[list[int]]
     is_text_masked: bool
@@ -107,14 +107,15 @@ def evaluate(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     data = _open_data(job, config, manifests)
     per_model = data.text.num_rows + data.chats.num_rows
     per_model += (
-        masked.num_pseudo_rows(data.text) if data.masking else len(data.held_out.instructions)
+        masked.num_pseudo_sequences(data.text) if data.masking else len(data.held_out.instructions)
     )
     progress = Progress(job=job, total=data.text.num_rows + len(MODELS) * per_model)
     baselines = measure_baselines(_text_bytes(data, progress))
     if baselines.num_bytes != data.text.info.num_bytes:
         raise ArtifactError(
-            f"{job.inputs['text_rows']}: the validation rows hold {baselines.num_bytes} bytes of"
-            f" text, pack.json says {data.text.info.num_bytes}; run pack again"
+            f"{job.inputs['text_sequences']}: the validation sequences hold"
+            f" {baselines.num_bytes} bytes of text, pack.json says"
+            f" {data.text.info.num_bytes}; run pack again"
         )
     metrics = _data_metrics(data, baselines)
     findings: dict[str, Findings] = {}
@@ -170,16 +171,16 @@ def _open_data(job: Job, config: EvaluateConfig, manifests: dict[str, Manifest])
             is_text=tokenizer.token_bytes > 0,
         )
     cache = file_cache(job.runtime)
-    text = Rows(Path(job.inputs["text_rows"]), "validation", cache)
-    chats = Rows(Path(job.inputs["chat_rows"]), "validation", cache)
+    text = PackedSequences(Path(job.inputs["text_sequences"]), "validation", cache)
+    chats = PackedSequences(Path(job.inputs["chat_sequences"]), "validation", cache)
     return Data(
         tokenizer=tokenizer,
         text=text,
         chats=chats,
         held_out=read_instructions(chats, tokenizer, config.num_instructions),
         prompts=encode_prompts(config.prompts, tokenizer, text.seq_len),
-        is_text_masked=manifests["base"].settings.get("is_document_masked") is True,
-        is_chat_masked=manifests["chat"].settings.get("is_document_masked") is True,
+        is_text_masked=manifests["base"].settings.get("document_mask") is True,
+        is_chat_masked=manifests["chat"].settings.get("document_mask") is True,
         precisions={
             name: cast(Precision, manifest.settings.get("precision", "fp32"))
             for name, manifest in manifests.items()
@@ -243,7 +244,7 @@ def _measure(
         leak=find_leaks(
             model,
             data.text,
-            is_document_masked=data.is_text_masked,
+            document_mask=data.is_text_masked,
             seed=derive_seed(seed, "leak"),
         ),
         continuations=continue_prompts(
@@ -264,15 +265,15 @@ def _measure(
 
 
 def _score(
-    model: Transformer, data: Data, rows: Rows, precision: Precision, progress: Progress
+    model: Transformer, data: Data, rows: PackedSequences, precision: Precision, progress: Progress
 ) -> DocumentScores:
     is_text = rows is data.text
     scores = DocumentScores(rows.info.num_documents)
-    for scored in score_rows(
+    for scored in score_sequences(
         model,
         rows,
         data.tokenizer.token_bytes,
-        is_document_masked=data.is_text_masked if is_text else data.is_chat_masked,
+        document_mask=data.is_text_masked if is_text else data.is_chat_masked,
         has_control_targets=not is_text,
         precision=precision,
     ):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import FinetuneConfig, read_section
-from llm.model.store import load_model
+from llm.model.weights import load_model
 from llm.runtime.job import Job
 from llm.training.processes import run_training_job
 from llm.training.run import train

@@ -17,19 +17,19 @@ import numpy.typing as npt
 from llm.artifact import ArtifactWriter, Json, canonical
 from llm.config import PackConfig, ShareConfig, read_section
 from llm.data.chat import render_chats
-from llm.data.document_file import SPLITS, Document, DocumentFile, read_content
+from llm.data.documents import SPLITS, Document, DocumentReader, read_content
 from llm.data.mixture import Size, SourceTally, add_tallies, mix
-from llm.data.packing import lay_best_fit, lay_end_to_end
-from llm.data.permutation import permute
-from llm.data.row_writing import Documents, EncodedDocument, write_shard
-from llm.data.rows import (
-    RowCounts,
-    RowLayout,
-    ShardInfo,
+from llm.data.packed import (
+    PackedCounts,
+    PackedLayout,
+    PackedShard,
     add_counts,
     shard_prefix,
     write_pack_json,
 )
+from llm.data.packed_writer import Documents, EncodedDocument, write_shard
+from llm.data.packing import pack_best_fit, pack_concatenated
+from llm.data.permutation import permute
 from llm.errors import DataError
 from llm.runtime.job import Job, run_job
 from llm.runtime.shards import FinishedShard, Shard, do_shards
@@ -76,7 +76,7 @@ def pack(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
         shorter than one row.
     """
     config = read_section(PackConfig, job.settings)
-    files = {split: DocumentFile(Path(job.inputs["documents"]), split) for split in SPLITS}
+    files = {split: DocumentReader(Path(job.inputs["documents"]), split) for split in SPLITS}
     _refuse_empty(files.values())
     layout, _ = _read_layout(job, config)
     num_of_source = _count_by_source(files["train"], config)
@@ -97,7 +97,7 @@ def pack(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     if len(shards) == len(SPLITS):  # validation is less than what it takes to start a process
         job = replace(job, runtime=replace(job.runtime, shard_workers=1))
     finished = list(zip(parts, do_shards(job, pack_shard, shards, "bytes"), strict=True))
-    splits: dict[str, list[ShardInfo]] = {}
+    splits: dict[str, list[PackedShard]] = {}
     summary: dict[str, Json] = {"content": layout.content, "vocab_size": layout.vocab_size}
     for split, file in files.items():
         made = [shard for part, shard in finished if part.split == split]
@@ -120,7 +120,7 @@ def pack_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     config = read_section(PackConfig, job.settings)
     part = Part(**cast(dict[str, Any], job.shard))
     layout, tokenizer = _read_layout(job, config)
-    file = DocumentFile(Path(job.inputs["documents"]), part.split)
+    file = DocumentReader(Path(job.inputs["documents"]), part.split)
     seed = derive_seed(job.seed, "document order", part.split)
     is_mixed = bool(config.shares) and part.split == "train"  # validation is each document once
     tallies = [SourceTally() for _ in config.shares] if is_mixed else []
@@ -138,8 +138,8 @@ def pack_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
         num_left_out += batch.num_left_out
         done_bytes = min(done_bytes + batch.size_bytes, total_bytes)
         job.report_progress(done_bytes, total_bytes, "bytes")
-    is_end_to_end = config.packing == "end_to_end" and layout.content == "text"
-    lay = lay_end_to_end if is_end_to_end else lay_best_fit
+    is_end_to_end = config.packing == "concatenate" and layout.content == "text"
+    lay = pack_concatenated if is_end_to_end else pack_best_fit
     pieces = lay(documents.lengths, layout.seq_len)
     info = write_shard(writer, "", layout, documents, pieces, tokenizer.token_bytes)
     found = info.counts.num_tokens, info.counts.num_bytes
@@ -152,9 +152,9 @@ def pack_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     }
 
 
-def _read_layout(job: Job, config: PackConfig) -> tuple[RowLayout, Tokenizer]:
+def _read_layout(job: Job, config: PackConfig) -> tuple[PackedLayout, Tokenizer]:
     tokenizer = load_tokenizer(Path(job.inputs["tokenizer"]))
-    layout = RowLayout(
+    layout = PackedLayout(
         seq_len=config.seq_len,
         vocab_size=tokenizer.vocab_size,
         content=read_content(Path(job.inputs["documents"])),
@@ -164,14 +164,14 @@ def _read_layout(job: Job, config: PackConfig) -> tuple[RowLayout, Tokenizer]:
     return layout, tokenizer
 
 
-def _count_by_source(file: DocumentFile, config: PackConfig) -> list[int]:
+def _count_by_source(file: DocumentReader, config: PackConfig) -> list[int]:
     """Return how many documents each source of a mixture has."""
     if not config.shares:
         return []
     return np.bincount(file.source_numbers(), minlength=len(config.shares)).tolist()
 
 
-def _num_parts(file: DocumentFile, config: PackConfig, num_of_source: Sequence[int]) -> int:
+def _num_parts(file: DocumentReader, config: PackConfig, num_of_source: Sequence[int]) -> int:
     """Return into how many parts a split is cut, so that each has documents of every source."""
     size_bytes, most = float(file.size_bytes), len(file)
     if num_of_source:
@@ -193,7 +193,7 @@ def _run(ordinals: Ordinals, part: Part, seed: int) -> Ordinals:
     return ordinals[permute(places, len(ordinals), seed)]
 
 
-def _batches(file: DocumentFile, ordinals: Ordinals, tokenizer: Tokenizer) -> Iterator[Batch]:
+def _batches(file: DocumentReader, ordinals: Ordinals, tokenizer: Tokenizer) -> Iterator[Batch]:
     """Yield these documents, about BATCH_BYTES at a time, and encoded."""
     read: list[Document] = []
     size_bytes = 0
@@ -218,7 +218,7 @@ def _encoded(read: Sequence[Document], size_bytes: int, tokenizer: Tokenizer) ->
 
 
 def _mixed_batches(
-    file: DocumentFile,
+    file: DocumentReader,
     shares: Sequence[ShareConfig],
     part: Part,
     seed: int,
@@ -288,11 +288,11 @@ def _num_target_bytes(document: Document) -> int:
     return sum(len(answer.encode()) for answer in answers)
 
 
-def _adopt(writer: ArtifactWriter, split: str, made: Sequence[FinishedShard]) -> list[ShardInfo]:
+def _adopt(writer: ArtifactWriter, split: str, made: Sequence[FinishedShard]) -> list[PackedShard]:
     """Make the files of shards those of a split; one without rows is left behind."""
-    infos: list[ShardInfo] = []
+    infos: list[PackedShard] = []
     for shard in made:
-        info = ShardInfo.from_json(cast(dict[str, Any], shard.summary["info"]))
+        info = PackedShard.from_json(cast(dict[str, Any], shard.summary["info"]))
         if info.counts.num_rows:
             prefix = shard_prefix(split, len(infos))
             shard.adopt(writer, {record.path: prefix + record.path for record in shard.files})
@@ -334,7 +334,7 @@ def _report_sources(
     return sources
 
 
-def _refuse_empty(files: Iterable[DocumentFile]) -> None:
+def _refuse_empty(files: Iterable[DocumentReader]) -> None:
     if empty := [str(documents.path) for documents in files if not len(documents)]:
         raise DataError(
             f"{', '.join(empty)}: no documents, expected at least one; give more data or change"
@@ -342,7 +342,7 @@ def _refuse_empty(files: Iterable[DocumentFile]) -> None:
         )
 
 
-def _refuse_too_little(counts: RowCounts, layout: RowLayout, split: str, path: Path) -> None:
+def _refuse_too_little(counts: PackedCounts, layout: PackedLayout, split: str, path: Path) -> None:
     if counts.num_target_tokens == 0:
         raise DataError(
             f"{path}: nothing in it is a target to learn; expected text, or chats with answers of"

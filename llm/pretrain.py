@@ -6,7 +6,7 @@ import torch
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import PretrainConfig, read_section
-from llm.data.rows import Rows
+from llm.data.packed import PackedSequences
 from llm.model.transformer import Transformer
 from llm.runtime.job import Job
 from llm.seeds import derive_seed
@@ -17,7 +17,7 @@ from llm.training.run import train
 def pretrain(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     """Make a model of the shape in the settings, draw its first weights and train it."""
     config = read_section(PretrainConfig, job.settings)
-    layout = Rows(Path(job.inputs["rows"]), "train").layout
+    layout = PackedSequences(Path(job.inputs["sequences"]), "train").layout
     model = Transformer(config.model, layout.vocab_size, layout.seq_len)
     # drawn on the CPU whatever trains them, so that a seed means the same weights everywhere
     model.initialize(torch.Generator().manual_seed(derive_seed(job.seed, "weights")))

@@ -14,8 +14,8 @@ import numpy as np
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import TrainTokenizerConfig, read_section
-from llm.data.document_file import DocumentFile
-from llm.data.fetch import fetch
+from llm.data.documents import DocumentReader
+from llm.data.sources.http import fetch
 from llm.errors import DataError
 from llm.runtime.job import Job, run_job
 from llm.seeds import derive_seed
@@ -23,9 +23,9 @@ from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.tokenizer.characters import ByteTokenizer, CharacterTokenizer
 from llm.tokenizer.gpt2 import GPT2_FILES, GPT2_URL, load_gpt2
+from llm.tokenizer.pre_tokenization import split_text
 from llm.tokenizer.report import REPORT_JSON, measure_tokenizer
 from llm.tokenizer.sentencepiece import SentencePieceTokenizer
-from llm.tokenizer.splitting import split_text
 
 VALIDATION_SAMPLE_BYTES = 1_000_000
 # The library needs about 75 bytes of memory for each byte of a distinct word, so random
@@ -50,7 +50,7 @@ def train_tokenizer(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     seed = derive_seed(job.seed, "tokenizer sample")
     sample = Sample(())
     if config.kind not in ("gpt2", "bytes"):
-        documents = DocumentFile(folder, "train")
+        documents = DocumentReader(folder, "train")
         texts = draw_sample(documents, seed, config.sample_bytes, job.report_progress)
         if config.kind in ("bpe", "sentencepiece"):
             texts = limit_words(texts, MAX_WORD_BYTES)
@@ -63,7 +63,7 @@ def train_tokenizer(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     job.raise_if_stopping()
     for name, data in tokenizer.to_files().items():
         writer.write_bytes(name, data)
-    validation = DocumentFile(folder, "validation")
+    validation = DocumentReader(folder, "validation")
     held_out = draw_sample(validation, seed, VALIDATION_SAMPLE_BYTES, job.report_progress)
     report, speed = measure_tokenizer(tokenizer, list(held_out))
     writer.write_json(REPORT_JSON, asdict(report))
@@ -88,7 +88,9 @@ def make_tokenizer(config: TrainTokenizerConfig, texts: Iterable[str]) -> Tokeni
     """Learn from `texts` what `config` asks for."""
     match config.kind:
         case "bpe":
-            return ByteLevelBPE.train(texts, config.vocab_size, config.splitting, config.max_digits)
+            return ByteLevelBPE.train(
+                texts, config.vocab_size, config.pre_tokenization, config.max_digits
+            )
         case "gpt2":
             return load_gpt2(Path(config.path))
         case "sentencepiece":
@@ -132,7 +134,7 @@ class Sample:
 
 
 def draw_sample(
-    documents: DocumentFile, seed: int, max_bytes: int, report: Callable[[int, int, str], None]
+    documents: DocumentReader, seed: int, max_bytes: int, report: Callable[[int, int, str], None]
 ) -> Iterator[str]:
     """Yield the documents with the smallest hashes of (seed, id), `max_bytes` in all.
 

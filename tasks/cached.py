@@ -11,13 +11,13 @@ from typing import Literal, Protocol
 from llm.artifact import Artifact, Json, load_artifact
 from llm.config import RunConfig, flatten
 from llm.errors import Interrupted
+from llm.runtime.disk import refuse_full_disk
 from llm.runtime.job import Job, is_finished
-from llm.storage.disk import refuse_full_disk
 from tasks.launch import Progress, launch
 from tasks.plan import PlannedStep, Selection, explain, key_parts, reusable, section_of
-from tasks.stages import Step
+from tasks.stages import PipelineStep
 from tasks.store import KeyParts, KeyRecord, Store
-from tasks.tracking import Dataset, Tracker
+from tasks.tracking.tracker import Dataset, Tracker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,15 +80,17 @@ class Builder:
         self.config = config
         self.store = store
         self.tracker = tracker
-        self.outcomes: dict[Step, Outcome] = {}
+        self.outcomes: dict[PipelineStep, Outcome] = {}
         self._display = display
         self._selection = selection or Selection()
         self._should_stop = should_stop
         self._links = dict(links or {})
-        self._records: dict[Step, KeyRecord] = {}
+        self._records: dict[PipelineStep, KeyRecord] = {}
         self._lock = threading.Lock()
 
-    def build(self, step: Step, on_progress: Callable[[Progress], None] | None = None) -> Outcome:
+    def build(
+        self, step: PipelineStep, on_progress: Callable[[Progress], None] | None = None
+    ) -> Outcome:
         """Return the outcome of `step`, whose inputs were built by this builder before.
 
         Raises:
@@ -125,11 +127,11 @@ class Builder:
             self.outcomes[step] = replace(self.outcomes[step], links=links)
         self.store.sweep()
 
-    def _raise_if_stopping(self, step: Step) -> None:
+    def _raise_if_stopping(self, step: PipelineStep) -> None:
         if self._should_stop():
             raise Interrupted(f"{step.name} was not begun: the run was stopped")
 
-    def _from_store(self, step: Step, parts: KeyParts) -> Outcome | None:
+    def _from_store(self, step: PipelineStep, parts: KeyParts) -> Outcome | None:
         if self._selection.is_forced(step.stage):
             return None
         hit = self.store.find(parts)
@@ -164,7 +166,7 @@ class Builder:
 
     def _build(
         self,
-        step: Step,
+        step: PipelineStep,
         parts: KeyParts,
         inputs: Mapping[str, Outcome],
         on_progress: Callable[[Progress], None] | None,
@@ -212,7 +214,7 @@ class Builder:
 
     def _remember(
         self,
-        step: Step,
+        step: PipelineStep,
         parts: KeyParts,
         artifact: Artifact,
         reason: str,
@@ -238,7 +240,9 @@ class Builder:
             )
         return _outcome(parts, artifact, "built", reason, seconds, self._links)
 
-    def _job(self, step: Step, parts: KeyParts, inputs: Mapping[str, Outcome], folder: Path) -> Job:
+    def _job(
+        self, step: PipelineStep, parts: KeyParts, inputs: Mapping[str, Outcome], folder: Path
+    ) -> Job:
         return Job(
             stage=parts.stage,
             role=parts.role,
@@ -252,7 +256,7 @@ class Builder:
             work=folder / "work",
         )
 
-    def _start_model_run(self, step: Step, parts: KeyParts, work: Path) -> None:
+    def _start_model_run(self, step: PipelineStep, parts: KeyParts, work: Path) -> None:
         """Begin the model's run: every setting from the corpus on, and its data."""
         made_from = _all_inputs(step)
         sections = {made_first.stage.name for made_first in made_from} | {parts.stage}
@@ -296,8 +300,8 @@ def _refuse_long_prompts(config: RunConfig, inputs: Mapping[str, Outcome]) -> No
     encode_prompts(config.evaluate.prompts, load_tokenizer(Path(folder)), config.pack.seq_len)
 
 
-def _all_inputs(step: Step) -> Sequence[Step]:
-    found: dict[Step, None] = {}
+def _all_inputs(step: PipelineStep) -> Sequence[PipelineStep]:
+    found: dict[PipelineStep, None] = {}
     for made_first in step.inputs.values():
         found |= dict.fromkeys(_all_inputs(made_first)) | {made_first: None}
     return list(found)

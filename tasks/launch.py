@@ -29,7 +29,7 @@ from llm.runtime.job import (
     is_finished,
     write_job,
 )
-from tasks.shard_runner import ShardRunner
+from tasks.cluster.runner import ShardRunner
 
 SECONDS_BETWEEN_LOOKS = 0.05
 SECONDS_TO_SAVE = 60.0  # a stopped child saves a checkpoint; then it is killed

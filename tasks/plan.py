@@ -8,10 +8,10 @@ from typing import Literal, cast
 
 from llm.artifact import Json, canonical
 from llm.config import CleanConfig, MixtureConfig, RunConfig, ShareConfig, SourceConfig, flatten
-from llm.data.sources import fingerprint
+from llm.data.sources.fingerprint import fingerprint
 from llm.errors import ArtifactError, ConfigError
 from llm.runtime.code import code_digests
-from tasks.stages import CLEAN, DOWNLOAD, PACK, STAGES, TRAIN_TOKENIZER, Stage, Step
+from tasks.stages import CLEAN, DOWNLOAD, PACK, STAGES, TRAIN_TOKENIZER, PipelineStep, Stage
 from tasks.store import KeyParts, KeyRecord, Store, library_versions
 
 PLACES = ("path", "url")  # where a source's bytes lie; the bytes count, by its fingerprint
@@ -53,11 +53,11 @@ class Selection:
         )
         return stage.name in self.force or comes_later
 
-    def takes(self, steps: Sequence[Step]) -> list[Step]:
+    def takes(self, steps: Sequence[PipelineStep]) -> list[PipelineStep]:
         """Return the steps of a run: all, or with `--only` one stage and what it needs."""
         if not self.only:
             return list(steps)
-        needed: dict[Step, None] = {}
+        needed: dict[PipelineStep, None] = {}
         for step in steps:
             if step.stage.name == self.only:
                 _add_with_inputs(step, needed)
@@ -68,7 +68,7 @@ class Selection:
 class PlannedStep:
     """One step of a plan. `digest` is that of its artifact, or UNKNOWN before it is built."""
 
-    step: Step
+    step: PipelineStep
     status: Literal["cached", "build"]
     reason: str
     digest: str = UNKNOWN
@@ -78,7 +78,7 @@ class PlannedStep:
 
 
 def make_plan(
-    steps: Sequence[Step], config: RunConfig, store: Store, selection: Selection
+    steps: Sequence[PipelineStep], config: RunConfig, store: Store, selection: Selection
 ) -> list[PlannedStep]:
     """Say of every step whether it is cached, or why it is to be built. Changes nothing on disk.
 
@@ -86,7 +86,7 @@ def make_plan(
         ArtifactError: `--only` names a stage whose inputs are not all there.
         DataError: a source's files are not there.
     """
-    planned: dict[Step, PlannedStep] = {}
+    planned: dict[PipelineStep, PlannedStep] = {}
     for step in selection.takes(steps):
         planned[step] = _plan_step(step, config, store, selection, planned)
     if selection.only:
@@ -103,7 +103,7 @@ def make_plan(
     return list(planned.values())
 
 
-def section_of(step: Step, config: RunConfig) -> dict[str, Json]:
+def section_of(step: PipelineStep, config: RunConfig) -> dict[str, Json]:
     """Return a step's settings as plain JSON: its section, or its part of `download`."""
     if step.stage is DOWNLOAD:
         return _fields(SourceConfig, source_of(step, config))
@@ -115,7 +115,7 @@ def section_of(step: Step, config: RunConfig) -> dict[str, Json]:
     return section
 
 
-def source_of(step: Step, config: RunConfig) -> SourceConfig:
+def source_of(step: PipelineStep, config: RunConfig) -> SourceConfig:
     """Return the source of a download, by its place: `corpus`, or `chats.sources.1`."""
     role, _, index = step.role.partition(".sources.")
     mixture: MixtureConfig = getattr(config.download, role)
@@ -123,7 +123,7 @@ def source_of(step: Step, config: RunConfig) -> SourceConfig:
 
 
 def key_parts(
-    step: Step, config: RunConfig, input_digests: Mapping[str, str], store: Store
+    step: PipelineStep, config: RunConfig, input_digests: Mapping[str, str], store: Store
 ) -> KeyParts:
     """Return all that decides the bytes of `step`. A download's input is what its source gives."""
     stage = step.stage
@@ -205,11 +205,11 @@ def reusable(parts: KeyParts, store: Store) -> KeyRecord | None:
 
 
 def _plan_step(
-    step: Step,
+    step: PipelineStep,
     config: RunConfig,
     store: Store,
     selection: Selection,
-    planned: Mapping[Step, PlannedStep],
+    planned: Mapping[PipelineStep, PlannedStep],
 ) -> PlannedStep:
     inputs = {name: planned[made_first].digest for name, made_first in step.inputs.items()}
     parts = key_parts(step, config, inputs, store)
@@ -276,7 +276,7 @@ def _shown(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _add_with_inputs(step: Step, found: dict[Step, None]) -> None:
+def _add_with_inputs(step: PipelineStep, found: dict[PipelineStep, None]) -> None:
     for made_first in step.inputs.values():
         _add_with_inputs(made_first, found)
     found.setdefault(step)

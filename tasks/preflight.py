@@ -14,13 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llm.config import RunConfig, RuntimeConfig
-from llm.data.fetch import file_name
-from llm.data.sources import local_files
+from llm.data.sources.fingerprint import local_files
+from llm.data.sources.http import file_name
 from llm.errors import ConfigError
 from llm.runtime.job import child_environment
+from tasks.cluster.runner import missing_runner
 from tasks.plan import PlannedStep, source_of
-from tasks.shard_runner import missing_runner
-from tasks.stages import CLEAN, DOWNLOAD, PACK, STAGES, TRAIN_TOKENIZER, Step
+from tasks.stages import CLEAN, DOWNLOAD, PACK, STAGES, TRAIN_TOKENIZER, PipelineStep
 from tasks.store import Store
 
 READERS = {".zst": "backports.zstd", ".tzst": "backports.zstd", ".parquet": "pyarrow"}
@@ -91,7 +91,7 @@ def _why_not_writable(folder: Path) -> str:
     return ""
 
 
-def _library_problems(steps: Sequence[Step], config: RunConfig) -> Iterator[str]:
+def _library_problems(steps: Sequence[PipelineStep], config: RunConfig) -> Iterator[str]:
     stages = {step.stage for step in steps}
     if CLEAN in stages and config.clean.near_duplicates.unit != "none" and _lacks("rensa"):
         yield (
@@ -112,7 +112,7 @@ def _library_problems(steps: Sequence[Step], config: RunConfig) -> Iterator[str]
             yield from _source_problems(step, config)
 
 
-def _source_problems(step: Step, config: RunConfig) -> Iterator[str]:
+def _source_problems(step: PipelineStep, config: RunConfig) -> Iterator[str]:
     """Yield the libraries that are missing to get or read what a source gives."""
     source = source_of(step, config)
     dotted = f"download.{step.role}"
@@ -139,7 +139,7 @@ def _readers(names: Sequence[str], dotted: str) -> dict[str, str]:
     return found
 
 
-def _device_problems(steps: Sequence[Step], runtime: RuntimeConfig) -> Iterator[str]:
+def _device_problems(steps: Sequence[PipelineStep], runtime: RuntimeConfig) -> Iterator[str]:
     """Ask torch where the settings ask for GPUs: it takes seconds to import, and the rest works."""
     has_driver = any(path.exists() for path in GPU_DRIVERS)
     asks_for_gpus = runtime.device == "cuda" or (

@@ -34,13 +34,13 @@ STAGES = (DOWNLOAD, CLEAN, TRAIN_TOKENIZER, PACK, PRETRAIN, FINETUNE, EVALUATE)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class Step:
+class PipelineStep:
     """One stage at its place in a pipeline: what it is made from, by name. Equal only to itself."""
 
     stage: Stage
     role: str = ""
     """corpus or chats; of one of several sources, its place in `download`: `corpus.sources.0`."""
-    inputs: Mapping[str, "Step"] = field(default_factory=dict[str, "Step"])
+    inputs: Mapping[str, "PipelineStep"] = field(default_factory=dict[str, "PipelineStep"])
 
     @property
     def name(self) -> str:
@@ -48,14 +48,16 @@ class Step:
         return f"{self.stage.name} {self.role}".strip()
 
 
-def download(role: str, settings: DownloadConfig) -> list[Step]:
+def download(role: str, settings: DownloadConfig) -> list[PipelineStep]:
     """Fetch the raw files of `download.corpus` or `download.chats`, each of its sources alone."""
     mixture: MixtureConfig = getattr(settings, role)
     roles = [f"{role}.sources.{index}" for index in range(len(mixture.sources))]
-    return [Step(stage=DOWNLOAD, role=place) for place in roles or [role]]
+    return [PipelineStep(stage=DOWNLOAD, role=place) for place in roles or [role]]
 
 
-def clean(raw: Sequence[Step], settings: CleanConfig, held_out: Step | None = None) -> Step:
+def clean(
+    raw: Sequence[PipelineStep], settings: CleanConfig, held_out: PipelineStep | None = None
+) -> PipelineStep:
     """Turn raw files into documents with ids, each once, split into train and validation.
 
     Where training documents are read for what models are measured on, `held_out`, other documents,
@@ -64,50 +66,56 @@ def clean(raw: Sequence[Step], settings: CleanConfig, held_out: Step | None = No
     inputs = {"raw": raw[0]} if len(raw) == 1 else {f"raw_{k}": step for k, step in enumerate(raw)}
     if held_out is not None and settings.decontamination.action != "none":
         inputs["held_out"] = held_out
-    return Step(stage=CLEAN, role=raw[0].role.partition(".")[0], inputs=inputs)
+    return PipelineStep(stage=CLEAN, role=raw[0].role.partition(".")[0], inputs=inputs)
 
 
-def train_tokenizer(documents: Step) -> Step:
+def train_tokenizer(documents: PipelineStep) -> PipelineStep:
     """Learn the vocabulary."""
-    return Step(stage=TRAIN_TOKENIZER, inputs={"documents": documents})
+    return PipelineStep(stage=TRAIN_TOKENIZER, inputs={"documents": documents})
 
 
-def pack(documents: Step, tokenizer: Step) -> Step:
+def pack(documents: PipelineStep, tokenizer: PipelineStep) -> PipelineStep:
     """Cut documents into rows of tokens."""
-    return Step(
+    return PipelineStep(
         stage=PACK, role=documents.role, inputs={"documents": documents, "tokenizer": tokenizer}
     )
 
 
-def pretrain(rows: Step, tokenizer: Step) -> Step:
+def pretrain(rows: PipelineStep, tokenizer: PipelineStep) -> PipelineStep:
     """Train the base model on rows of text."""
-    return Step(stage=PRETRAIN, inputs={"rows": rows, "tokenizer": tokenizer})
+    return PipelineStep(stage=PRETRAIN, inputs={"sequences": rows, "tokenizer": tokenizer})
 
 
-def finetune(base: Step, rows: Step) -> Step:
+def finetune(base: PipelineStep, rows: PipelineStep) -> PipelineStep:
     """Train the chat model from the base model on rows of chats."""
-    return Step(stage=FINETUNE, inputs={"base": base, "rows": rows})
+    return PipelineStep(stage=FINETUNE, inputs={"base": base, "sequences": rows})
 
 
-def evaluate(base: Step, chat: Step, text_rows: Step, chat_rows: Step, tokenizer: Step) -> Step:
+def evaluate(
+    base: PipelineStep,
+    chat: PipelineStep,
+    text_sequences: PipelineStep,
+    chat_sequences: PipelineStep,
+    tokenizer: PipelineStep,
+) -> PipelineStep:
     """Measure both models side by side and write the report."""
-    return Step(
+    return PipelineStep(
         stage=EVALUATE,
         inputs={
             "base": base,
             "chat": chat,
-            "text_rows": text_rows,
-            "chat_rows": chat_rows,
+            "text_sequences": text_sequences,
+            "chat_sequences": chat_sequences,
             "tokenizer": tokenizer,
         },
     )
 
 
-def in_order(last: Step) -> list[Step]:
+def in_order(last: PipelineStep) -> list[PipelineStep]:
     """Return every step `last` needs, and itself, each after its inputs, as in STAGES."""
-    found: dict[Step, None] = {}
+    found: dict[PipelineStep, None] = {}
 
-    def visit(step: Step) -> None:
+    def visit(step: PipelineStep) -> None:
         for made_first in step.inputs.values():
             visit(made_first)
         found.setdefault(step)

@@ -9,7 +9,7 @@ from flows.pipeline import language_model
 from llm.config import RunConfig, load_config
 from tasks.cached import Builder, Outcome
 from tasks.launch import Progress
-from tasks.stages import Step, in_order
+from tasks.stages import PipelineStep, in_order
 from tasks.store import Store
 
 SETTINGS = (
@@ -21,7 +21,7 @@ SETTINGS = (
     "pack.seq_len=32",
     "pretrain.num_steps=12",
     "pretrain.warmup_steps=2",
-    "pretrain.rows_per_step=4",
+    "pretrain.global_batch_size=4",
     "pretrain.model.num_layers=2",
     "pretrain.model.d_model=32",
     "pretrain.model.num_heads=2",
@@ -29,12 +29,12 @@ SETTINGS = (
     "pretrain.model.d_ff=64",
     "finetune.num_steps=8",
     "finetune.warmup_steps=1",
-    "finetune.rows_per_step=4",
+    "finetune.global_batch_size=4",
     "evaluate.num_instructions=4",
     "evaluate.max_new_tokens=8",
     "runtime.checkpoint_every_steps=3",
     "runtime.validate_every_steps=6",
-    "runtime.validation_rows=8",
+    "runtime.validation_sequences=8",
     "runtime.num_threads=1",
 )
 
@@ -136,7 +136,7 @@ def build(
     return outcomes
 
 
-def needed_for(last: str, config: RunConfig) -> list[Step]:
+def needed_for(last: str, config: RunConfig) -> list[PipelineStep]:
     """Return the steps up to and including the one named `last`."""
     steps = in_order(language_model(config))
     return in_order(next(step for step in steps if step.name == last))

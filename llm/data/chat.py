@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llm.data.document_file import Message
+from llm.data.documents import Message
 from llm.errors import DataError
 from llm.tokenizer.base import Tokenizer
 

@@ -1,172 +1,254 @@
-"""Turn the records of raw files into documents: texts, or chats.
+"""The documents that `clean` leaves: written once, read in any order, not held in memory.
 
-What cannot be used comes as a `Skip`, with the reason, file and line.
+documents.json               what they are, and the files of each side in their order
+train/00000.jsonl            a document a line; a shard without any has no file
+train/00000.offsets.bin      where each line begins, so that nobody must look for line ends
+train/00000.sources.bin      of several sources, which one each document is from
+validation/00000.jsonl ...
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import struct
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import Any, Literal, TypedDict, cast
 
-from llm.artifact import Json
-from llm.config import ReadingConfig
-from llm.data.formats import Content, keys_of
-from llm.data.reading import read_records
-from llm.data.record_layouts import FirstRecords, shown_keys
-from llm.data.records import EXCERPT_CHARACTERS, DecodePolicy, Place, Record, Skip, Span
-from llm.errors import DataError
+import numpy as np
+import numpy.typing as npt
 
-ROLES = frozenset(("system", "user", "assistant"))
-MISSING_KEY = "missing key"
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+from llm.artifact import ArtifactWriter
+from llm.data.closing import Closing
+from llm.data.open_files import OpenFiles
+from llm.errors import ArtifactError
+
+SPLITS = ("train", "validation")
+SUFFIXES = LINES, OFFSETS, SOURCES = ".jsonl", ".offsets.bin", ".sources.bin"
+SHARD_NAME = re.compile(r"\d{5,9}")
+OFFSET, SOURCE = struct.Struct("<Q"), struct.Struct("<I")
+
+Content = Literal["text", "chats"]
 
 
-@dataclass(kw_only=True, slots=True)
+class Message(TypedDict):
+    """One turn of a chat: who speaks (`system`, `user` or `assistant`), and what."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """A document as read: text, or the messages of a chat."""
+    """A text, or the messages of a chat."""
 
-    place: Place
+    id: bytes
+    """16 bytes."""
     text: str = ""
-    messages: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
-    kind: str = "chat"
-    group: str | None = None
-    """Chats with the same group stay on one side of the split."""
-    source: int = 0
-    """Which of several sources it is from."""
-    num_decode_errors: int = 0
+    messages: tuple[Message, ...] = ()
+    kind: str = ""
+    """Of a chat, what it asks for, where its source says so; figures are given by it too."""
+    size_bytes: int
+    """Length of its line in the file."""
+
+    @property
+    def texts(self) -> list[str]:
+        """Everything that was written in it."""
+        return [message["content"] for message in self.messages] if self.messages else [self.text]
 
 
-class _Problem(Exception):
-    """Why a record is unusable; caught in this file."""
+class DocumentsWriter(Closing):
+    """Write documents to `<name>.jsonl` of an artifact, and where each begins to another file.
+
+    `<name>.offsets.bin` holds that of each line, and at last the length of the file, as 8 bytes,
+    little endian; where there are several sources, `<name>.sources.bin` holds the number of each
+    document's in 4.
+    """
+
+    def __init__(self, writer: ArtifactWriter, name: str, *, has_sources: bool) -> None:
+        """Open the files."""
+        self.num_bytes = 0
+        super().__init__()
+        self._lines, self._offsets = (
+            self._stack.enter_context(writer.open(name + suffix)) for suffix in (LINES, OFFSETS)
+        )
+        self._sources = (
+            self._stack.enter_context(writer.open(name + SOURCES)) if has_sources else None
+        )
+        self._offsets.write(OFFSET.pack(0))
+
+    def add(self, line: bytes, source: int) -> None:
+        """Append a document, given as its line with the line's end."""
+        self._lines.write(line)
+        self.num_bytes += len(line)
+        self._offsets.write(OFFSET.pack(self.num_bytes))
+        if self._sources is not None:
+            self._sources.write(SOURCE.pack(source))
 
 
-def read_documents(
-    path: Path,
-    name: str,
-    *,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentShard:
+    """One of the files that the documents of a side lie in."""
+
+    name: str
+    documents: int
+    bytes: int
+
+
+def write_documents_json(
+    writer: ArtifactWriter,
     content: Content,
-    text_key: str,
-    policy: DecodePolicy,
-    text_document_bytes: int,
-    limits: ReadingConfig,
-    scratch: Path,
-    setting: str,
-    span: Span | None = None,
-) -> Iterator[Document | Skip]:
-    """Yield every document of the file at `path`, called `name` in messages, in its order; with a
-    `span` those of that part of it. Its source is that of `setting`.
+    shards: Mapping[str, Sequence[DocumentShard]],
+    num_sources: int = 1,
+) -> None:
+    """Say what the documents are, and in which files those of each side lie, in their order."""
+    several = {"num_sources": num_sources} if num_sources > 1 else {}
+    writer.write_json("documents.json", {"content": content, **several, **shards})
+
+
+class DocumentReader:
+    """The documents of one side of the split, in all the files they lie in."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        """Find the files.
+
+        Raises:
+            ArtifactError: one is missing, or not as long as it should be.
+        """
+        self.path = folder / split
+        found = _read_documents_json(folder)
+        self._content: Content = found["content"]
+        self._has_sources = "num_sources" in found
+        self._shards: list[DocumentShard] = [DocumentShard(**one) for one in found[split]]
+        self._starts = list(accumulate((one.documents for one in self._shards), initial=0))
+        self._paths = [
+            (self.path / (shard.name + LINES), self.path / (shard.name + OFFSETS))
+            for shard in self._shards
+        ]
+        for shard, (lines, offsets) in zip(self._shards, self._paths, strict=True):
+            _refuse_other_size(lines, shard.bytes)
+            _refuse_other_size(offsets, OFFSET.size * (shard.documents + 1))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of all files."""
+        return sum(shard.bytes for shard in self._shards)
+
+    def source_numbers(self) -> npt.NDArray[np.int64]:
+        """Return which of several sources each document is from, (num_documents,).
+
+        Raises:
+            ArtifactError: the documents do not say.
+        """
+        if not self._has_sources:
+            raise ArtifactError(
+                f"{self.path}: does not say which source a document is from; run clean again"
+            )
+        numbers = np.zeros(len(self), dtype=np.int64)
+        for shard, start in zip(self._shards, self._starts[:-1], strict=True):
+            path = self.path / (shard.name + SOURCES)
+            _refuse_other_size(path, SOURCE.size * shard.documents)
+            numbers[start : start + shard.documents] = np.fromfile(path, dtype="<u4")
+        return numbers
+
+    def read(self, ordinals: Iterable[int]) -> Iterator[Document]:
+        """Yield the documents of the given numbers, counted from 0 over all files.
+
+        Raises:
+            ArtifactError: a line is no document; the message names file and line.
+        """
+        with OpenFiles() as files:
+            for ordinal in ordinals:
+                place = bisect_right(self._starts, ordinal) - 1
+                lines, offsets = self._paths[place]
+                number = int(ordinal) - self._starts[place]
+                ends = files.read(offsets, number * OFFSET.size, 2 * OFFSET.size)
+                (start,), (end,) = OFFSET.iter_unpack(ends)
+                if not start <= end <= self._shards[place].bytes:
+                    raise ArtifactError(
+                        f"{offsets}: line {number + 1} begins at {start} and ends at {end} of"
+                        f" {self._shards[place].bytes} bytes; run clean again"
+                    )
+                line = files.read(lines, start, end - start)
+                try:
+                    yield _parse(line, self._content)
+                except (ValueError, TypeError, KeyError, RecursionError) as error:
+                    raise ArtifactError(
+                        f"{lines}:{number + 1}: no document of kind {self._content}"
+                        f" ({type(error).__name__}: {error}); run clean again"
+                    ) from error
+
+
+def read_content(folder: Path) -> Content:
+    """Return whether the documents in `folder` are `text` or `chats`.
 
     Raises:
-        DataError: the file cannot be read as what its name says; none of its first records has a
-        known layout; with the policy `strict`, text that is no UTF-8.
+        ArtifactError: `documents.json` is missing or damaged.
     """
-    first = FirstRecords(content=content, text_key=text_key, setting=setting)
-    is_beginning = span is None or span.start_bytes == 0
-    for record in read_records(
-        path,
-        name,
-        keys=keys_of(content, text_key),
-        policy=policy,
-        text_document_bytes=text_document_bytes,
-        limits=limits,
-        scratch=scratch,
-        span=span,
-    ):
-        if isinstance(record, Skip):
-            yield record
-        elif isinstance(record.value, str):
-            yield Document(
-                place=record.place, text=record.value, num_decode_errors=record.num_decode_errors
-            )
-        else:
-            if is_beginning:
-                first.see(record)
-            yield _make_document(record, record.value, content, text_key, policy)
+    return _read_documents_json(folder)["content"]
 
 
-def _make_document(
-    record: Record, value: dict[str, Json], content: Content, text_key: str, policy: DecodePolicy
-) -> Document | Skip:
-    place, num_errors = record.place, record.num_decode_errors
+def _read_documents_json(folder: Path) -> dict[str, Any]:
+    path = folder / "documents.json"
     try:
-        document = _parse(value, place, content, text_key)
-        document.num_decode_errors += num_errors
-        num_errors = document.num_decode_errors
-        if num_errors and policy == "strict":
-            raise DataError(
-                f"{place.file}: line {place.line} holds half a surrogate pair (\\ud800 to \\udfff),"
-                " which is no text; correct it, or set clean.decode_errors to replace or skip"
-            )
-        if num_errors and policy == "skip":
-            raise _Problem("invalid UTF-8")
-    except _Problem as problem:
-        excerpt = json.dumps(value, ensure_ascii=False, default=str)
-        if str(problem) == MISSING_KEY:
-            excerpt = f"{shown_keys(record)}: {excerpt}"
-        excerpt = excerpt[:EXCERPT_CHARACTERS]
-        return Skip(place=place, reason=str(problem), excerpt=excerpt, num_decode_errors=num_errors)
-    return document
+        found = cast(dict[str, Any], json.loads(path.read_bytes()))
+        content = found["content"]
+        for split in SPLITS:
+            for shard in (DocumentShard(**shard) for shard in found[split]):
+                counts = (shard.documents, shard.bytes)
+                if not SHARD_NAME.fullmatch(shard.name) or any(
+                    type(count) is not int or count < 0 for count in counts
+                ):
+                    raise ValueError(str(shard))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: not there; run clean again") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ArtifactError(f"{path}: damaged ({error!r}); run clean again") from error
+    if content not in ("text", "chats"):
+        raise ArtifactError(f"{path}: content is {content!r}, expected text or chats")
+    return found
 
 
-def _parse(record: dict[str, Json], place: Place, content: Content, text_key: str) -> Document:
+def _refuse_other_size(path: Path, expected_bytes: int) -> None:
+    try:
+        found_bytes = path.stat().st_size
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: not there; run clean again") from error
+    if found_bytes != expected_bytes:
+        raise ArtifactError(
+            f"{path}: {found_bytes} bytes, expected {expected_bytes}; run clean again"
+        )
+
+
+def _parse(line: bytes, content: Content) -> Document:
+    record = cast(dict[str, Any], json.loads(line))
+    identifier = bytes.fromhex(record["id"])
+    if len(identifier) != 16:
+        raise ValueError(f"an id of {len(identifier)} bytes, expected 16")
     if content == "text":
-        text, num_errors = _whole_characters(_string(record, text_key))
-        return Document(place=place, text=text, num_decode_errors=num_errors)
-    messages, num_errors = _messages(record), 0
-    for message in messages:
-        message["content"], num_replaced = _whole_characters(message["content"])
-        num_errors += num_replaced
+        return Document(id=identifier, text=_string(record["text"]), size_bytes=len(line))
+    messages = tuple(
+        Message(role=_string(message["role"]), content=_string(message["content"]))
+        for message in record["messages"]
+    )
+    if not messages:
+        raise ValueError("a chat without messages")
     return Document(
-        place=place,
+        id=identifier,
         messages=messages,
-        kind=_whole_characters(_string(record, "kind", "chat"))[0],
-        group=_whole_characters(_string(record, "group"))[0] if "group" in record else None,
-        num_decode_errors=num_errors,
+        kind=_string(record.get("kind", "")),
+        size_bytes=len(line),
     )
 
 
-def _messages(record: Mapping[str, Json]) -> list[dict[str, str]]:
-    """Return role and content of each message, from `messages` or from an instruction."""
-    if "messages" in record:
-        found = record["messages"]
-        if not isinstance(found, list):
-            raise _Problem("wrong type")
-        messages: list[dict[str, str]] = []
-        for message in found:
-            if not isinstance(message, dict):
-                raise _Problem("wrong type")
-            role, content = _string(message, "role"), _string(message, "content")
-            messages.append({"role": role, "content": content})
-    else:
-        question, more = _string(record, "instruction"), _string(record, "input", "")
-        messages = [
-            {"role": "user", "content": f"{question}\n\n{more}" if more else question},
-            {"role": "assistant", "content": _string(record, "output")},
-        ]
-    if any(message["role"] not in ROLES for message in messages):
-        raise _Problem("unknown role")
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not answers:
-        raise _Problem("no assistant message")
-    if not all(answer.strip() for answer in answers):
-        raise _Problem("empty answer")
-    return messages
-
-
-def _string(record: Mapping[str, Json], key: str, default: str | None = None) -> str:
-    value = record.get(key, default)
-    if value is None and key not in record:
-        raise _Problem(MISSING_KEY)
+def _string(value: Any) -> str:
+    """Return `value` if it is text that UTF-8 can say; a lone surrogate is a ValueError."""
     if not isinstance(value, str):
-        raise _Problem("wrong type")
+        raise TypeError(f"found {value!r}, expected text")
+    value.encode()
     return value
-
-
-def _whole_characters(text: str) -> tuple[str, int]:
-    """Return `text` with U+FFFD for each half of a surrogate pair, and how many there were."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return LONE_SURROGATE.subn("\ufffd", text)
-    return text, 0

@@ -14,10 +14,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from llm.data.row_writing import Integers, Pieces
+from llm.data.packed_writer import Integers, Pieces
 
 
-def lay_end_to_end(lengths: Integers, seq_len: int) -> Pieces:
+def pack_concatenated(lengths: Integers, seq_len: int) -> Pieces:
     """Concatenate documents of these lengths (D,), and cut: each row begins with the last token of
     the one before.
     """
@@ -40,7 +40,7 @@ def lay_end_to_end(lengths: Integers, seq_len: int) -> Pieces:
     )
 
 
-def lay_best_fit(lengths: Integers, seq_len: int) -> Pieces:
+def pack_best_fit(lengths: Integers, seq_len: int) -> Pieces:
     """Give each of the documents of these lengths (D,), the longest first, the room that it fills
     best; one longer than a row is cut, and what remains of it is placed like a document.
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm.data.rows import Rows
+from llm.data.packed import PackedSequences
 from llm.errors import ArtifactError
 from llm.evaluation.report import Metric, rounded
 from llm.model.loss import token_losses
@@ -25,7 +25,7 @@ LOGITS_PER_BATCH = 16_000_000  # 64 MB in fp32, a few times that while the softm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredRows:
+class ScoredSequences:
     """The scored targets of some rows, one entry each: its document, its cost, its bytes."""
 
     num_rows: int
@@ -42,7 +42,7 @@ class DocumentScores:
         self.num_tokens = np.zeros(num_documents, dtype=np.int64)
         self.num_bytes = np.zeros(num_documents, dtype=np.int64)
 
-    def add(self, scored: ScoredRows) -> None:
+    def add(self, scored: ScoredSequences) -> None:
         """Add the targets of some rows to their documents.
 
         Raises:
@@ -68,15 +68,15 @@ class DocumentScores:
         return ratio(self.nats, self.num_tokens, "nats per token")
 
 
-def score_rows(
+def score_sequences(
     model: Transformer,
-    rows: Rows,
+    rows: PackedSequences,
     token_bytes: np.ndarray,
     *,
-    is_document_masked: bool,
+    document_mask: bool,
     has_control_targets: bool,
     precision: Precision = "fp32",
-) -> Iterator[ScoredRows]:
+) -> Iterator[ScoredSequences]:
     """Score every target of a split exactly once, batch after batch in the order of the rows.
 
     `token_bytes` (V,) is the number of bytes each id stands for. Without `has_control_targets` only
@@ -94,9 +94,9 @@ def score_rows(
             nats = target_nats(
                 model,
                 torch.from_numpy(arrays.tokens),
-                torch.from_numpy(arrays.document_ids) if is_document_masked else None,
+                torch.from_numpy(arrays.document_ids) if document_mask else None,
             )
-        yield ScoredRows(
+        yield ScoredSequences(
             num_rows=len(indices),
             documents=arrays.document_ids[:, 1:][is_scored],
             nats=nats.double().cpu().numpy()[is_scored],

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from llm.data.rows import Rows
+from llm.data.packed import PackedSequences
 from llm.evaluation.report import Metric, rounded
 from llm.inference.generate import generate
 from llm.model.transformer import Transformer
@@ -48,7 +48,7 @@ class HeldOut:
     """Chats longer than the context, so that there is no room for the answer."""
 
 
-def read_instructions(rows: Rows, tokenizer: Tokenizer, limit: int) -> HeldOut:
+def read_instructions(rows: PackedSequences, tokenizer: Tokenizer, limit: int) -> HeldOut:
     """Take the first `limit` whole chats of one question and one answer, in the order of the rows.
 
     With fewer there than asked for, all are taken; the count goes with every figure made of them.
@@ -78,7 +78,7 @@ def read_instructions(rows: Rows, tokenizer: Tokenizer, limit: int) -> HeldOut:
     )
 
 
-def read_whole_documents(rows: Rows) -> Iterator[tuple[int, list[int]]]:
+def read_whole_documents(rows: PackedSequences) -> Iterator[tuple[int, list[int]]]:
     """Yield ordinal and ids, bos first, of every document that is in one row, row after row."""
     cut = set(rows.cut_documents().tolist())
     for start in range(0, rows.num_rows, ROWS_PER_READ):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm.data.rows import Rows
+from llm.data.packed import PackedSequences
 from llm.errors import ConfigError
 from llm.evaluation.bits_per_byte import target_nats
 from llm.evaluation.report import Metric, rounded
@@ -123,7 +123,7 @@ class Text:
 
 @torch.inference_mode()
 def find_leaks(
-    model: Transformer, rows: Rows, *, is_document_masked: bool, seed: int
+    model: Transformer, rows: PackedSequences, *, document_mask: bool, seed: int
 ) -> LeakResult:
     """Run all checks on some rows of real text.
 
@@ -141,7 +141,7 @@ def find_leaks(
         Text(
             tokens=torch.from_numpy(tokens[: length + 1]).to(device),
             documents=torch.from_numpy(documents[: length + 1]).to(device)
-            if is_document_masked
+            if document_mask
             else None,
             is_target=torch.from_numpy(mask[1 : length + 1]).to(device),
             cuts=_cuts(length, generator),
@@ -155,7 +155,7 @@ def find_leaks(
         total_error=_total_error(model, texts[0]),
         repetition=_repetition(model, texts),
         document_difference=max(_document_difference(model, text) for text in texts)
-        if is_document_masked
+        if document_mask
         else None,
     )
 

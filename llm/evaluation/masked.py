@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from llm.data.rows import Rows
+from llm.data.packed import PackedSequences
 from llm.errors import ArtifactError
 from llm.evaluation.bits_per_byte import ratio
 from llm.evaluation.leak import NOT_APPLICABLE
 from llm.evaluation.report import Metric, rounded
 from llm.model.loss import IGNORED
-from llm.model.masking import Masking, fill_in
+from llm.model.masked_lm import Masking, fill_in
 from llm.model.precision import Precision, autocast
 from llm.model.transformer import Transformer
 
@@ -51,7 +51,7 @@ class FilledIn:
 
 def measure(
     model: Transformer,
-    splits: Mapping[str, tuple[Rows, bool]],
+    splits: Mapping[str, tuple[PackedSequences, bool]],
     masking: Masking,
     precision: Precision,
     advance: Advance,
@@ -62,22 +62,22 @@ def measure(
     Of a split are given the rows and whether attention stays within a document, as in training.
     """
     figures: dict[str, Metric] = {}
-    for prefix, (rows, is_document_masked) in splits.items():
+    for prefix, (rows, document_mask) in splits.items():
         found = measure_filled_in(
             model,
             rows,
             masking,
-            is_document_masked=is_document_masked,
+            document_mask=document_mask,
             precision=precision,
             advance=advance,
         )
         figures |= {f"{prefix}masked_loss": found.loss, f"{prefix}masked_accuracy": found.accuracy}
-    rows, is_document_masked = splits[""]
+    rows, document_mask = splits[""]
     figures["pseudo_perplexity"] = pseudo_perplexity(
         model,
         rows,
         masking,
-        is_document_masked=is_document_masked,
+        document_mask=document_mask,
         precision=precision,
         advance=advance,
     )
@@ -87,10 +87,10 @@ def measure(
 @torch.inference_mode()
 def measure_filled_in(
     model: Transformer,
-    rows: Rows,
+    rows: PackedSequences,
     masking: Masking,
     *,
-    is_document_masked: bool,
+    document_mask: bool,
     precision: Precision,
     advance: Advance,
 ) -> FilledIn:
@@ -109,7 +109,7 @@ def measure_filled_in(
         indices = np.arange(start, min(start + batch_rows, rows.num_rows))
         arrays = rows.read(indices)
         inputs, targets = masking.hide(arrays.tokens[:, :-1], arrays.mask[:, :-1], indices)
-        ids = arrays.attention_ids(is_document_masked)[:, :-1]  # (B, T + 1) -> (B, T)
+        ids = arrays.attention_ids(document_mask)[:, :-1]  # (B, T + 1) -> (B, T)
         with autocast(precision, device.type):
             costs, is_right = fill_in(
                 model,
@@ -135,7 +135,7 @@ def measure_filled_in(
     )
 
 
-def num_pseudo_rows(rows: Rows) -> int:
+def num_pseudo_sequences(rows: PackedSequences) -> int:
     """Return how many rows the pseudo-perplexity is measured on: as many as the work allows."""
     affordable = PSEUDO_TOKENS // rows.seq_len**2
     return min(rows.num_rows, max(MIN_PSEUDO_ROWS, min(MAX_PSEUDO_ROWS, affordable)))
@@ -144,10 +144,10 @@ def num_pseudo_rows(rows: Rows) -> int:
 @torch.inference_mode()
 def pseudo_perplexity(
     model: Transformer,
-    rows: Rows,
+    rows: PackedSequences,
     masking: Masking,
     *,
-    is_document_masked: bool,
+    document_mask: bool,
     precision: Precision,
     advance: Advance,
 ) -> Metric:
@@ -158,11 +158,11 @@ def pseudo_perplexity(
     Source: "Masked Language Model Scoring" (arXiv 1910.14659), section 2.
     """
     device = next(model.parameters()).device
-    count = num_pseudo_rows(rows)
+    count = num_pseudo_sequences(rows)
     generator = np.random.default_rng(masking.seed)
     chosen = np.sort(generator.choice(rows.num_rows, count, replace=False))
     arrays = rows.read(chosen)
-    attention_ids = arrays.attention_ids(is_document_masked)
+    attention_ids = arrays.attention_ids(document_mask)
     nats, num_tokens = np.zeros(count), np.zeros(count)
     batch_rows = max(1, TOKENS_PER_BATCH // rows.seq_len)
     for row in range(count):

@@ -132,7 +132,7 @@ def chat_terminal(
     import torch
 
     from llm.inference.packed import packed
-    from llm.model.store import load_model
+    from llm.model.weights import load_model
     from llm.tokenizer.load import load_tokenizer
 
     for file in (sys.stdin, sys.stdout):

@@ -16,7 +16,7 @@ from torch import Tensor
 from llm.errors import ConfigError, DataError
 from llm.inference.packed import packed
 from llm.inference.sampling import Sampling, draw, filter_logits
-from llm.inference.stops import Ending, IdEnding, TextEnding
+from llm.inference.stopping import Ending, IdEnding, TextEnding
 from llm.model.cache import KeyValueCache
 from llm.model.precision import Precision
 from llm.model.transformer import Transformer

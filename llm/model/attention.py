@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from llm.config import ModelConfig
+from llm.model.attention_mask import Reach
 from llm.model.cache import KeyValueCache
 from llm.model.linear import Linear, linear
 from llm.model.norms import RMSNorm
 from llm.model.positions import POSITIONS
-from llm.model.reach import Reach
 from llm.model.shape import head_dim_of, window_of
 
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from llm.config import ModelConfig, model_problems
 from llm.errors import ConfigError, DataError
 from llm.model.attention import Attention
+from llm.model.attention_mask import Reach, Sight, soft_cap
 from llm.model.cache import KeyValueCache
 from llm.model.feed_forward import MLPS
 from llm.model.linear import Linear
 from llm.model.norms import NORMS
 from llm.model.positions import POSITIONS
-from llm.model.reach import Reach, Sight, soft_cap
 
 VOCABULARY_MULTIPLE = 64  # matrix sizes that are multiples of 64 fill the units of a GPU whole
 INITIAL_STD = 0.02  # GPT-2's; see Transformer.initialize

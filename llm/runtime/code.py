@@ -27,7 +27,7 @@ _parsing = threading.Lock()
 
 @cache
 def code_digests(stage: str) -> dict[str, str]:
-    """Return `{"llm.pack": digest, "llm.data.rows": digest, ...}` for a stage's modules.
+    """Return `{"llm.pack": digest, "llm.data.packed": digest, ...}` for a stage's modules.
 
     Taken once in a process: what a run began with is what its results are filed under.
     """

@@ -28,8 +28,8 @@ from llm.artifact import MANIFEST, ArtifactWriter, Json, write_json_atomically
 from llm.config import RuntimeConfig
 from llm.errors import DiskFullError, Interrupted, StageError
 from llm.runtime.code import code_digests
+from llm.runtime.disk import refuse_full_disk
 from llm.runtime.failures import EXIT_DISK_FULL, EXIT_INTERRUPTED, write_error
-from llm.storage.disk import refuse_full_disk
 
 PROGRESS, METRICS = "progress.json", "metrics.jsonl"
 PARENT_PID = "FROMSCRATCH_PARENT_PID"  # of whoever starts a process that ends with it

@@ -8,7 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def made_ahead(items: Iterator[T], num_ahead: int) -> Generator[T]:
+def prefetch(items: Iterator[T], num_ahead: int) -> Generator[T]:
     """Yield what `items` yields, in its order, while a thread makes up to `num_ahead` more.
 
     What `items` raises is raised here, after what came before it. When this generator is closed,

@@ -22,14 +22,14 @@ from llm.tokenizer.base import (
     Tokenizer,
     refuse_lone_surrogates,
 )
-from llm.tokenizer.splitting import (
+from llm.tokenizer.pre_tokenization import (
     MAX_DIGITS,
-    SPLITTINGS,
+    PRE_TOKENIZATIONS,
     library_pattern,
     split_text,
     word_finder,
 )
-from llm.tokenizer.words import WordCache, encode_in_pieces
+from llm.tokenizer.word_cache import WordCache, encode_in_pieces
 
 SEPARATOR = "\uffff"  # stands for no character, so texts that hold it are not split here
 JOINED_WORDS = 100
@@ -41,11 +41,11 @@ class ByteLevelBPE(Tokenizer):
 
     kind: ClassVar[str] = "bpe"
 
-    def __init__(self, tokenizer: LibraryTokenizer, splitting: str, max_digits: int) -> None:
+    def __init__(self, tokenizer: LibraryTokenizer, pre_tokenization: str, max_digits: int) -> None:
         tokenizer.encode_special_tokens = True  # the library neither defaults to it nor saves it
         assert tokenizer.encode_special_tokens
-        self._tokenizer, self._splitting = tokenizer, splitting
-        self._find_words = word_finder(splitting, max_digits)
+        self._tokenizer, self._pre_tokenization = tokenizer, pre_tokenization
+        self._find_words = word_finder(pre_tokenization, max_digits)
         self._merger = _make_merger(tokenizer)
         self._words = WordCache(self._merge)
         super().__init__(
@@ -55,10 +55,14 @@ class ByteLevelBPE(Tokenizer):
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], vocab_size: int, splitting: str = "code", max_digits: int = 3
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        pre_tokenization: str = "code",
+        max_digits: int = 3,
     ) -> "ByteLevelBPE":
         """Learn at most `vocab_size` tokens; fewer where the texts repeat nothing more."""
-        tokenizer = make_library_tokenizer(models.BPE(), splitting, max_digits)
+        tokenizer = make_library_tokenizer(models.BPE(), pre_tokenization, max_digits)
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,  # what occurs once is memorized, not learned
@@ -66,7 +70,7 @@ class ByteLevelBPE(Tokenizer):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # else unseen bytes would vanish
             special_tokens=[AddedToken(token, special=True) for token in CONTROL_TOKENS],
         )
-        pieces = (piece for text in texts for piece in split_text(text, splitting))
+        pieces = (piece for text in texts for piece in split_text(text, pre_tokenization))
         tokenizer.train_from_iterator(pieces, trainer)
         return cls.from_json(tokenizer.to_str().encode())
 
@@ -82,10 +86,10 @@ class ByteLevelBPE(Tokenizer):
         except Exception as error:  # the library raises the bare class
             raise ArtifactError(f"the library cannot read it ({error})") from error
         found = _parts(tokenizer)
-        splitting, max_digits = _find_splitting(found)
-        if problem := _difference(found, splitting, max_digits):
+        pre_tokenization, max_digits = _find_pre_tokenization(found)
+        if problem := _difference(found, pre_tokenization, max_digits):
             raise ArtifactError(problem)
-        return cls(tokenizer, splitting, max_digits)
+        return cls(tokenizer, pre_tokenization, max_digits)
 
     def to_files(self) -> dict[str, bytes]:
         return {TOKENIZER_JSON: self._tokenizer.to_str(pretty=True).encode() + b"\n"}
@@ -93,7 +97,7 @@ class ByteLevelBPE(Tokenizer):
     def encode_arrays(self, texts: Sequence[str]) -> list[Ids]:
         try:
             return encode_in_pieces(
-                texts, lambda text: split_text(text, self._splitting), self._encode_pieces
+                texts, lambda text: split_text(text, self._pre_tokenization), self._encode_pieces
             )
         except TypeError:
             refuse_lone_surrogates(texts)
@@ -147,11 +151,11 @@ def byte_characters() -> list[str]:
 
 
 def make_library_tokenizer(
-    model: models.BPE, splitting: str = "code", max_digits: int = 0
+    model: models.BPE, pre_tokenization: str = "code", max_digits: int = 0
 ) -> LibraryTokenizer:
     """Put the parts around `model` that make it byte-level; control tokens are yet to be added."""
     tokenizer = LibraryTokenizer(model)
-    pattern = Regex(library_pattern(splitting, max_digits))
+    pattern = Regex(library_pattern(pre_tokenization, max_digits))
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(pattern, behavior="isolated"), to_bytes]
@@ -170,23 +174,23 @@ def _make_merger(tokenizer: LibraryTokenizer) -> LibraryTokenizer:
     return merger
 
 
-def _find_splitting(found: Mapping[str, Any]) -> tuple[str, int]:
-    """Return the splitting and digits that a loaded tokenizer, `found`, was made with.
+def _find_pre_tokenization(found: Mapping[str, Any]) -> tuple[str, int]:
+    """Return the pre_tokenization and digits that a loaded tokenizer, `found`, was made with.
 
     Raises:
         ArtifactError: it splits in another way.
     """
-    for splitting in SPLITTINGS:
+    for pre_tokenization in PRE_TOKENIZATIONS:
         for max_digits in range(MAX_DIGITS + 1):
-            made = make_library_tokenizer(models.BPE(), splitting, max_digits)
+            made = make_library_tokenizer(models.BPE(), pre_tokenization, max_digits)
             if _parts(made)["pre_tokenizer"] == found["pre_tokenizer"]:
-                return splitting, max_digits
+                return pre_tokenization, max_digits
     raise ArtifactError("its pre_tokenizer is another")
 
 
-def _difference(found: Mapping[str, Any], splitting: str, max_digits: int) -> str | None:
+def _difference(found: Mapping[str, Any], pre_tokenization: str, max_digits: int) -> str | None:
     """Say in what a loaded tokenizer, `found`, is not one that is made here, or return None."""
-    expected = _parts(make_library_tokenizer(models.BPE(), splitting, max_digits))
+    expected = _parts(make_library_tokenizer(models.BPE(), pre_tokenization, max_digits))
     for part in expected.keys() - {"model", "added_tokens"}:
         if found[part] != expected[part]:
             return f"its {part} is another"

@@ -2,7 +2,7 @@
 
 The library `tokenizers` runs it: byte-level BPE, or pieces with byte fallback. As with every
 tokenizer here, no text gives the id of a control token, and the bytes of a text are those of its
-ids; `llm.tokenizer.importing` leaves out what would change a text.
+ids; `llm.exchange.import_tokenizer` leaves out what would change a text.
 """
 
 import json

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm.errors import ConfigError, DataError
+from llm.exchange.sentencepiece_model import PieceType, read_piece_model
 from llm.tokenizer.base import (
     CONTROL_TOKENS,
     MARK,
@@ -36,9 +37,8 @@ from llm.tokenizer.pieces import (
     split_step,
     unigram_model,
 )
-from llm.tokenizer.sentencepiece_model import PieceType, read_piece_model
-from llm.tokenizer.splitting import split_text
-from llm.tokenizer.words import WordCache, encode_in_pieces
+from llm.tokenizer.pre_tokenization import split_text
+from llm.tokenizer.word_cache import WordCache, encode_in_pieces
 
 TRAINING_THREADS = 16  # sums are made by thread: the number decides bits, the cores do not
 MAX_SENTENCE_CHARACTERS = 1000  # 4,000 bytes; the library drops sentences over 4,192
@@ -108,7 +108,9 @@ class SentencePieceTokenizer(ImportedTokenizer):
 
     def encode_arrays(self, texts: Sequence[str]) -> list[Ids]:
         refuse_lone_surrogates(texts)
-        split = partial(split_text, splitting="gpt2")  # before blanks, where no piece crosses
+        split = partial(
+            split_text, pre_tokenization="gpt2"
+        )  # before blanks, where no piece crosses
         return encode_in_pieces(texts, split, self._encode_pieces)
 
     def _encode_pieces(self, pieces: Sequence[str]) -> list[Ids]:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from llm.config import OptimizationConfig
-from llm.data.rows import RowArrays, Rows, row_order
+from llm.data.packed import PackedArrays, PackedSequences, sequence_order
 from llm.model.loss import IGNORED
-from llm.model.masking import Masking
-from llm.runtime.prefetch import made_ahead
+from llm.model.masked_lm import Masking
+from llm.runtime.prefetch import prefetch
 
 TOKENS_AT_ONCE = 1 << 17  # 2 to 3 MB, and what a read costs is shared by many small steps
 READS_AHEAD = 2  # one on its way to the device while the next is read
@@ -79,7 +79,7 @@ class StepBatches:
 class Objective(Protocol):
     """What a model learns from rows."""
 
-    def __call__(self, arrays: RowArrays, samples: npt.NDArray[np.int64]) -> Batch:
+    def __call__(self, arrays: PackedArrays, samples: npt.NDArray[np.int64]) -> Batch:
         """Make a batch of rows (B, T+1); `samples` (B,) numbers them in training's sequence."""
         ...
 
@@ -88,16 +88,16 @@ class Objective(Protocol):
 class NextToken:
     """Causal language modeling: each position's target is the token after it."""
 
-    is_document_masked: bool
+    document_mask: bool
 
-    def __call__(self, arrays: RowArrays, samples: npt.NDArray[np.int64]) -> Batch:
+    def __call__(self, arrays: PackedArrays, samples: npt.NDArray[np.int64]) -> Batch:
         """Shift rows against themselves."""
         targets = np.where(arrays.mask[:, 1:], arrays.tokens[:, 1:], IGNORED)
         documents = torch.from_numpy(arrays.document_ids[:, :-1])  # (B, T+1) -> (B, T)
         return Batch(
             inputs=torch.from_numpy(arrays.tokens[:, :-1]),  # (B, T+1) -> (B, T)
             targets=torch.from_numpy(targets),  # (B, T+1) -> (B, T)
-            document_ids=documents if self.is_document_masked else None,
+            document_ids=documents if self.document_mask else None,
         )
 
 
@@ -109,13 +109,13 @@ class MaskedTokens:
     first token, which ends the row before.
     """
 
-    is_document_masked: bool
+    document_mask: bool
     masking: Masking
 
-    def __call__(self, arrays: RowArrays, samples: npt.NDArray[np.int64]) -> Batch:
+    def __call__(self, arrays: PackedArrays, samples: npt.NDArray[np.int64]) -> Batch:
         """Hide some tokens."""
         inputs, targets = self.masking.hide(arrays.tokens[:, :-1], arrays.mask[:, :-1], samples)
-        ids = arrays.attention_ids(self.is_document_masked)[:, :-1]  # (B, T+1) -> (B, T)
+        ids = arrays.attention_ids(self.document_mask)[:, :-1]  # (B, T+1) -> (B, T)
         return Batch(
             inputs=torch.from_numpy(inputs),
             targets=torch.from_numpy(targets),
@@ -124,7 +124,7 @@ class MaskedTokens:
 
 
 def batches_of_steps(
-    rows: Rows,
+    rows: PackedSequences,
     objective: Objective,
     config: OptimizationConfig,
     *,
@@ -132,7 +132,7 @@ def batches_of_steps(
     first_step: int,
     process: int,
     num_processes: int,
-    micro_batch_rows: int,
+    micro_batch_size: int,
     device: torch.device,
 ) -> Generator[StepBatches]:
     """Yield, step after step, what one process learns from: its share of the step's sequences.
@@ -144,30 +144,30 @@ def batches_of_steps(
     A thread reads ahead, rows of many small steps at once, and starts their way to the device.
     What is yielded does not depend on it. It ends when this generator is closed.
     """
-    share = share_of(config.rows_per_step, process, num_processes)
-    largest = len(share_of(config.rows_per_step, num_processes - 1, num_processes))
-    num_read = -(-largest // micro_batch_rows) * micro_batch_rows
-    indices = np.minimum(share.start + np.arange(num_read), config.rows_per_step - 1)
+    share = share_of(config.global_batch_size, process, num_processes)
+    largest = len(share_of(config.global_batch_size, num_processes - 1, num_processes))
+    num_read = -(-largest // micro_batch_size) * micro_batch_size
+    indices = np.minimum(share.start + np.arange(num_read), config.global_batch_size - 1)
     steps_at_once = max(1, TOKENS_AT_ONCE // (num_read * rows.seq_len))
 
     def read() -> Iterator[_Read]:
         for start in range(first_step, config.num_steps, steps_at_once):
             steps = np.arange(start, min(start + steps_at_once, config.num_steps))
-            samples = (steps[:, None] * config.rows_per_step + indices).ravel()
-            batch = objective(rows.read(sample_rows(seed, samples, rows.num_rows)), samples)
+            samples = (steps[:, None] * config.global_batch_size + indices).ravel()
+            batch = objective(rows.read(sample_sequences(seed, samples, rows.num_rows)), samples)
             targets = batch.targets.unflatten(0, (len(steps), num_read))
             targets[:, len(share) :] = IGNORED
             num_targets = (targets != IGNORED).sum(dim=(1, 2))
             yield _Read(batch, num_targets.tolist())
 
     on_device = read() if device.type == "cpu" else _sent(read(), device)
-    with closing(made_ahead(on_device, READS_AHEAD)) as reads:
+    with closing(prefetch(on_device, READS_AHEAD)) as reads:
         for found in reads:
             batch = found.arrived()
             for number, num_targets in enumerate(found.num_targets):
-                starts = range(number * num_read, (number + 1) * num_read, micro_batch_rows)
+                starts = range(number * num_read, (number + 1) * num_read, micro_batch_size)
                 yield StepBatches(
-                    micro_batches=[batch.rows(start, micro_batch_rows) for start in starts],
+                    micro_batches=[batch.rows(start, micro_batch_size) for start in starts],
                     num_targets=num_targets,
                 )
 
@@ -191,7 +191,9 @@ def even_size(num_sequences: int, room: int) -> int:
     return min(range(room // 2 + 1, room + 1), key=lambda size: (-num_sequences % size, -size))
 
 
-def sample_rows(seed: int, samples: npt.NDArray[np.int64], num_rows: int) -> npt.NDArray[np.int64]:
+def sample_sequences(
+    seed: int, samples: npt.NDArray[np.int64], num_rows: int
+) -> npt.NDArray[np.int64]:
     """Return the rows that stand at places `samples` of training's endless sequence.
 
     The sequence is epoch after epoch, each a permutation of all rows; a step that begins in one
@@ -202,7 +204,7 @@ def sample_rows(seed: int, samples: npt.NDArray[np.int64], num_rows: int) -> npt
     rows = np.empty(len(samples), dtype=np.int64)
     for epoch in np.unique(epochs):
         is_in_epoch = epochs == epoch
-        rows[is_in_epoch] = row_order(seed, int(epoch), places[is_in_epoch], num_rows)
+        rows[is_in_epoch] = sequence_order(seed, int(epoch), places[is_in_epoch], num_rows)
     return rows
 
 

@@ -15,10 +15,10 @@ from typing import cast
 
 from llm.artifact import ArtifactWriter, file_sha256, fsync_folder, read_manifest
 from llm.errors import ArtifactError, DiskFullError
-from llm.model.store import read_tensors, set_weights, weights_of, write_tensors
 from llm.model.transformer import Transformer
+from llm.model.weights import read_tensors, set_weights, weights_of, write_tensors
+from llm.runtime.disk import disk_full
 from llm.runtime.failpoints import failpoint
-from llm.storage.disk import disk_full
 from llm.training.loop import TrainState
 from llm.training.optimizers import Optimizer
 

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from llm.config import OptimizationConfig
-from llm.data.rows import Rows
+from llm.data.packed import PackedSequences
 from llm.errors import StageError
 from llm.model.precision import FIRST_LOSS_SCALE, LossScale, autocast, computed_precision
 from llm.runtime.failpoints import failpoint
@@ -94,13 +94,13 @@ class Training:
     model: nn.Module
     """A ModelWithLoss as Accelerate prepared it."""
     optimizer: Optimizer
-    rows: Rows
+    rows: PackedSequences
     objective: Objective
     config: OptimizationConfig
     stage: str
     seed: int
     """Decides which rows a step reads, and what dropout drops."""
-    micro_batch_rows: int
+    micro_batch_size: int
 
 
 def training_steps(
@@ -203,7 +203,7 @@ class _Worker:
             first_step=self._first_step,
             process=accelerator.process_index,
             num_processes=accelerator.num_processes,
-            micro_batch_rows=training.micro_batch_rows,
+            micro_batch_size=training.micro_batch_size,
             device=self._device,
         )
 
@@ -243,9 +243,11 @@ class _Worker:
         state.loss_scale = figures.get("next_loss_scale", state.loss_scale)
         state.loss_scale_steps = int(figures.get("loss_scale_steps", state.loss_scale_steps))
         state.step = under_way.number + 1
-        num_tokens = config.rows_per_step * training.rows.seq_len
+        num_tokens = config.global_batch_size * training.rows.seq_len
         state.tokens += num_tokens
-        state.epoch, state.row = divmod(state.step * config.rows_per_step, training.rows.num_rows)
+        state.epoch, state.row = divmod(
+            state.step * config.global_batch_size, training.rows.num_rows
+        )
         done_at = time.perf_counter()
         # the device began when it was given the step, or was done with the one before
         began_at, self._last_done_at = max(under_way.started_at, self._last_done_at), done_at

@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import OptimizationConfig, RuntimeConfig
-from llm.data.rows import Rows
+from llm.data.packed import PackedSequences
 from llm.errors import DataError, Interrupted
 from llm.model.loss import ModelWithLoss
-from llm.model.masking import Masking
+from llm.model.masked_lm import Masking
 from llm.model.precision import fp32_products
-from llm.model.store import save_model
 from llm.model.transformer import Transformer
+from llm.model.weights import save_model
 from llm.monitoring.metrics import MetricsFile, write_num_parameters
 from llm.monitoring.throughput import TERA, flops_per_token, peak_flops, peak_memory_bytes
 from llm.runtime.job import METRICS, Job
@@ -121,7 +121,7 @@ class _Run:
         if self.is_writer:
             write_num_parameters(job.work, model.num_parameters())
         self.tokenizer = load_tokenizer(tokenizer_folder)
-        rows, self._validation_rows = _open_rows(job, model, self.tokenizer)
+        rows, self._validation_sequences = _open_rows(job, model, self.tokenizer)
         rows.fetch(self._report_fetching)
         self.flops_per_token = flops_per_token(model)
         self.peak = peak_flops(device, config.precision)
@@ -137,8 +137,8 @@ class _Run:
             config=config,
             stage=job.stage,
             seed=derive_seed(job.seed, job.stage, "rows"),
-            micro_batch_rows=_micro_batch_rows(
-                model, self.accelerator, config, job.runtime.micro_batch_rows
+            micro_batch_size=_micro_batch_rows(
+                model, self.accelerator, config, job.runtime.micro_batch_size
             ),
         )
         idle_share = _idle_share(config, self.accelerator.num_processes)
@@ -215,12 +215,12 @@ class _Run:
             self.accelerator,
             self._model,
             self._model_with_loss,
-            self._validation_rows,
+            self._validation_sequences,
             self._objective(derive_seed(self._job.seed, "validation masks")),
             self.tokenizer.token_bytes,
             precision=self._config.precision,
-            num_rows=self._job.runtime.validation_rows,
-            room=self._training.micro_batch_rows,
+            num_rows=self._job.runtime.validation_sequences,
+            room=self._training.micro_batch_size,
         )
         if not math.isfinite(found.loss):
             what = f"a validation loss of {found.loss}"
@@ -231,23 +231,23 @@ class _Run:
         return found
 
     def _objective(self, seed: int) -> NextToken | MaskedTokens:
-        is_document_masked = self._config.is_document_masked
+        document_mask = self._config.document_mask
         if self._model.config.is_causal:
-            return NextToken(is_document_masked=is_document_masked)
+            return NextToken(document_mask=document_mask)
         masking = Masking(
             seed=seed,
             fraction=self._config.masked_fraction,
             mask_id=self.tokenizer.mask_id,
             is_text=self.tokenizer.token_bytes > 0,
         )
-        return MaskedTokens(is_document_masked=is_document_masked, masking=masking)
+        return MaskedTokens(document_mask=document_mask, masking=masking)
 
 
 def _prepare(
     accelerator: Accelerator, module: ModelWithLoss, model: Transformer, runtime: RuntimeConfig
 ) -> torch.nn.Module:
     """Put the model on its device, compiled and in DDP where that is wanted."""
-    if runtime.recomputes_activations:
+    if runtime.activation_checkpointing:
         has_dropout = model.config.dropout > 0  # only then is there a generator to wind back
         for block in model.blocks:
             block.forward = partial(
@@ -271,14 +271,16 @@ def _resume(
     return load_checkpoint(path, model, optimizer) if path else TrainState()
 
 
-def _open_rows(job: Job, model: Transformer, tokenizer: Tokenizer) -> tuple[Rows, Rows]:
+def _open_rows(
+    job: Job, model: Transformer, tokenizer: Tokenizer
+) -> tuple[PackedSequences, PackedSequences]:
     """Open the rows of both splits and compare them with the model.
 
     Raises:
         DataError: they are of another context or vocabulary, or there are none.
     """
-    folder, cache = Path(job.inputs["rows"]), file_cache(job.runtime)
-    splits = Rows(folder, "train", cache), Rows(folder, "validation", cache)
+    folder, cache = Path(job.inputs["sequences"]), file_cache(job.runtime)
+    splits = PackedSequences(folder, "train", cache), PackedSequences(folder, "validation", cache)
     layout = splits[0].layout
     problems: list[str] = []
     if layout.seq_len != model.seq_len:
@@ -316,22 +318,22 @@ def _micro_batch_rows(
     if accelerator.device.type == "cuda":
         memory_bytes = torch.cuda.get_device_properties(accelerator.device).total_memory
         room_bytes = int(ACTIVATION_SHARE * memory_bytes)
-    largest_share = -(-config.rows_per_step // accelerator.num_processes)
+    largest_share = -(-config.global_batch_size // accelerator.num_processes)
     return even_size(largest_share, room or max(1, room_bytes // row_bytes))
 
 
 def _idle_share(config: OptimizationConfig, num_processes: int) -> float:
     """Return the share of all processes' time in which some wait for those with a row more."""
-    largest_share = -(-config.rows_per_step // num_processes)
-    return 1 - config.rows_per_step / (largest_share * num_processes)
+    largest_share = -(-config.global_batch_size // num_processes)
+    return 1 - config.global_batch_size / (largest_share * num_processes)
 
 
 def _uneven(stage: str, config: OptimizationConfig, num_processes: int) -> str:
     """Say what shares that differ cost, and how to avoid it."""
-    largest_share = -(-config.rows_per_step // num_processes)
+    largest_share = -(-config.global_batch_size // num_processes)
     return (
-        f"{stage}.rows_per_step: {config.rows_per_step} rows among {num_processes} processes: some"
-        f" learn from {largest_share} in each step, some from fewer and wait, which is"
-        f" {_idle_share(config, num_processes):.0%} of the time of all. As fast:"
-        f" runtime.num_processes={-(-config.rows_per_step // largest_share)}"
+        f"{stage}.global_batch_size: {config.global_batch_size} sequences among {num_processes}"
+        f" processes: some learn from {largest_share} in each step, some from fewer and wait,"
+        f" which is {_idle_share(config, num_processes):.0%} of the time of all. As fast:"
+        f" runtime.num_processes={-(-config.global_batch_size // largest_share)}"
     )

@@ -13,10 +13,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from llm.data.rows import Rows
+from llm.data.packed import PackedSequences
 from llm.errors import DataError
 from llm.model.loss import IGNORED, ModelWithLoss
-from llm.model.masking import fill_in
+from llm.model.masked_lm import fill_in
 from llm.model.precision import Precision, autocast
 from llm.model.transformer import Transformer
 from llm.training.batches import Batch, MaskedTokens, NextToken, even_size
@@ -40,7 +40,7 @@ def validate(
     accelerator: Accelerator,
     model: Transformer,
     model_with_loss: ModelWithLoss,
-    rows: Rows,
+    rows: PackedSequences,
     objective: NextToken | MaskedTokens,
     token_bytes: npt.NDArray[np.int64],
     *,
@@ -80,7 +80,7 @@ def validate(
     if not parts[1]:
         raise DataError(
             f"the first {num_rows} validation rows hold no text to predict, expected some; raise"
-            " runtime.validation_rows or clean.validation_fraction"
+            " runtime.validation_sequences or clean.validation_fraction"
         )
     if isinstance(objective, NextToken):
         figures = {"bits_per_byte": parts[0] / math.log(2) / parts[1]}

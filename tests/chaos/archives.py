@@ -20,7 +20,7 @@ from pathlib import Path
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import SourceConfig
-from llm.data.sources import local_files
+from llm.data.sources.fingerprint import local_files
 from llm.download import download
 from llm.errors import DataError
 from llm.runtime.job import Job

@@ -15,7 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 from llm.artifact import ArtifactWriter, load_artifact
-from llm.data.fetch import FetchLimits
+from llm.data.sources.http import FetchLimits
 from llm.download import download
 from llm.errors import DataError, DiskFullError
 from llm.runtime.job import Job, finish, is_finished
@@ -252,7 +252,7 @@ def run_download(
     job.work.mkdir()
     if before:
         (job.work / f"{sha256[:16]}.partial").write_bytes(before)
-    patient = mock.patch("llm.data.fetch.FetchLimits", lambda: LIMITS)
+    patient = mock.patch("llm.data.sources.http.FetchLimits", lambda: LIMITS)
     with HostileServer(answers) as server, patient, mock.patch.dict("os.environ", no_proxy="*"):
         job.settings = {"kind": "url", "url": f"{server.url}/{name}", "sha256": sha256}
         writer = ArtifactWriter(job.out)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llm.artifact import Json, load_artifact
-from llm.data.record_layouts import FIRST_RECORDS
+from llm.data.raw.record_layouts import FIRST_RECORDS
 from llm.errors import DataError
 from llm.runtime.job import Job, write_job
 from tests.llm.cleaning import TEXTS, corpus, jsonl, run_clean

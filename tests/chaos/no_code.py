@@ -30,13 +30,13 @@ import sentencepiece
 
 from llm.artifact import MANIFEST, ArtifactWriter, file_sha256, load_artifact, read_manifest
 from llm.config import OptimizationConfig, SourceConfig, load_config
-from llm.data.document_file import DocumentFile
-from llm.data.rows import Rows
-from llm.data.sources import fingerprint
+from llm.data.documents import DocumentReader
+from llm.data.packed import PackedSequences
+from llm.data.sources.fingerprint import fingerprint
 from llm.errors import FromscratchError
-from llm.model.hub import export_model, import_model, load_both
-from llm.model.store import save_model
-from llm.tokenizer.importing import import_tokenizer
+from llm.exchange.folders import export_model, import_model, load_both
+from llm.exchange.import_tokenizer import import_tokenizer
+from llm.model.weights import save_model
 from llm.tokenizer.load import load_tokenizer
 from llm.tokenizer.sentencepiece import SentencePieceTokenizer
 from llm.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
@@ -217,11 +217,11 @@ def good_things(folder: Path) -> dict[str, Loaded]:
 
     def read_rows(here: Path) -> None:
         for split in ("train", "validation"):
-            rows = Rows(here, split)
+            rows = PackedSequences(here, split)
             rows.read([0, rows.num_rows - 1])
 
     def read_documents(here: Path) -> None:
-        file = DocumentFile(here, "train")
+        file = DocumentReader(here, "train")
         list(file.read(range(len(file))))
 
     def read_recipe(here: Path) -> None:

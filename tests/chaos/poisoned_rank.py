@@ -21,7 +21,7 @@ import torch
 
 from llm.artifact import write_json_atomically
 from llm.config import OptimizationConfig, RuntimeConfig
-from llm.data.rows import Rows
+from llm.data.packed import PackedSequences
 from llm.errors import StageError
 from llm.model.loss import ModelWithLoss
 from llm.model.transformer import Transformer
@@ -32,7 +32,7 @@ from llm.training.loop import Training, TrainState, training_steps
 from llm.training.optimizers import Optimizer, make_optimizer
 from llm.training.processes import RENDEZVOUS, make_accelerator
 from tests.chaos.counting import Figure
-from tests.llm.training_setup import REPOSITORY, tiny_model, write_text_rows
+from tests.llm.training_setup import REPOSITORY, tiny_model, write_text_sequences
 
 NUM_PROCESSES = 2
 SOUND_STEPS = 2  # before the one that is poisoned
@@ -73,7 +73,7 @@ POISONS = [
 def try_poisons(poisons: Sequence[Poison], folder: Path) -> Figure:
     """Train with each poison in turn, on the same two processes, and count where it held."""
     texts = [f"{number} times {number} is {number * number}. " * 9 for number in range(40)]
-    write_text_rows(folder / "rows", ByteLevelBPE.train(texts, 600), texts)
+    write_text_sequences(folder / "rows", ByteLevelBPE.train(texts, 600), texts)
     write_json_atomically(folder / "poisons.json", [asdict(poison) for poison in poisons])
     ranks = [_start(folder, rank) for rank in range(NUM_PROCESSES)]
     try:
@@ -134,11 +134,11 @@ def _start(folder: Path, rank: int) -> subprocess.Popen[str]:
     )
 
 
-def _train(poison: Poison, rows: Rows, rank: int) -> dict[str, Any]:
+def _train(poison: Poison, rows: PackedSequences, rank: int) -> dict[str, Any]:
     """Take two sound steps, a poisoned one, and what follows; return what this rank saw."""
     config = OptimizationConfig(
         num_steps=SOUND_STEPS + 2,
-        rows_per_step=6,
+        global_batch_size=6,
         warmup_steps=1,
         optimizer=poison.optimizer,  # type: ignore[arg-type]
         precision=poison.precision,  # type: ignore[arg-type]
@@ -152,11 +152,11 @@ def _train(poison: Poison, rows: Rows, rank: int) -> dict[str, Any]:
         model=accelerator.prepare_model(ModelWithLoss(model)),
         optimizer=optimizer,
         rows=rows,
-        objective=NextToken(is_document_masked=False),
+        objective=NextToken(document_mask=False),
         config=config,
         stage="pretrain",
         seed=3,
-        micro_batch_rows=2,  # two passes a step: the poison is in the second
+        micro_batch_size=2,  # two passes a step: the poison is in the second
     )
     state = TrainState(loss_scale=1024.0)
     steps = training_steps(training, state, is_stopping=lambda: False)
@@ -190,7 +190,7 @@ def main() -> None:
     """Be one rank."""
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     torch.set_num_threads(1)
-    rows = Rows(folder / "rows", "train")
+    rows = PackedSequences(folder / "rows", "train")
     found: list[dict[str, Any]] = []
     for parts in json.loads((folder / "poisons.json").read_bytes()):
         with (  # fp16 on a CPU, slowly, as a GPU would

@@ -12,9 +12,9 @@ from pathlib import Path
 from llm.artifact import ArtifactWriter, Json
 from llm.clean import clean
 from llm.config import SourceConfig
-from llm.data.document_file import DocumentFile
-from llm.data.rows import Rows
-from llm.data.sources import fingerprint
+from llm.data.documents import DocumentReader
+from llm.data.packed import PackedSequences
+from llm.data.sources.fingerprint import fingerprint
 from llm.download import download
 from llm.errors import ConfigError, DataError
 from llm.pack import pack
@@ -91,7 +91,7 @@ def nothing_lost(folder: Path, name: str, data: bytes) -> None:
     documents, tokenizer_folder, rows_folder = rows_of(folder, name, data)
     tokenizer = load_tokenizer(tokenizer_folder)
     for split in ("train", "validation"):
-        file, rows = DocumentFile(documents, split), Rows(rows_folder, split)
+        file, rows = DocumentReader(documents, split), PackedSequences(rows_folder, split)
         every = list(file.read(range(len(file))))
         assert rows.info.num_documents == len(every)
         written = sum(len(text.encode()) for one in every for text in one.texts)
@@ -102,7 +102,7 @@ def nothing_lost(folder: Path, name: str, data: bytes) -> None:
         assert found >= written
 
 
-def _bytes_in(rows: Rows, tokenizer: Tokenizer) -> int:
+def _bytes_in(rows: PackedSequences, tokenizer: Tokenizer) -> int:
     read = rows.read(range(rows.num_rows))
     return sum(len(tokenizer.decode_bytes(row.tolist())) for row in read.tokens)
 

@@ -30,7 +30,9 @@ def test_the_running_stage_is_kept_and_the_next_run_redoes_none_that_is_finished
     training = stage_process(run, artifacts, "pretrain")
     assert training is not None, run.communicate()[0]
     until_trained(artifacts, "pretrain", 5)
-    [server] = [process for process in working_in(artifacts) if "flows.serve" in command(process)]
+    [server] = [
+        process for process in working_in(artifacts) if "flows.services.guard" in command(process)
+    ]
     server.kill()
     assert training.is_running(), "pretrain was at work when the server was killed"
     trainings = processes_of_training(run, artifacts)

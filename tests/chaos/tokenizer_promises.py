@@ -19,7 +19,9 @@ from typing import Any
 from llm.artifact import Json, load_artifact
 from llm.clean import clean
 from llm.data.chat import render_chats
-from llm.data.document_file import Message
+from llm.data.documents import Message
+from llm.exchange.hf_tokenizer import hub_files
+from llm.exchange.import_tokenizer import import_tokenizer
 from llm.runtime.job import Job, write_job
 from llm.tokenizer.base import (
     CONTROL_TOKENS,
@@ -30,8 +32,6 @@ from llm.tokenizer.base import (
 )
 from llm.tokenizer.characters import CharacterTokenizer
 from llm.tokenizer.gpt2 import load_gpt2
-from llm.tokenizer.hub import hub_files
-from llm.tokenizer.importing import import_tokenizer
 from tests.chaos.counting import Figure
 from tests.chaos.small_data import run
 from tests.llm.tokenizer_makers import BEGIN, FRAGMENTS, MAKERS, save_and_load, train_library
@@ -179,7 +179,7 @@ def try_round_trips(make: Make, count: int, seed: int, folder: Path) -> Figure:
 
 TRAININGS: dict[str, dict[str, Json]] = {
     "bpe": {"kind": "bpe", "vocab_size": 2000},
-    "bpe gpt4": {"kind": "bpe", "vocab_size": 2000, "splitting": "gpt4"},
+    "bpe gpt4": {"kind": "bpe", "vocab_size": 2000, "pre_tokenization": "gpt4"},
     "unigram": {"kind": "sentencepiece", "vocab_size": 2000},
     "sentencepiece bpe": {"kind": "sentencepiece", "vocab_size": 2000, "algorithm": "bpe"},
     "characters": {"kind": "characters"},

@@ -10,8 +10,8 @@ import torch
 from flows.cli import main
 from llm.artifact import ArtifactWriter
 from llm.config import ModelConfig
-from llm.model.store import save_model
 from llm.model.transformer import Transformer
+from llm.model.weights import save_model
 from llm.tokenizer.characters import CharacterTokenizer
 from tasks.store import KeyParts, KeyRecord, Store
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from flows import doctor, services
-from flows.processes import Service, start, stop
+from flows import doctor
+from flows.services import servers as services
+from flows.services.processes import Service, start, stop
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.temporary_server import TemporaryPrefectServer
+from flows.services.temporary_server import TemporaryPrefectServer
 from tests.flows.orchestrated import printed_by, start_run
 
 # In a process that does FAILING_PART of FAILING_STAGE, the error is raised that FAILING_WITH names.

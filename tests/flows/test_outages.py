@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flows.prefect_api import PrefectApi
-from flows.temporary_server import TemporaryPrefectServer
+from flows.services.temporary_server import TemporaryPrefectServer
 from tests.flows.orchestrated import (
     printed_by,
     run_of,

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from flows.prefect_api import PrefectApi
-from flows.services import Services, addresses, down, up
+from flows.services.servers import Services, addresses, down, up
 from llm.config import RuntimeConfig
 from tests.flows.browser import Browser, started
 from tests.flows.orchestrated import (

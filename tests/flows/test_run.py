@@ -14,8 +14,8 @@ import yaml
 from flows.prefect_api import PrefectApi
 from flows.prefect_link import PrefectLink
 from flows.running import running_runs
-from flows.services import Services, down, status, up
-from flows.temporary_server import TemporaryPrefectServer
+from flows.services.servers import Services, down, status, up
+from flows.services.temporary_server import TemporaryPrefectServer
 from tasks.launch import Progress
 from tests.flows.orchestrated import (
     RECIPE,

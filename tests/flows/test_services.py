@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from flows.doctor import examine
-from flows.processes import ID_VARIABLE, ServiceError, fetch, free_port, start, stop
-from flows.services import (
+from flows.services.processes import ID_VARIABLE, ServiceError, fetch, free_port, start, stop
+from flows.services.servers import (
     Services,
     addresses,
     down,
@@ -28,7 +28,7 @@ from flows.services import (
     status,
     up,
 )
-from flows.temporary_server import TemporaryPrefectServer, bring_back
+from flows.services.temporary_server import TemporaryPrefectServer, bring_back
 from llm.config import RuntimeConfig
 
 pytestmark = pytest.mark.flaky(reason="real servers start and end, on a machine that may be busy")
@@ -256,7 +256,7 @@ def test_a_temporary_server_goes_when_its_run_is_killed(tmp_path: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
-from flows.temporary_server import TemporaryPrefectServer
+from flows.services.temporary_server import TemporaryPrefectServer
 server = TemporaryPrefectServer(Path({str(tmp_path)!r}))
 print(server.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -289,7 +289,7 @@ def test_a_process_number_that_was_given_again_is_not_taken_for_a_service(tmp_pa
 
 
 def test_importing_services_imports_neither_prefect_nor_mlflow() -> None:
-    code = "import sys, flows.services; print({'prefect', 'mlflow'} & sys.modules.keys())"
+    code = "import sys, flows.services.servers; print({'prefect', 'mlflow'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert done.stdout.strip() == b"set()"
 

@@ -20,7 +20,7 @@ from flows.sweep import (
 from llm.config import RunConfig, load_config
 from llm.errors import ConfigError, Interrupted, StageError
 from tasks.cached import Outcome
-from tasks.mlflow_models import MODEL_NAMES, _title
+from tasks.tracking.models import MODEL_NAMES, _title
 
 
 def write(folder: Path, text: str) -> str:
@@ -58,7 +58,7 @@ def test_a_grid_is_every_combination_and_values_read_as_in_a_recipe(tmp_path: Pa
         tmp_path,
         "recipe: quickstart\noverrides: [pack.seq_len=64]\ngrid:\n"
         "  seed: [1, 2]\n  evaluate.prompts: [[a, 'b: c']]\n  pretrain.learning_rate: [0.001]\n"
-        "  pretrain.is_document_masked: [true]\n  train_tokenizer.kind: [bytes, bpe]\n",
+        "  pretrain.document_mask: [true]\n  train_tokenizer.kind: [bytes, bpe]\n",
     )
     sweep = load_sweep(path, ["clean.min_document_bytes=2"])
     assert len(sweep.members) == 4
@@ -67,7 +67,7 @@ def test_a_grid_is_every_combination_and_values_read_as_in_a_recipe(tmp_path: Pa
     assert found == [(1, "bytes"), (1, "bpe"), (2, "bytes"), (2, "bpe")]
     for config in configs:
         assert config.evaluate.prompts == ("a", "b: c")
-        assert config.pretrain.learning_rate == 0.001 and config.pretrain.is_document_masked
+        assert config.pretrain.learning_rate == 0.001 and config.pretrain.document_mask
         assert (config.pack.seq_len, config.clean.min_document_bytes) == (64, 2)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from llm.artifact import ArtifactWriter, Json, load_artifact
 from llm.clean import clean
 from llm.config import RuntimeConfig
-from llm.data.document_file import SPLITS
+from llm.data.documents import SPLITS
 from llm.runtime.job import Job, finish
 
 TEXTS = [f"Document {number} has words of its own." for number in range(200)]

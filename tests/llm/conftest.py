@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import RuntimeConfig
-from llm.data.document_file import (
+from llm.data.documents import (
     Content,
     DocumentShard,
     DocumentsWriter,

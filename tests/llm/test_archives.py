@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm.config import ReadingConfig
-from llm.data.archives import members
-from llm.data.compression import Budget
+from llm.data.raw.archives import members
+from llm.data.raw.compression import Budget
 from llm.errors import DataError
 from tests.llm.hostile_archives import BAD_NAMES, NO_FILES, entry, tar, zipped
 
@@ -94,7 +94,7 @@ def test_a_zip_that_lies_about_its_number_of_members_is_refused_before_they_are_
 
 
 def test_members_that_share_their_bytes_are_a_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm.data.compression.FREE_BYTES", 1 << 20)
+    monkeypatch.setattr("llm.data.raw.compression.FREE_BYTES", 1 << 20)
     compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
     body = compressor.compress(bytes(1 << 19)) + compressor.flush()
     crc, size = zlib.crc32(bytes(1 << 19)), 1 << 19

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from llm.config import ModelConfig
-from llm.data.rows import PADDING_ID
-from llm.model import reach
-from llm.model.loss import ModelWithLoss
-from llm.model.reach import (
+from llm.data.packed import PADDING_ID
+from llm.model import attention_mask as reach
+from llm.model.attention_mask import (
     Attend,
     Flex,
     Masked,
@@ -27,6 +26,7 @@ from llm.model.reach import (
     boolean_mask,
     make_rule,
 )
+from llm.model.loss import ModelWithLoss
 from llm.model.transformer import Transformer
 from tests.llm.training_setup import TINY
 

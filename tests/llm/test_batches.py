@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.config import OptimizationConfig, load_config, recipe_names
-from llm.data.rows import RowArrays, Rows, row_order
+from llm.data.packed import PackedArrays, PackedSequences, sequence_order
 from llm.training.batches import NextToken, batches_of_steps, even_size, share_of
 
 
@@ -23,12 +23,12 @@ class NumberedRows:
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
 
-    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> RowArrays:
-        """Return the rows as `Rows` does."""
+    def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> PackedArrays:
+        """Return the rows as `PackedSequences` does."""
         numbers = np.asarray(indices)[:, None]
         tokens = numbers * 10 + np.arange(5)
         mask = (np.arange(5) < 5 - numbers % 2) & (np.arange(5) > 0)
-        return RowArrays(tokens, mask, np.zeros_like(tokens))
+        return PackedArrays(tokens, mask, np.zeros_like(tokens))
 
 
 @settings(max_examples=60)
@@ -43,8 +43,8 @@ def test_steps_are_the_slices_of_one_sequence_however_they_are_read(
     num_rows: int, num_processes: int, room: int, tokens_at_once: int, first_step: int
 ) -> None:
     """The oracle holds the whole sequence: epoch after epoch, each a permutation."""
-    config = OptimizationConfig(num_steps=9, rows_per_step=6)
-    epochs = [row_order(7, epoch, np.arange(num_rows), num_rows) for epoch in range(9 * 6)]
+    config = OptimizationConfig(num_steps=9, global_batch_size=6)
+    epochs = [sequence_order(7, epoch, np.arange(num_rows), num_rows) for epoch in range(9 * 6)]
     expected = np.concatenate(epochs)[: 9 * 6].reshape(9, 6)[first_step:]
     rows = NumberedRows(num_rows)
     size = even_size(-(-6 // num_processes), room)
@@ -55,14 +55,14 @@ def test_steps_are_the_slices_of_one_sequence_however_they_are_read(
         patch.setattr("llm.training.batches.TOKENS_AT_ONCE", tokens_at_once)
         for process in range(num_processes):
             steps = batches_of_steps(
-                cast(Rows, rows),
-                NextToken(is_document_masked=False),
+                cast(PackedSequences, rows),
+                NextToken(document_mask=False),
                 config,
                 seed=7,
                 first_step=first_step,
                 process=process,
                 num_processes=num_processes,
-                micro_batch_rows=size,
+                micro_batch_size=size,
                 device=torch.device("cpu"),
             )
             for number, step in enumerate(steps):
@@ -102,7 +102,7 @@ def test_even_sizes_of_known_machines(share: int, room: int, expected: int) -> N
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_every_recipe_trains_on_1_to_8_devices(recipe: str, stage: str) -> None:
     """Each process has a share, the shares are the step, and none is longer by two."""
-    num_sequences = getattr(load_config(recipe), stage).rows_per_step
+    num_sequences = getattr(load_config(recipe), stage).global_batch_size
     for num_processes in range(1, 9):
         load_config(recipe, [f"runtime.num_processes={num_processes}"])
         shares = [share_of(num_sequences, rank, num_processes) for rank in range(num_processes)]

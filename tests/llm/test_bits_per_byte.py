@@ -10,10 +10,10 @@ import torch
 
 from llm.artifact import Json
 from llm.config import ModelConfig
-from llm.data.rows import Rows
+from llm.data.packed import PackedSequences
 from llm.errors import ArtifactError
 from llm.evaluation import bits_per_byte
-from llm.evaluation.bits_per_byte import DocumentScores, ratio, score_rows, target_nats
+from llm.evaluation.bits_per_byte import DocumentScores, ratio, score_sequences, target_nats
 from llm.model.transformer import Transformer
 from llm.pack import pack
 from llm.tokenizer.bpe import ByteLevelBPE
@@ -27,7 +27,7 @@ CHATS = [
 
 MakeDocuments = Callable[..., Path]
 RunStage = Callable[..., tuple[Path, Mapping[str, Json]]]
-MakeRows = Callable[[Sequence[object]], Rows]
+MakeRows = Callable[[Sequence[object]], PackedSequences]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +45,7 @@ def make_rows(
 ) -> MakeRows:
     """Return a function that packs documents as the validation split."""
 
-    def make(documents: Sequence[object]) -> Rows:
+    def make(documents: Sequence[object]) -> PackedSequences:
         train = ["a text to train on " * 5] if isinstance(documents[0], str) else CHATS
         folder, _ = run_stage(
             pack,
@@ -54,7 +54,7 @@ def make_rows(
             documents=make_documents(train, documents),
             tokenizer=tokenizer_folder,
         )
-        return Rows(folder, "validation")
+        return PackedSequences(folder, "validation")
 
     return make
 
@@ -79,17 +79,17 @@ def model(tokenizer: ByteLevelBPE) -> Transformer:
 
 def score(
     model: Transformer,
-    rows: Rows,
+    rows: PackedSequences,
     tokenizer: ByteLevelBPE,
-    is_document_masked: bool = False,
+    document_mask: bool = False,
     has_control_targets: bool = False,
 ) -> DocumentScores:
     scores = DocumentScores(rows.info.num_documents)
-    for scored in score_rows(
+    for scored in score_sequences(
         model,
         rows,
         tokenizer.token_bytes,
-        is_document_masked=is_document_masked,
+        document_mask=document_mask,
         has_control_targets=has_control_targets,
     ):
         scores.add(scored)
@@ -103,13 +103,13 @@ def cost(model: Transformer, context: list[int], target: int) -> float:
     return float(torch.logsumexp(logits, 0) - logits[target])
 
 
-@pytest.mark.parametrize("is_document_masked", [False, True])
+@pytest.mark.parametrize("document_mask", [False, True])
 def test_every_text_token_is_scored_once_in_its_context_for_its_document(
     make_rows: MakeRows,
     texts: list[str],
     model: Transformer,
     tokenizer: ByteLevelBPE,
-    is_document_masked: bool,
+    document_mask: bool,
 ) -> None:
     rows = make_rows(texts)
     nats, num_bytes = np.zeros(len(texts)), np.zeros(len(texts), dtype=int)
@@ -124,11 +124,11 @@ def test_every_text_token_is_scored_once_in_its_context_for_its_document(
             if token == tokenizer.bos_id:
                 document, begins = document + 1, place
             elif token != tokenizer.pad_id:
-                context = row[begins if is_document_masked else 0 : place]
+                context = row[begins if document_mask else 0 : place]
                 nats[document] += cost(model, context, token)
                 num_bytes[document] += len(tokenizer.decode_bytes([token]))
                 stream += tokenizer.decode_bytes([token])
-    found = score(model, rows, tokenizer, is_document_masked=is_document_masked)
+    found = score(model, rows, tokenizer, document_mask=document_mask)
     # a row read at once, and alone up to every token: sums in another order, in fp32
     np.testing.assert_allclose(found.nats, nats, rtol=1e-5)
     np.testing.assert_array_equal(found.num_bytes, num_bytes)

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.errors import ArtifactError, DataError
-from llm.tokenizer import bpe, splitting, words
+from llm.tokenizer import bpe, pre_tokenization
+from llm.tokenizer import word_cache as words
 from llm.tokenizer.base import CONTROL_TOKENS, TOKENIZER_JSON, Tokenizer
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.tokenizer.load import load_tokenizer
-from llm.tokenizer.splitting import PIECE_CHARACTERS, split_text
+from llm.tokenizer.pre_tokenization import PIECE_CHARACTERS, split_text
 
 FRAGMENTS = (
     *CONTROL_TOKENS, "<|", "|>", "<", "|", "bos", "end", " ", "\n", "  \n ", "\t", "a", "é", "漢",
@@ -121,7 +122,7 @@ def test_blank_lines_at_a_cut_keep_their_tokens(
     text = "a\n \n  b\n\n\nc\n" * 50
     tokenizer = ByteLevelBPE.train([*corpus, text], 1000)
     (whole,) = tokenizer.encode_batch([text])
-    monkeypatch.setattr(splitting, "PIECE_CHARACTERS", 16)
+    monkeypatch.setattr(pre_tokenization, "PIECE_CHARACTERS", 16)
     assert len(list(split_text(text))) > 20
     assert tokenizer.encode_batch([text]) == [whole]
 

@@ -28,8 +28,8 @@ from llm.inference.chat import (
 )
 from llm.inference.sampling import Sampling
 from llm.model.loss import IGNORED, token_losses
-from llm.model.store import save_model
 from llm.model.transformer import Transformer
+from llm.model.weights import save_model
 from llm.tokenizer.bpe import ByteLevelBPE
 
 pytestmark = pytest.mark.flaky(reason="a real terminal and signals, on a machine that may be busy")

@@ -59,10 +59,10 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(code, "PACKAGE_FOLDER", tmp_path)
     files = {
         "__init__.py": '"""Package."""',
-        "pack.py": "from llm.data import rows\nimport llm.errors\nimport llm.runtime.job\n",
+        "pack.py": "from llm.data import packed\nimport llm.errors\nimport llm.runtime.job\n",
         "data/__init__.py": '"""Room."""',
-        "data/rows.py": "def read():\n    from llm.data.deep import X\n    return X\n",
-        "data/deep.py": "import numpy\nfrom llm.data import rows\nX = 1\n",
+        "data/packed.py": "def read():\n    from llm.data.deep import X\n    return X\n",
+        "data/deep.py": "import numpy\nfrom llm.data import packed\nX = 1\n",
         "data/other.py": "Y = 1\n",
         "errors.py": "E = 1\n",
         "runtime/__init__.py": '"""Package."""',
@@ -83,13 +83,13 @@ def _digests_of_pack() -> dict[str, str]:
 
 def test_digest_covers_imports_in_functions_and_in_circles(package: Path) -> None:
     assert set(_digests_of_pack()) == {
-        "llm.data", "llm.pack", "llm.data.rows", "llm.data.deep",
+        "llm.data", "llm.pack", "llm.data.packed", "llm.data.deep",
     }  # fmt: skip
 
 
 def test_editing_a_deep_helper_changes_exactly_its_digest(package: Path) -> None:
     before = _digests_of_pack()
-    (package / "data/deep.py").write_text("import numpy\nfrom llm.data import rows\nX = 2\n")
+    (package / "data/deep.py").write_text("import numpy\nfrom llm.data import packed\nX = 2\n")
     after = _digests_of_pack()
     assert {name for name in before if before[name] != after[name]} == {"llm.data.deep"}
 

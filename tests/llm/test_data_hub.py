@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm.artifact import Json, load_artifact
-from llm.data.hub import HubFile, digest_of
+from llm.data.sources.hub import HubFile, digest_of
 from tests.llm.hub_server import COMMIT, NAME, HubServer, download
 
 needs_client = pytest.mark.skipif(

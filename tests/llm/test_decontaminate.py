@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.data import decontaminate
-from llm.data.decontaminate import (
+from llm.data.cleaning import decontaminate
+from llm.data.cleaning.decontaminate import (
     DocumentCounts,
     Protected,
     merge_ngrams,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llm.errors import DiskFullError
-from llm.storage.disk import disk_full, refuse_full_disk
+from llm.runtime.disk import disk_full, refuse_full_disk
 
 
 @pytest.mark.parametrize(

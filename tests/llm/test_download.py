@@ -9,7 +9,7 @@ import pytest
 
 from llm.artifact import Artifact, ArtifactWriter, Json, load_artifact
 from llm.config import SourceConfig, read_section
-from llm.data.sources import fingerprint
+from llm.data.sources.fingerprint import fingerprint
 from llm.download import download
 from llm.errors import DataError, Interrupted
 from llm.runtime.job import Job, finish

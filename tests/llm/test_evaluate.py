@@ -15,7 +15,7 @@ import torch
 from llm.artifact import ArtifactWriter, Json, load_artifact
 from llm.config import ModelConfig, RuntimeConfig
 from llm.data.chat import Message, render_chat, render_prompt
-from llm.data.rows import Rows
+from llm.data.packed import PackedSequences
 from llm.errors import ArtifactError, ConfigError, Interrupted
 from llm.evaluate import evaluate
 from llm.evaluation.instructions import (
@@ -28,8 +28,8 @@ from llm.evaluation.instructions import (
 )
 from llm.evaluation.report import Report
 from llm.model.loss import IGNORED, token_losses
-from llm.model.store import save_model
 from llm.model.transformer import Transformer
+from llm.model.weights import save_model
 from llm.pack import pack
 from llm.runtime import job as job_module
 from llm.runtime.job import PROGRESS, Job, write_job
@@ -67,7 +67,7 @@ def make_rows(
 ) -> MakeRows:
     """Return a function that packs documents, the same for training and validation."""
 
-    def make(name: str, documents: Sequence[object], packing: str = "end_to_end") -> Path:
+    def make(name: str, documents: Sequence[object], packing: str = "concatenate") -> Path:
         folder, _ = run_stage(
             pack,
             {"seq_len": SEQ_LEN, "packing": packing},
@@ -123,8 +123,8 @@ def inputs(
     return {
         "base": write_model(text.parent / "base", base, tokenizer),
         "chat": write_model(text.parent / "chat", chat_model, tokenizer),
-        "text_rows": text,
-        "chat_rows": chats,
+        "text_sequences": text,
+        "chat_sequences": chats,
         "tokenizer": tokenizer_folder,
     }
 
@@ -136,14 +136,14 @@ def new_model(tokenizer: ByteLevelBPE, seed: int) -> Transformer:
 
 
 def write_model(
-    folder: Path, model: Transformer, tokenizer: ByteLevelBPE, is_document_masked: bool = True
+    folder: Path, model: Transformer, tokenizer: ByteLevelBPE, document_mask: bool = True
 ) -> Path:
     writer = ArtifactWriter(folder)
     save_model(writer, model, tokenizer.to_files())
     writer.finish(
         stage="pretrain",
         summary={"num_steps": 1500, "num_tokens": 76800},
-        settings={"is_document_masked": is_document_masked},
+        settings={"document_mask": document_mask},
     )
     return folder
 
@@ -191,7 +191,7 @@ LEAK_FIGURES = (
 )
 
 
-@pytest.mark.parametrize("packing", ["end_to_end", "best_fit"])
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
 def test_models_and_baselines_are_measured_on_the_same_bytes(
     packing: str,
     inputs: dict[str, Path],
@@ -199,7 +199,7 @@ def test_models_and_baselines_are_measured_on_the_same_bytes(
     run_stage: RunStage,
     corpus: list[str],
 ) -> None:
-    inputs["text_rows"] = make_rows(packing, corpus[2:6], packing)
+    inputs["text_sequences"] = make_rows(packing, corpus[2:6], packing)
     report = read_report(run_stage(evaluate, SETTINGS, **inputs)[0])
     num_bytes = sum(len(text.encode()) for text in corpus[2:6])
     assert report.metrics["data/validation_bytes"].value == num_bytes
@@ -207,22 +207,22 @@ def test_models_and_baselines_are_measured_on_the_same_bytes(
     assert report.metrics["base/bits_per_byte"].num_examples == 4
 
 
-@pytest.mark.parametrize("is_document_masked", [False, True])
+@pytest.mark.parametrize("document_mask", [False, True])
 def test_text_is_scored_as_the_base_model_was_trained(
     inputs: dict[str, Path],
     run_stage: RunStage,
     tokenizer: ByteLevelBPE,
-    is_document_masked: bool,
+    document_mask: bool,
 ) -> None:
     model = new_model(tokenizer, seed=1).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 5  # so that what a token may look at matters
-    write_model(inputs["base"], model, tokenizer, is_document_masked)
-    rows = Rows(inputs["text_rows"], "validation")
+    write_model(inputs["base"], model, tokenizer, document_mask)
+    rows = PackedSequences(inputs["text_sequences"], "validation")
     tokens, _, documents = map(torch.from_numpy, rows.read(np.arange(rows.num_rows)))
     with torch.no_grad():
-        logits = model(tokens[:, :-1], documents[:, :-1] if is_document_masked else None)
+        logits = model(tokens[:, :-1], documents[:, :-1] if document_mask else None)
     sizes = torch.from_numpy(tokenizer.token_bytes)[tokens[:, 1:]]
     nats = token_losses(logits, tokens[:, 1:])[sizes > 0].double().sum()
     _, summary = run_stage(evaluate, SETTINGS, **inputs)
@@ -280,7 +280,7 @@ def test_a_leak_is_reported_and_stops_nothing(
 def test_without_single_questions_there_is_no_exact_match(
     inputs: dict[str, Path], make_rows: MakeRows, run_stage: RunStage
 ) -> None:
-    inputs["chat_rows"] = make_rows("several", [chat_of("hi", " hello", "bye", " see you")])
+    inputs["chat_sequences"] = make_rows("several", [chat_of("hi", " hello", "bye", " see you")])
     folder, summary = run_stage(evaluate, SETTINGS, **inputs)
     assert not any("exact_match" in name for name in summary)
     assert "1 chats passed over: not one question and one answer" in " ".join(
@@ -332,7 +332,7 @@ def test_instructions_are_the_first_single_questions_and_the_rest_is_counted(
         chat_of("alone"),
         chat_of("a long one " * 40, "word " * 40),
     ]
-    rows = Rows(make_rows("mixed", chats), "validation")
+    rows = PackedSequences(make_rows("mixed", chats), "validation")
     found = read_instructions(rows, tokenizer, limit=100)
     assert (found.num_other_shapes, found.num_too_long) == (2, 1)
     expected = {
@@ -350,7 +350,7 @@ def test_every_chat_in_one_row_is_read_and_the_others_are_counted(
 ) -> None:
     # what remains of a chat of more than a row stands in a row with whole ones
     chats = [chat_of("long " * 30, "long " * n) for n in range(10, 60)] + CHATS
-    rows = Rows(make_rows("mixed", chats), "validation")
+    rows = PackedSequences(make_rows("mixed", chats), "validation")
     found = sorted(tuple(ids) for _, ids in read_whole_documents(rows))
     rendered = [
         (*render_prompt(chat[:-1], tokenizer), *answer, tokenizer.end_id)

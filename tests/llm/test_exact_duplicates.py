@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm.data import exact_duplicates
-from llm.data.exact_duplicates import find_repeated
+from llm.data.cleaning import exact_duplicates
+from llm.data.cleaning.exact_duplicates import find_repeated
 
 
 @pytest.mark.parametrize("hashes_per_file", [1, 7, 1000])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm.config import C4Config, GopherConfig
-from llm.data.filters import apply_c4, duplicate_fraction, gopher_reason, top_fraction
+from llm.data.cleaning.filters import apply_c4, duplicate_fraction, gopher_reason, top_fraction
 
 PROSE = (
     "The committee met on Tuesday to discuss plans for restoring the old mill beside the river. "

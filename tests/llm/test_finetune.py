@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from llm.artifact import ArtifactWriter
-from llm.data.rows import Rows
+from llm.data.packed import PackedSequences
 from llm.errors import DataError
 from llm.finetune import finetune
 from llm.model.loss import token_losses
-from llm.model.store import load_model, save_model
+from llm.model.weights import load_model, save_model
 from llm.tokenizer.base import TOKENIZER_JSON
 from llm.tokenizer.bpe import ByteLevelBPE
 from tests.llm.training_setup import (
@@ -20,7 +20,7 @@ from tests.llm.training_setup import (
     start,
     tiny_finetune,
     tiny_model,
-    write_chat_rows,
+    write_chat_sequences,
     write_job_file,
 )
 
@@ -31,7 +31,10 @@ def inputs(tmp_path: Path, tokenizer: ByteLevelBPE) -> dict[str, Path]:
     writer = ArtifactWriter(tmp_path / "base")
     save_model(writer, tiny_model(vocab_size=tokenizer.vocab_size), tokenizer.to_files())
     writer.finish(stage="pretrain", summary={})
-    return {"base": tmp_path / "base", "rows": write_chat_rows(tmp_path / "rows", tokenizer, 50)}
+    return {
+        "base": tmp_path / "base",
+        "sequences": write_chat_sequences(tmp_path / "rows", tokenizer, 50),
+    }
 
 
 def test_it_starts_from_the_base_and_learns_the_masked_targets_alone(
@@ -40,7 +43,7 @@ def test_it_starts_from_the_base_and_learns_the_masked_targets_alone(
     settings = tiny_finetune(num_steps=30, learning_rate=1e-2)
     run_inside(finetune, write_job_file(tmp_path, "finetune", settings, inputs))
     base, chat = load_model(inputs["base"]), load_model(tmp_path / "out")
-    rows = Rows(inputs["rows"], "validation")
+    rows = PackedSequences(inputs["sequences"], "validation")
     arrays = rows.read(range(8))
     tokens, mask = torch.from_numpy(arrays.tokens), torch.from_numpy(arrays.mask)[:, 1:]
     with torch.no_grad():
@@ -60,8 +63,8 @@ def test_it_starts_from_the_base_and_learns_the_masked_targets_alone(
 def test_rows_of_another_context_than_the_base_are_refused_with_both_numbers(
     tmp_path: Path, inputs: dict[str, Path], tokenizer: ByteLevelBPE
 ) -> None:
-    rows = write_chat_rows(tmp_path / "longer", tokenizer, 50, seq_len=48)
-    job = write_job_file(tmp_path, "finetune", tiny_finetune(), {**inputs, "rows": rows})
+    rows = write_chat_sequences(tmp_path / "longer", tokenizer, 50, seq_len=48)
+    job = write_job_file(tmp_path, "finetune", tiny_finetune(), {**inputs, "sequences": rows})
     with pytest.raises(DataError, match="seq_len: found 48, expected the model's 32"):
         run_inside(finetune, job)
 

@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm.config import ReadingConfig
-from llm.data.formats import Format, format_of, is_readable
-from llm.data.reading import read_records
-from llm.data.records import Record, Skip
+from llm.data.raw.formats import Format, format_of, is_readable
+from llm.data.raw.reading import read_records
+from llm.data.raw.records import Record, Skip
 from llm.errors import DataError
 
 ROWS = [{"text": f'Row {n}, "quoted"\nand é.', "other": str(n)} for n in range(300)]
@@ -202,7 +202,7 @@ def test_a_flipped_bit_is_never_a_traceback(
 def test_a_bomb_ends_at_the_limit(
     tmp_path: Path, compression: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.data.compression.FREE_BYTES", 1 << 20)
+    monkeypatch.setattr("llm.data.raw.compression.FREE_BYTES", 1 << 20)
     bomb = compress(compression, bytes(2 << 20))
     with pytest.raises(DataError, match=r"unfold to more than 1,048,576; .*max_ratio"):
         read(tmp_path, f"a.txt{compression}", bomb, max_ratio=2)

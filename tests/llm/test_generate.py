@@ -12,7 +12,7 @@ from llm.inference import generate as module
 from llm.inference.generate import generate, generate_texts, stream, stream_texts
 from llm.inference.packed import is_packed, packed
 from llm.inference.sampling import Sampling
-from llm.inference.stops import IdEnding, StopSearch, TextEnding
+from llm.inference.stopping import IdEnding, StopSearch, TextEnding
 from llm.model.transformer import Transformer
 from llm.tokenizer.bpe import ByteLevelBPE
 from tests.llm.training_setup import SEQ_LEN, tiny_model

@@ -20,9 +20,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from llm.artifact import ArtifactWriter
 from llm.config import ModelConfig
 from llm.errors import ConfigError
-from llm.model.gguf import export_gguf
-from llm.model.store import load_model, save_model
+from llm.exchange.gguf import export_gguf
 from llm.model.transformer import Transformer
+from llm.model.weights import load_model, save_model
 from llm.tokenizer.base import MARK
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.tokenizer.characters import ByteTokenizer
@@ -292,7 +292,7 @@ WORDS = st.text("abst'.,(!-\n", max_size=6)
 
 @pytest.fixture(scope="module")
 def as_llama_cpp_splits(tokenizer: ByteLevelBPE) -> Tokenizer:
-    """`tokenizer`, splitting as llama.cpp does by the name it is given."""
+    """`tokenizer`, pre-tokenizing as llama.cpp does by the name it is given."""
     other = Tokenizer.from_str(tokenizer.to_files()["tokenizer.json"].decode())
     assert isinstance(other.model, models.BPE)
     steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in DEEPSEEK_V3]

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from llm.artifact import ArtifactWriter
 from llm.config import ModelConfig
 from llm.errors import ArtifactError, ConfigError
+from llm.exchange.huggingface import read_model, write_model
 from llm.inference.generate import generate
-from llm.model.huggingface import read_model, write_model
 from llm.model.transformer import Transformer
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")

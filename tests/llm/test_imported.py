@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.artifact import ArtifactWriter
-from llm.data.document_file import Message
+from llm.data.documents import Message
 from llm.errors import ArtifactError
+from llm.exchange.folders import export_model, import_model, load_both
+from llm.exchange.import_tokenizer import import_tokenizer
 from llm.finetune import finetune
 from llm.inference.chat import main as chat_main
-from llm.model.hub import export_model, import_model, load_both
 from llm.pack import pack
 from llm.tokenizer.imported import ImportedTokenizer
-from llm.tokenizer.importing import import_tokenizer
 from llm.tokenizer.load import load_tokenizer
 from tests.llm.conftest import MakeDocuments, RunStage
 from tests.llm.tokenizer_makers import BEGIN, train_library
@@ -139,7 +139,7 @@ def test_an_imported_model_can_be_fine_tuned_and_talked_to(
     rows, _ = run_stage(
         pack, {"seq_len": 64}, out="rows", documents=documents, tokenizer=tmp_path / "base"
     )
-    optimization = {"num_steps": 3, "warmup_steps": 1, "rows_per_step": 4}
+    optimization = {"num_steps": 3, "warmup_steps": 1, "global_batch_size": 4}
     chat, _ = run_stage(finetune, optimization, out="chat", base=tmp_path / "base", rows=rows)
     load_both(chat)
     monkeypatch.setattr("sys.stdin", io.StringIO("say 1\nsay 2\n"))

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from llm.artifact import Json
 from llm.config import ModelConfig
-from llm.data.rows import Rows
+from llm.data.packed import PackedSequences
 from llm.errors import ConfigError
 from llm.evaluation import leak
 from llm.evaluation.leak import LeakResult, find_leaks, leak_metrics
-from llm.model import reach
+from llm.model import attention_mask as reach
 from llm.model.attention import Attention
+from llm.model.attention_mask import Masked, Reach, Sight, Unmasked, boolean_mask, make_rule
 from llm.model.cache import KeyValueCache
 from llm.model.loss import token_losses
-from llm.model.reach import Masked, Reach, Sight, Unmasked, boolean_mask, make_rule
 from llm.model.transformer import Transformer
 from llm.pack import pack
 from llm.tokenizer.bpe import ByteLevelBPE
@@ -47,12 +47,12 @@ def rows(
     tokenizer_folder: Path,
     run_stage: RunStage,
     corpus: list[str],
-) -> Rows:
+) -> PackedSequences:
     documents = make_documents(corpus[:2], corpus[2:8])
     folder, _ = run_stage(
         pack, {"seq_len": SEQ_LEN}, out="rows", documents=documents, tokenizer=tokenizer_folder
     )
-    return Rows(folder, "validation")
+    return PackedSequences(folder, "validation")
 
 
 def make_model(tokenizer: ByteLevelBPE, shape: ModelConfig = SHAPE, **choices: Any) -> Transformer:
@@ -62,7 +62,9 @@ def make_model(tokenizer: ByteLevelBPE, shape: ModelConfig = SHAPE, **choices: A
     return model.eval()
 
 
-def train(model: Transformer, rows: Rows, shift: int, num_steps: int = 60) -> Transformer:
+def train(
+    model: Transformer, rows: PackedSequences, shift: int, num_steps: int = 60
+) -> Transformer:
     """Train on targets `shift` tokens after their inputs; 1 is right."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     tokens = torch.from_numpy(rows.read(range(min(16, rows.num_rows))).tokens)
@@ -75,51 +77,55 @@ def train(model: Transformer, rows: Rows, shift: int, num_steps: int = 60) -> Tr
     return model
 
 
-def examine(model: Transformer, rows: Rows, is_document_masked: bool = False) -> LeakResult:
-    return find_leaks(model, rows, is_document_masked=is_document_masked, seed=1)
+def examine(model: Transformer, rows: PackedSequences, document_mask: bool = False) -> LeakResult:
+    return find_leaks(model, rows, document_mask=document_mask, seed=1)
 
 
-@pytest.mark.parametrize("is_document_masked", [False, True])
+@pytest.mark.parametrize("document_mask", [False, True])
 @pytest.mark.parametrize("tie_embeddings", [False, True])
 def test_a_sound_model_passes_untrained(
-    rows: Rows, tokenizer: ByteLevelBPE, tie_embeddings: bool, is_document_masked: bool
+    rows: PackedSequences, tokenizer: ByteLevelBPE, tie_embeddings: bool, document_mask: bool
 ) -> None:
-    found = examine(make_model(tokenizer, tie_embeddings=tie_embeddings), rows, is_document_masked)
+    found = examine(make_model(tokenizer, tie_embeddings=tie_embeddings), rows, document_mask)
     assert found.is_passed
     assert found.future_difference == 0.0, "the same sums in the same order"
-    assert found.document_difference == (0.0 if is_document_masked else None)
+    assert found.document_difference == (0.0 if document_mask else None)
     assert found.num_cuts >= 3 * leak.NUM_ROWS
 
 
-@pytest.mark.parametrize("is_document_masked", [False, True])
+@pytest.mark.parametrize("document_mask", [False, True])
 @pytest.mark.parametrize("preset", ["gpt2-124m", "llama3.2-1b", "qwen3-0.6b", "gemma-2b"])
 def test_a_sound_model_of_every_family_passes(
-    rows: Rows, tokenizer: ByteLevelBPE, preset: str, is_document_masked: bool
+    rows: PackedSequences, tokenizer: ByteLevelBPE, preset: str, document_mask: bool
 ) -> None:
-    assert examine(make_model(tokenizer, toy_shape(preset)), rows, is_document_masked).is_passed
+    assert examine(make_model(tokenizer, toy_shape(preset)), rows, document_mask).is_passed
 
 
-@pytest.mark.parametrize("is_document_masked", [False, True])
+@pytest.mark.parametrize("document_mask", [False, True])
 def test_a_sound_model_with_windows_and_caps_passes(
-    rows: Rows, tokenizer: ByteLevelBPE, is_document_masked: bool
+    rows: PackedSequences, tokenizer: ByteLevelBPE, document_mask: bool
 ) -> None:
     choices = {"sliding_window": 5, "full_attention_every": 2, "attention_soft_cap": 20.0}
     model = make_model(tokenizer, **choices, logit_soft_cap=10.0)
-    assert examine(model, rows, is_document_masked).is_passed
+    assert examine(model, rows, document_mask).is_passed
 
 
-def test_a_model_that_fills_in_has_no_leak_test(rows: Rows, tokenizer: ByteLevelBPE) -> None:
+def test_a_model_that_fills_in_has_no_leak_test(
+    rows: PackedSequences, tokenizer: ByteLevelBPE
+) -> None:
     with pytest.raises(ConfigError, match="leak test is not applicable: a model that fills in"):
         examine(make_model(tokenizer, is_causal=False), rows)
 
 
-def test_a_sound_model_passes_trained(rows: Rows, tokenizer: ByteLevelBPE) -> None:
+def test_a_sound_model_passes_trained(rows: PackedSequences, tokenizer: ByteLevelBPE) -> None:
     found = examine(train(make_model(tokenizer), rows, shift=1), rows)
     assert found.is_passed
     assert abs(found.repetition) < 0.1
 
 
-def test_the_same_seed_gives_the_same_result(rows: Rows, tokenizer: ByteLevelBPE) -> None:
+def test_the_same_seed_gives_the_same_result(
+    rows: PackedSequences, tokenizer: ByteLevelBPE
+) -> None:
     model = make_model(tokenizer)
     assert examine(model, rows) == examine(model, rows)
 
@@ -149,28 +155,30 @@ def everything(mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("mask_of", [one_further, everything])
-@pytest.mark.parametrize("is_document_masked", [False, True])
+@pytest.mark.parametrize("document_mask", [False, True])
 def test_a_mask_that_reaches_too_far_is_caught(
-    rows: Rows,
+    rows: PackedSequences,
     tokenizer: ByteLevelBPE,
     monkeypatch: pytest.MonkeyPatch,
     mask_of: Callable[[Tensor], Tensor],
-    is_document_masked: bool,
+    document_mask: bool,
 ) -> None:
     plant_mask(monkeypatch, mask_of)
-    found = examine(make_model(tokenizer), rows, is_document_masked)
+    found = examine(make_model(tokenizer), rows, document_mask)
     assert not found.is_passed
     assert found.future_difference > leak.FUTURE_TOLERANCE
 
 
 def test_the_plain_mask_in_the_same_place_passes(
-    rows: Rows, tokenizer: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
+    rows: PackedSequences, tokenizer: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant_mask(monkeypatch, lambda mask: mask)
     assert examine(make_model(tokenizer), rows).is_passed
 
 
-def test_one_layer_that_looks_both_ways_is_caught(rows: Rows, tokenizer: ByteLevelBPE) -> None:
+def test_one_layer_that_looks_both_ways_is_caught(
+    rows: PackedSequences, tokenizer: ByteLevelBPE
+) -> None:
     class BothWays(Attention):
         def forward(self, x: Tensor, reach: Reach, cache: KeyValueCache | None) -> Tensor:
             both_ways = Unmasked(is_causal=False)
@@ -182,7 +190,9 @@ def test_one_layer_that_looks_both_ways_is_caught(rows: Rows, tokenizer: ByteLev
     assert not found.is_passed and found.future_difference > leak.FUTURE_TOLERANCE
 
 
-def test_a_leak_of_one_part_in_ten_thousand_is_caught(rows: Rows, tokenizer: ByteLevelBPE) -> None:
+def test_a_leak_of_one_part_in_ten_thousand_is_caught(
+    rows: PackedSequences, tokenizer: ByteLevelBPE
+) -> None:
     class Whisper(Transformer):
         def read(
             self,
@@ -199,7 +209,7 @@ def test_a_leak_of_one_part_in_ten_thousand_is_caught(rows: Rows, tokenizer: Byt
 
 
 def test_training_on_targets_that_were_not_shifted_is_caught(
-    rows: Rows, tokenizer: ByteLevelBPE
+    rows: PackedSequences, tokenizer: ByteLevelBPE
 ) -> None:
     found = examine(train(make_model(tokenizer), rows, shift=0), rows)
     assert not found.is_passed
@@ -208,7 +218,7 @@ def test_training_on_targets_that_were_not_shifted_is_caught(
 
 
 def test_scoring_that_forgets_the_shift_is_caught(
-    rows: Rows, tokenizer: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
+    rows: PackedSequences, tokenizer: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forgetful(model: Transformer, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         logits = model(tokens[:, 1:], None if documents is None else documents[:, 1:])
@@ -233,7 +243,7 @@ def from_zero(lengths: Tensor, num_tokens: int) -> Tensor:
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 @pytest.mark.parametrize("place", [one_late, from_zero])
 def test_a_wrong_offset_of_positions_in_the_cache_is_caught(
-    rows: Rows,
+    rows: PackedSequences,
     tokenizer: ByteLevelBPE,
     monkeypatch: pytest.MonkeyPatch,
     place: Callable[[Tensor, int], Tensor],
@@ -245,7 +255,7 @@ def test_a_wrong_offset_of_positions_in_the_cache_is_caught(
 
 
 def test_attention_across_documents_is_caught(
-    rows: Rows, tokenizer: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
+    rows: PackedSequences, tokenizer: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rule = reach.make_rule
 
@@ -255,7 +265,7 @@ def test_attention_across_documents_is_caught(
         return rule(is_causal, window, None, device)
 
     monkeypatch.setattr(reach, "make_rule", blind)
-    found = examine(make_model(tokenizer), rows, is_document_masked=True)
+    found = examine(make_model(tokenizer), rows, document_mask=True)
     assert not found.is_passed and found.future_difference == 0.0
     assert found.document_difference is not None
     assert found.document_difference > leak.FUTURE_TOLERANCE

@@ -14,14 +14,14 @@ import torch
 from torch.nn import functional as F
 
 from llm.config import OptimizationConfig
-from llm.data.rows import RowArrays, Rows
+from llm.data.packed import PackedArrays, PackedSequences
 from llm.errors import DataError, StageError
 from llm.model.loss import ModelWithLoss
-from llm.model.masking import Masking
+from llm.model.masked_lm import Masking
 from llm.model.transformer import Transformer
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.training import loop
-from llm.training.batches import MaskedTokens, NextToken, batches_of_steps, sample_rows
+from llm.training.batches import MaskedTokens, NextToken, batches_of_steps, sample_sequences
 from llm.training.loop import Step, Training, TrainState, training_steps
 from llm.training.optimizers import make_optimizer
 from llm.training.validation import Validation, validate
@@ -29,17 +29,17 @@ from tests.llm.training_setup import (
     SEQ_LEN,
     fresh_accelerator,
     tiny_model,
-    write_chat_rows,
-    write_text_rows,
+    write_chat_sequences,
+    write_text_sequences,
 )
 
-CONFIG = OptimizationConfig(num_steps=6, rows_per_step=8, warmup_steps=2, learning_rate=1e-2)
+CONFIG = OptimizationConfig(num_steps=6, global_batch_size=8, warmup_steps=2, learning_rate=1e-2)
 
 
-class NoTargets(Rows):
+class NoTargets(PackedSequences):
     """Rows of which nothing is to be learned."""
 
-    def read(self, indices: npt.ArrayLike) -> RowArrays:
+    def read(self, indices: npt.ArrayLike) -> PackedArrays:
         """Return the rows at `indices`."""
         found = super().read(indices)
         return found._replace(mask=np.zeros_like(found.mask))
@@ -48,23 +48,23 @@ class NoTargets(Rows):
 @pytest.fixture
 def text(tmp_path: Path, tokenizer: ByteLevelBPE, corpus: list[str]) -> Path:
     """Rows of text."""
-    return write_text_rows(tmp_path / "text", tokenizer, corpus[:40])
+    return write_text_sequences(tmp_path / "text", tokenizer, corpus[:40])
 
 
 @pytest.fixture
 def chats(tmp_path: Path, tokenizer: ByteLevelBPE) -> Path:
     """Rows of chats, most of each row padding."""
-    return write_chat_rows(tmp_path / "chats", tokenizer, 60)
+    return write_chat_sequences(tmp_path / "chats", tokenizer, 60)
 
 
-NEXT_TOKEN = NextToken(is_document_masked=False)
+NEXT_TOKEN = NextToken(document_mask=False)
 
 
 def run(
     model: Transformer,
-    rows: Rows,
+    rows: PackedSequences,
     config: OptimizationConfig = CONFIG,
-    micro_batch_rows: int = 8,
+    micro_batch_size: int = 8,
     state: TrainState | None = None,
     **more: Any,
 ) -> Iterator[Step]:
@@ -75,11 +75,11 @@ def run(
         model=accelerator.prepare_model(ModelWithLoss(model)),
         optimizer=more.pop("optimizer", None) or make_optimizer(model, config),
         rows=rows,
-        objective=more.pop("objective", NextToken(is_document_masked=config.is_document_masked)),
+        objective=more.pop("objective", NextToken(document_mask=config.document_mask)),
         config=config,
         stage="pretrain",
         seed=3,
-        micro_batch_rows=micro_batch_rows,
+        micro_batch_size=micro_batch_size,
     )
     more = {"is_stopping": lambda: False, **more}
     return training_steps(training, state or TrainState(), **more)
@@ -90,10 +90,12 @@ def masked_tokens(tokenizer: ByteLevelBPE) -> MaskedTokens:
     masking = Masking(
         seed=5, fraction=0.3, mask_id=tokenizer.mask_id, is_text=tokenizer.token_bytes > 0
     )
-    return MaskedTokens(is_document_masked=False, masking=masking)
+    return MaskedTokens(document_mask=False, masking=masking)
 
 
-def check(model: Transformer, rows: Rows, tokenizer: ByteLevelBPE, **more: Any) -> Validation:
+def check(
+    model: Transformer, rows: PackedSequences, tokenizer: ByteLevelBPE, **more: Any
+) -> Validation:
     """Validate `model` on five rows in this process."""
     return validate(
         fresh_accelerator(),
@@ -112,9 +114,9 @@ def check(model: Transformer, rows: Rows, tokenizer: ByteLevelBPE, **more: Any) 
 def test_a_training_equals_one_written_with_plain_torch(
     kind: str, request: pytest.FixtureRequest
 ) -> None:
-    rows = Rows(request.getfixturevalue(kind), "train")
+    rows = PackedSequences(request.getfixturevalue(kind), "train")
     model, reference = tiny_model(), tiny_model()
-    steps = list(run(model, rows, micro_batch_rows=3))
+    steps = list(run(model, rows, micro_batch_size=3))
     matrices = [p for p in reference.parameters() if p.ndim == 2]
     vectors = [p for p in reference.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -123,7 +125,7 @@ def test_a_training_equals_one_written_with_plain_torch(
         betas=(0.9, 0.95),
     )
     for number, step in enumerate(steps):
-        arrays = rows.read(sample_rows(3, np.arange(8) + number * 8, rows.num_rows))
+        arrays = rows.read(sample_sequences(3, np.arange(8) + number * 8, rows.num_rows))
         tokens, mask = torch.from_numpy(arrays.tokens), torch.from_numpy(arrays.mask)
         logits = reference(tokens[:, :-1])
         loss = F.cross_entropy(logits[mask[:, 1:]], tokens[:, 1:][mask[:, 1:]])
@@ -147,10 +149,10 @@ def test_a_training_equals_one_written_with_plain_torch(
 def test_micro_batches_give_the_gradient_of_one_batch(
     kind: str, request: pytest.FixtureRequest
 ) -> None:
-    rows = Rows(request.getfixturevalue(kind), "train")
+    rows = PackedSequences(request.getfixturevalue(kind), "train")
     found = [
-        next(run(tiny_model(), rows, micro_batch_rows=micro_batch_rows))
-        for micro_batch_rows in (8, 4, 3, 1)
+        next(run(tiny_model(), rows, micro_batch_size=micro_batch_size))
+        for micro_batch_size in (8, 4, 3, 1)
     ]
     for step in found[1:]:
         assert step.loss == pytest.approx(found[0].loss, rel=1e-6)
@@ -162,12 +164,12 @@ def test_micro_batches_give_the_gradient_of_one_batch(
 def test_training_in_micro_batches_gives_the_weights_of_whole_batches(
     chats: Path, tokenizer: ByteLevelBPE, objective: str, optimizer_name: Any
 ) -> None:
-    rows = Rows(chats, "train")
+    rows = PackedSequences(chats, "train")
     config = replace(CONFIG, optimizer=optimizer_name)
     learned = NEXT_TOKEN if objective == "next" else masked_tokens(tokenizer)
     models = [tiny_model(is_causal=objective == "next") for _ in range(3)]
-    for model, micro_batch_rows in zip(models, (8, 4, 1), strict=True):
-        for _ in run(model, rows, config, micro_batch_rows, objective=learned):
+    for model, micro_batch_size in zip(models, (8, 4, 1), strict=True):
+        for _ in run(model, rows, config, micro_batch_size, objective=learned):
             pass
     whole, *others = (
         torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models
@@ -182,12 +184,12 @@ def test_training_in_micro_batches_gives_the_weights_of_whole_batches(
 def test_a_masked_training_equals_one_written_with_plain_torch(
     text: Path, tokenizer: ByteLevelBPE
 ) -> None:
-    rows, objective = Rows(text, "train"), masked_tokens(tokenizer)
+    rows, objective = PackedSequences(text, "train"), masked_tokens(tokenizer)
     model, reference = tiny_model(is_causal=False), tiny_model(is_causal=False)
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.0)
-    first = next(run(model, rows, micro_batch_rows=3, objective=objective))
+    first = next(run(model, rows, micro_batch_size=3, objective=objective))
     samples = np.arange(8)
-    arrays = rows.read(sample_rows(3, samples, rows.num_rows))
+    arrays = rows.read(sample_sequences(3, samples, rows.num_rows))
     tokens = arrays.tokens[:, :-1]
     inputs, targets = objective.masking.hide(tokens, arrays.mask[:, :-1], samples)
     is_target = targets != -100
@@ -205,7 +207,7 @@ def test_a_masked_training_equals_one_written_with_plain_torch(
 def test_what_is_masked_does_not_depend_on_the_number_of_processes(
     text: Path, tokenizer: ByteLevelBPE
 ) -> None:
-    rows, objective = Rows(text, "train"), masked_tokens(tokenizer)
+    rows, objective = PackedSequences(text, "train"), masked_tokens(tokenizer)
 
     def read(process: int, num_processes: int, first_step: int) -> list[torch.Tensor]:
         batches = batches_of_steps(
@@ -216,7 +218,7 @@ def test_what_is_masked_does_not_depend_on_the_number_of_processes(
             first_step=first_step,
             process=process,
             num_processes=num_processes,
-            micro_batch_rows=2,
+            micro_batch_size=2,
             device=torch.device("cpu"),
         )
         return [torch.cat([batch.inputs for batch in step.micro_batches]) for step in batches]
@@ -235,7 +237,7 @@ def test_norms_of_update_and_weights_are_those_of_the_tenth_step(
     model = tiny_model()
     weights: list[torch.Tensor] = []
     steps: list[Step] = []
-    for step in run(model, Rows(text, "train"), config):
+    for step in run(model, PackedSequences(text, "train"), config):
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]).double())
         steps.append(step)
     measured = [step.step for step in steps if step.update_norm is not None]
@@ -246,19 +248,19 @@ def test_norms_of_update_and_weights_are_those_of_the_tenth_step(
 
 
 def test_dropout_drops_the_same_after_a_resume_and_other_things_in_other_steps(text: Path) -> None:
-    rows = Rows(text, "train")
+    rows = PackedSequences(text, "train")
     model, resumed = tiny_model(dropout=0.3), tiny_model(dropout=0.3)
     optimizer = make_optimizer(resumed, CONFIG)
-    whole = [step.loss for step in run(model, rows, micro_batch_rows=3)]
+    whole = [step.loss for step in run(model, rows, micro_batch_size=3)]
     state = TrainState()
-    first = run(resumed, rows, micro_batch_rows=3, state=state, optimizer=optimizer)
+    first = run(resumed, rows, micro_batch_size=3, state=state, optimizer=optimizer)
     losses = [next(first).loss for _ in range(2)]
     torch.manual_seed(99)  # whatever the generators did meanwhile
-    rest = run(resumed, rows, micro_batch_rows=3, state=state, optimizer=optimizer)
+    rest = run(resumed, rows, micro_batch_size=3, state=state, optimizer=optimizer)
     losses += [step.loss for step in rest]
     assert losses == whole
     assert all(map(torch.equal, model.parameters(), resumed.parameters()))
-    still = replace(CONFIG, learning_rate=1e-30, rows_per_step=rows.num_rows)
+    still = replace(CONFIG, learning_rate=1e-30, global_batch_size=rows.num_rows)
     every_row = [step.loss for step in run(tiny_model(dropout=0.3), rows, still, 100)]
     assert len(set(every_row)) == len(every_row), "the same rows and weights, dropped differently"
 
@@ -266,7 +268,7 @@ def test_dropout_drops_the_same_after_a_resume_and_other_things_in_other_steps(t
 def test_a_step_ahead_gives_the_same_steps_and_the_state_of_the_step_yielded(
     text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = Rows(text, "train")
+    rows = PackedSequences(text, "train")
     model, ahead = tiny_model(), tiny_model()
     states: list[tuple[int, float | None, torch.Tensor]] = []
     for step in run(model, rows):
@@ -290,7 +292,7 @@ def test_a_stop_while_a_step_is_under_way_yields_that_step(
     state = TrainState()
     steps = run(
         tiny_model(),
-        Rows(text, "train"),
+        PackedSequences(text, "train"),
         state=state,
         is_looked_at=lambda step: False,
         is_stopping=lambda: asked.append(1) or len(asked) > 4,
@@ -308,7 +310,11 @@ def test_a_failure_found_a_step_later_leaves_weights_and_optimizer_as_before_it(
     model = tiny_model()
     optimizer = make_optimizer(model, config)
     steps = run(
-        model, Rows(text, "train"), config, optimizer=optimizer, is_looked_at=lambda step: step == 2
+        model,
+        PackedSequences(text, "train"),
+        config,
+        optimizer=optimizer,
+        is_looked_at=lambda step: step == 2,
     )
     next(steps), next(steps)
     weights = [parameter.clone() for parameter in model.parameters()]
@@ -337,7 +343,7 @@ def fp16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fp16_skips_what_overflows_halves_its_scale_and_learns(
     text: Path, fp16_on_a_cpu: None
 ) -> None:
-    rows, config = Rows(text, "train"), replace(CONFIG, precision="fp16")
+    rows, config = PackedSequences(text, "train"), replace(CONFIG, precision="fp16")
     state = TrainState(loss_scale=2.0**40)
     model = tiny_model()
     steps: list[Step] = []
@@ -354,7 +360,7 @@ def test_fp16_skips_what_overflows_halves_its_scale_and_learns(
 
 
 def test_fp16_learns_what_fp32_learns(text: Path, fp16_on_a_cpu: None) -> None:
-    rows = Rows(text, "train")
+    rows = PackedSequences(text, "train")
     wide = list(run(tiny_model(), rows))
     narrow = list(run(tiny_model(), rows, replace(CONFIG, precision="fp16")))
     for mine, theirs in zip(narrow, wide, strict=True):
@@ -366,7 +372,9 @@ def test_fp16_that_overflows_at_any_scale_is_a_failure(text: Path, fp16_on_a_cpu
     model = tiny_model()
     model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
     state = TrainState(loss_scale=4.0)
-    steps = run(model, Rows(text, "train"), replace(CONFIG, precision="fp16"), state=state)
+    steps = run(
+        model, PackedSequences(text, "train"), replace(CONFIG, precision="fp16"), state=state
+    )
     assert [next(steps).loss_scale for _ in range(2)] == [4.0, 2.0]
     with pytest.raises(StageError, match=r"step 3 of 6 .*pretrain.precision=fp32"):
         next(steps)
@@ -374,20 +382,20 @@ def test_fp16_that_overflows_at_any_scale_is_a_failure(text: Path, fp16_on_a_cpu
 
 def test_every_row_is_read_once_an_epoch_and_steps_flow_over_its_end() -> None:
     num_rows = 10
-    samples = sample_rows(1, np.arange(40), num_rows)
+    samples = sample_sequences(1, np.arange(40), num_rows)
     for epoch in samples.reshape(-1, num_rows):
         assert sorted(epoch) == list(range(num_rows))
     assert list(samples[:10]) != list(samples[10:20])
-    in_parts = [sample_rows(1, np.arange(2) + first, num_rows) for first in range(0, 40, 2)]
+    in_parts = [sample_sequences(1, np.arange(2) + first, num_rows) for first in range(0, 40, 2)]
     assert np.array_equal(np.concatenate(in_parts), samples)  # as two processes read them
 
 
 def test_a_step_larger_than_an_epoch_reads_several(text: Path) -> None:
-    assert np.array_equal(np.bincount(sample_rows(1, np.arange(30), 10)), [3] * 10)
+    assert np.array_equal(np.bincount(sample_sequences(1, np.arange(30), 10)), [3] * 10)
 
 
 def test_the_state_counts_steps_tokens_epochs_and_rows(text: Path) -> None:
-    rows = Rows(text, "train")
+    rows = PackedSequences(text, "train")
     state = TrainState()
     for step in run(tiny_model(), rows, state=state):
         assert (state.step, state.tokens) == (step.step, step.step * 8 * SEQ_LEN)
@@ -396,7 +404,7 @@ def test_the_state_counts_steps_tokens_epochs_and_rows(text: Path) -> None:
 
 
 def test_a_target_is_the_next_token_and_padding_is_none(chats: Path) -> None:
-    rows = Rows(chats, "train")
+    rows = PackedSequences(chats, "train")
     arrays = rows.read([0, 1])
     batch = NEXT_TOKEN(arrays, np.arange(2))
     mask = arrays.mask[:, 1:]
@@ -413,7 +421,7 @@ def test_a_target_is_the_next_token_and_padding_is_none(chats: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_with_weights_and_optimizer_unchanged(
     text: Path, optimizer_name: Any, poison: float
 ) -> None:
-    rows = Rows(text, "train")
+    rows = PackedSequences(text, "train")
     config = replace(CONFIG, optimizer=optimizer_name)
     model = tiny_model()
     optimizer = make_optimizer(model, config)
@@ -434,7 +442,7 @@ def test_a_loss_that_is_not_finite_stops_with_weights_and_optimizer_unchanged(
 
 def test_a_gradient_that_is_not_finite_stops_too(text: Path) -> None:
     model = tiny_model()
-    steps = run(model, Rows(text, "train"))
+    steps = run(model, PackedSequences(text, "train"))
     next(steps)
     weights = [parameter.clone() for parameter in model.parameters()]
     model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
@@ -463,7 +471,10 @@ def test_a_stop_ends_between_two_steps_and_leaves_no_thread(
     state = TrainState()
     done: list[Step] = []
     for step in run(
-        tiny_model(), Rows(text, "train"), state=state, is_stopping=lambda: len(done) == 3
+        tiny_model(),
+        PackedSequences(text, "train"),
+        state=state,
+        is_stopping=lambda: len(done) == 3,
     ):
         assert "prefetch" in [thread.name for thread in threading.enumerate()]
         done.append(step)
@@ -476,7 +487,7 @@ def test_what_fails_in_reading_ahead_is_raised_in_the_loop(text: Path) -> None:
         raise DataError("cannot be read")
 
     with pytest.raises(DataError, match="cannot be read"):
-        list(run(tiny_model(), Rows(text, "train"), objective=fail))
+        list(run(tiny_model(), PackedSequences(text, "train"), objective=fail))
     assert "prefetch" not in [thread.name for thread in threading.enumerate()]
 
 
@@ -484,9 +495,9 @@ def test_masking_documents_changes_what_is_learned(
     tmp_path: Path, tokenizer: ByteLevelBPE, corpus: list[str]
 ) -> None:
     short = [text[start : start + 40] for text in corpus[:40] for start in range(0, 400, 40)]
-    rows = Rows(write_text_rows(tmp_path, tokenizer, short), "train")
+    rows = PackedSequences(write_text_sequences(tmp_path, tokenizer, short), "train")
     plain = list(run(tiny_model(), rows))
-    masked = list(run(tiny_model(), rows, replace(CONFIG, is_document_masked=True)))
+    masked = list(run(tiny_model(), rows, replace(CONFIG, document_mask=True)))
     assert [step.loss for step in plain] != [step.loss for step in masked]
     assert [step.num_targets for step in plain] == [step.num_targets for step in masked]
 
@@ -496,7 +507,7 @@ def test_masking_documents_changes_what_is_learned(
 def test_validation_equals_sums_by_hand(
     kind: str, room: int, request: pytest.FixtureRequest, tokenizer: ByteLevelBPE
 ) -> None:
-    rows = Rows(request.getfixturevalue(kind), "validation")
+    rows = PackedSequences(request.getfixturevalue(kind), "validation")
     model = tiny_model()
     found = check(model, rows, tokenizer, room=room)
     nats, text_nats, num_targets, num_bytes = 0.0, 0.0, 0, 0

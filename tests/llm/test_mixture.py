@@ -14,7 +14,7 @@ from llm.artifact import Json, read_manifest
 from llm.clean import clean
 from llm.config import ShareConfig
 from llm.data.mixture import Size, SourceTally, mix
-from llm.data.rows import HEADER, Rows
+from llm.data.packed import HEADER, PackedSequences
 from llm.errors import DataError
 from llm.pack import pack
 from tests.llm.cleaning import lines_of
@@ -159,9 +159,11 @@ def test_sources_of_a_mixture_come_out_of_pack_with_their_shares(
         max(times) - min(times) == 1
         and sum(found[one] for one in by_source[1]) == (report[1]["documents"])
     )
-    rows = Rows(folder, "train")
+    rows = PackedSequences(folder, "train")
     assert rows.info.num_documents == sum(found.values())
     assert rows.info.num_tokens == sum(source["tokens"] for source in report)
-    assert Rows(folder, "validation").info.num_documents == summary["validation_documents"]
+    assert (
+        PackedSequences(folder, "validation").info.num_documents == summary["validation_documents"]
+    )
     with pytest.raises(DataError, match=r"sources\.2: no document"):
         packed([3, 1, 1], "c")

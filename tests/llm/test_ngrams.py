@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.data import ngrams
-from llm.data.ngrams import hash_distinct_ngrams, hash_ngrams, hash_words
+from llm.data.cleaning import ngrams
+from llm.data.cleaning.ngrams import hash_distinct_ngrams, hash_ngrams, hash_words
 
 SINGLES = "\u3000-\udfff"  # scripts without blanks
 WORD = re.compile(rf"[{SINGLES}]|(?:(?![{SINGLES}\u2000-\u2fff])[0-9a-z\x80-\U0010ffff])+")

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.data.normalize import normalize
+from llm.data.cleaning.normalize import normalize
 
 
 def test_line_ends_and_composed_characters() -> None:

@@ -10,8 +10,8 @@ import pytest
 from llm import pack as pack_module
 from llm.artifact import Json, read_manifest
 from llm.data.chat import render_chat
-from llm.data.document_file import SPLITS, Message
-from llm.data.rows import HEADER, Rows
+from llm.data.documents import SPLITS, Message
+from llm.data.packed import HEADER, PackedSequences
 from llm.errors import ArtifactError, ConfigError, DataError
 from llm.pack import pack
 from llm.runtime.job import PROGRESS, Interrupted, Job
@@ -36,7 +36,7 @@ CHATS = [chat(f"what is {n} + {n}?", f"{n} and {n} make {2 * n}." * (n % 4)) for
 
 def contents_of_documents(folder: Path, split: str) -> dict[str, list[int]]:
     """Every document's tokens by its id, joined over rows."""
-    rows = Rows(folder, split)
+    rows = PackedSequences(folder, split)
     ids = [
         data[place : place + 16].hex()
         for path in sorted(folder.glob(f"{split}/*.document_ids.bin"))
@@ -68,7 +68,7 @@ def test_every_document_comes_back_from_the_rows(
     documents = make_documents(train, validation)
     out, summary = run_stage(pack, {"seq_len": 64}, documents=documents, tokenizer=tokenizer_folder)
     for split, texts in (("train", train), ("validation", validation)):
-        rows = Rows(out, split)
+        rows = PackedSequences(out, split)
         contents = contents_of_documents(out, split)
         assert all(ids[0] == tokenizer.bos_id for ids in contents.values())
         texts_by_id = {record["id"]: record["text"] for record in lines_of(documents, split)}
@@ -92,7 +92,7 @@ def test_every_chat_comes_back_with_its_mask(
     train, validation = [*CHATS[:150], long], CHATS[150:]
     documents = make_documents(train, validation)
     out, summary = run_stage(pack, {"seq_len": 64}, documents=documents, tokenizer=tokenizer_folder)
-    rows = Rows(out, "train")
+    rows = PackedSequences(out, "train")
     rendered = [render_chat(messages, tokenizer) for messages in train]
     in_one_row = [ids for ids, _ in rendered if len(ids) <= 65]
     contents = contents_of_documents(out, "train").values()
@@ -188,7 +188,7 @@ def test_training_text_of_exactly_one_row_is_enough(
     assert len(tokenizer.encode_batch([text])[0]) == 32
     inputs = {"documents": make_documents([text], ["x"]), "tokenizer": tokenizer_folder}
     out, _ = run_stage(pack, {"seq_len": 32}, **inputs)
-    assert Rows(out, "train").num_rows == 1
+    assert PackedSequences(out, "train").num_rows == 1
     with pytest.raises(DataError, match="33 tokens, less than one row"):
         run_stage(pack, {"seq_len": 33}, out="longer", **inputs)
 
@@ -260,7 +260,7 @@ def test_real_instructions_fill_97_of_100_positions(
     out, summary = run_stage(
         pack, {"seq_len": 256}, documents=documents, tokenizer=tokenizer_folder
     )
-    rows = Rows(out, "train")
+    rows = PackedSequences(out, "train")
     assert rows.info.num_padding_tokens <= 0.03 * rows.num_rows * 257
     assert summary["train_cut_documents"] == 0
 
@@ -283,7 +283,7 @@ def test_pack_keeps_what_each_chat_asks_for(
     folder = tmp_path / "documents"
     write_lines(folder, {"train": lines, "validation": lines}, "chats")
     out, _ = run_stage(pack, {"seq_len": 64}, documents=folder, tokenizer=tokenizer_folder)
-    rows = Rows(out, "train")
+    rows = PackedSequences(out, "train")
     data = (out / "train/00000.document_ids.bin").read_bytes()[HEADER.size :]
     numbers = [int.from_bytes(data[place : place + 16], "big") for place in range(0, 800, 16)]
     assert [rows.kind(ordinal) for ordinal in range(50)] == [f"kind {n % 3}" for n in numbers]

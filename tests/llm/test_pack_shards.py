@@ -15,9 +15,9 @@ import pytest
 
 from llm.artifact import Json, read_manifest
 from llm.config import RuntimeConfig
-from llm.data.document_file import SPLITS
+from llm.data.documents import SPLITS
+from llm.data.packed import HEADER, PackedSequences
 from llm.data.permutation import permute
-from llm.data.rows import HEADER, Rows
 from llm.errors import DataError
 from llm.pack import pack
 from llm.runtime.job import Job, write_job
@@ -93,7 +93,10 @@ def test_each_shard_is_a_run_of_the_shuffled_documents(
     runs = [range(NUM_TRAIN * n // 4, NUM_TRAIN * (n + 1) // 4) for n in range(4)]
     paths = sorted(out.glob("train/*.document_ids.bin"))
     assert [ids_of(path) for path in paths] == [[ids[order[n]] for n in run] for run in runs]
-    rows, whole = Rows(out, "train"), run_stage(pack, {"seq_len": 256}, out="whole", **inputs)[1]
+    rows, whole = (
+        PackedSequences(out, "train"),
+        run_stage(pack, {"seq_len": 256}, out="whole", **inputs)[1],
+    )
     assert summary["train_rows"] == rows.num_rows
     for name in ("documents", "tokens", "bytes"):
         assert summary[f"train_{name}"] == whole[f"train_{name}"]
@@ -174,7 +177,9 @@ def test_a_mixture_of_many_shards_keeps_its_shares_and_its_caps(
     assert used[2] == 67 - report[2]["unused_documents"] < 67 < 68 == used[0] == used[1]
     given = Counter(numbers[name] for name in times.elements())
     assert [source["documents"] for source in report] == [given[n] for n in range(3)]
-    assert Rows(out, "train").info.num_tokens == sum(source["tokens"] for source in report)
+    assert PackedSequences(out, "train").info.num_tokens == sum(
+        source["tokens"] for source in report
+    )
     sizes = {record["id"]: len(record["text"]) for record in records}
     assert sum(sizes[name] for name in times if numbers[name] == 2) <= 8000
     shares[2] = {"weight": 1, "max_tokens": 4}

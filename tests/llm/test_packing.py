@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.artifact import ArtifactWriter
-from llm.data import row_writing
-from llm.data.packing import lay_best_fit, lay_end_to_end
-from llm.data.row_writing import Documents, EncodedDocument, Pieces, write_shard
-from llm.data.rows import PADDING_ID, RowLayout, Rows, shard_prefix, write_pack_json
+from llm.data import packed_writer as row_writing
+from llm.data.packed import PADDING_ID, PackedLayout, PackedSequences, shard_prefix, write_pack_json
+from llm.data.packed_writer import Documents, EncodedDocument, Pieces, write_shard
+from llm.data.packing import pack_best_fit, pack_concatenated
 
 BOS, PAD, VOCAB_SIZE = 0, 5, 300
 TOKEN_BYTES = np.r_[np.zeros(6, dtype=np.int64), np.arange(1, VOCAB_SIZE - 5)]
-LAYS = {"end to end": lay_end_to_end, "best fit": lay_best_fit}
+LAYS = {"end to end": pack_concatenated, "best fit": pack_best_fit}
 
 lengths_of_documents = st.lists(st.integers(1, 40) | st.integers(1, 4), min_size=1, max_size=60)
 
@@ -46,10 +46,10 @@ def make_documents(lengths: Sequence[int], *, is_chats: bool) -> list[EncodedDoc
 
 def write_documents(
     folder: Path, documents: Sequence[EncodedDocument], name: str, seq_len: int
-) -> Rows:
+) -> PackedSequences:
     """Lay documents into rows of one shard and write it."""
     content = "text" if documents[0].mask is None else "chats"
-    layout = RowLayout(
+    layout = PackedLayout(
         seq_len=seq_len, vocab_size=VOCAB_SIZE, content=content, bos_id=BOS, pad_id=PAD
     )
     writer = ArtifactWriter(folder)
@@ -59,10 +59,12 @@ def write_documents(
     pieces = LAYS[name](encoded.lengths, seq_len)
     info = write_shard(writer, shard_prefix("train", 0), layout, encoded, pieces, TOKEN_BYTES)
     write_pack_json(writer, layout, {"train": [info]})
-    return Rows(folder, "train")
+    return PackedSequences(folder, "train")
 
 
-def check_nothing_is_lost(rows: Rows, documents: Sequence[EncodedDocument], pieces: Pieces) -> None:
+def check_nothing_is_lost(
+    rows: PackedSequences, documents: Sequence[EncodedDocument], pieces: Pieces
+) -> None:
     """Walk all positions: every document's tokens are there, each learned at most once."""
     arrays = rows.read(np.arange(rows.num_rows))
     times_learned = [np.zeros(len(document.tokens), dtype=int) for document in documents]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.data.personal_data import Masked, mask
+from llm.data.cleaning.personal_data import Masked, mask
 
 
 def masked(text: str) -> str:

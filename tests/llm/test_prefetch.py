@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.runtime.prefetch import made_ahead
+from llm.runtime.prefetch import prefetch
 
 
 def threads() -> list[str]:
-    """The names of the threads of `made_ahead`."""
+    """The names of the threads of `prefetch`."""
     return [thread.name for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
 @given(st.lists(st.integers() | st.none()), st.integers(1, 5))
 def test_nothing_is_lost_or_moved(items: list[int | None], num_ahead: int) -> None:
-    assert list(made_ahead(iter(items), num_ahead)) == items
+    assert list(prefetch(iter(items), num_ahead)) == items
     assert not threads()
 
 
@@ -31,7 +31,7 @@ def test_only_so_many_are_made_ahead(num_ahead: int) -> None:
             made.append(number)
             yield number
 
-    ahead = made_ahead(make(), num_ahead)
+    ahead = prefetch(make(), num_ahead)
     for taken in range(1, 20):
         assert next(ahead) == taken - 1
         give_up_at = time.monotonic() + 5
@@ -52,7 +52,7 @@ def test_an_error_comes_after_what_was_made_before_it_and_keeps_its_traceback() 
 
     taken: list[int] = []
     with pytest.raises(ValueError, match="the third") as caught:
-        for number in made_ahead(make(), 10):
+        for number in prefetch(make(), 10):
             taken.append(number)
     assert taken == [1, 2] and not threads()
     assert caught.traceback[-1].name == "make"
@@ -63,7 +63,7 @@ def test_the_thread_ends_with_the_loop_that_is_left(is_exhausted: bool) -> None:
     def make() -> Iterator[int]:
         yield from range(3 if is_exhausted else 10**9)
 
-    for number in made_ahead(make(), 2):
+    for number in prefetch(make(), 2):
         if number == 1:
             break
     assert not threads(), "dropped, it is closed"
@@ -78,7 +78,7 @@ def test_what_is_made_is_told_to_end() -> None:
         finally:
             is_closed.set()
 
-    ahead = made_ahead(make(), 2)
+    ahead = prefetch(make(), 2)
     next(ahead)
     ahead.close()
     assert is_closed.is_set()

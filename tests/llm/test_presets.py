@@ -113,7 +113,7 @@ def test_the_dial_gives_twenty_tokens_a_parameter(tmp_path: Path, depth: int, sh
     pretrain = found.pretrain
     with torch.device("meta"):
         model = Transformer(pretrain.model, found.train_tokenizer.vocab_size, found.pack.seq_len)
-    num_tokens = pretrain.num_steps * pretrain.rows_per_step * found.pack.seq_len
+    num_tokens = pretrain.num_steps * pretrain.global_batch_size * found.pack.seq_len
     # vectors are not counted, and the last step is rounded up
     assert num_tokens / model.num_parameters() == pytest.approx(20, rel=0.005)
     assert pretrain.model.num_layers == depth and pretrain.model.d_model == 64 * depth

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from llm.errors import ConfigError, DataError, StageError
-from llm.model.store import load_model
 from llm.model.transformer import Block
+from llm.model.weights import load_model
 from llm.pretrain import pretrain
 from llm.runtime import failpoints
 from llm.runtime.job import EXIT_INTERRUPTED, read_job
@@ -33,7 +33,7 @@ from tests.llm.training_setup import (
     start,
     tiny_pretrain,
     write_job_file,
-    write_text_rows,
+    write_text_sequences,
 )
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -50,8 +50,8 @@ def inputs(
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer.to_files()[TOKENIZER_JSON])
-    rows = write_text_rows(folder / "rows", tokenizer, corpus[:30])
-    return {"rows": rows, "tokenizer": folder / "tokenizer"}
+    rows = write_text_sequences(folder / "rows", tokenizer, corpus[:30])
+    return {"sequences": rows, "tokenizer": folder / "tokenizer"}
 
 
 def run(
@@ -211,7 +211,7 @@ def test_every_optimizer_and_schedule_resumes_to_the_same_bits(
 ) -> None:
     model = replace(TINY, dropout=0.2, is_causal=is_causal)
     settings = tiny_pretrain(schedule=schedule, optimizer=optimizer, model=model)
-    job = write_job_file(tmp_path, "pretrain", settings, inputs, micro_batch_rows=3)
+    job = write_job_file(tmp_path, "pretrain", settings, inputs, micro_batch_size=3)
     expected = run_inside(pretrain, job), points(tmp_path)
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "work" / "checkpoints" / "step-00000008")
@@ -225,7 +225,7 @@ def test_activations_computed_twice_give_the_bits_of_those_kept(
     tmp_path: Path, inputs: dict[str, Path], undisturbed: dict[str, Path]
 ) -> None:
     settings = tiny_pretrain(**SETTINGS["muon"])
-    job = write_job_file(tmp_path, "pretrain", settings, inputs, recomputes_activations=True)
+    job = write_job_file(tmp_path, "pretrain", settings, inputs, activation_checkpointing=True)
     calls: list[int] = []
     forward = Block.forward
     with pytest.MonkeyPatch.context() as patch:
@@ -257,9 +257,9 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_no_bits(
 def test_rows_in_a_store_train_as_rows_here(tmp_path: Path, inputs: dict[str, Path]) -> None:
     config = tiny_pretrain(num_steps=3)
     expected = run_inside(pretrain, write_job_file(tmp_path / "here", "pretrain", config, inputs))
-    rows = Path(shutil.copytree(inputs["rows"], tmp_path / "rows"))
+    rows = Path(shutil.copytree(inputs["sequences"], tmp_path / "rows"))
     list(spread(rows, ["memory://test_pretrain"]))
-    there, cache = {**inputs, "rows": rows}, tmp_path / "cache"
+    there, cache = {**inputs, "sequences": rows}, tmp_path / "cache"
     settings = {"cache_dir": str(cache)}
     job = write_job_file(tmp_path / "there", "pretrain", config, there, **settings)
     read_job(job).work.mkdir()  # as the stage's process does
@@ -274,7 +274,7 @@ def test_rows_in_a_store_train_as_rows_here(tmp_path: Path, inputs: dict[str, Pa
 def test_micro_batches_change_the_loss_by_rounding_alone(
     tmp_path: Path, inputs: dict[str, Path], undisturbed: dict[str, Path]
 ) -> None:
-    job = write_job_file(tmp_path, "pretrain", tiny_pretrain(), inputs, micro_batch_rows=3)
+    job = write_job_file(tmp_path, "pretrain", tiny_pretrain(), inputs, micro_batch_size=3)
     expected = summary(undisturbed["adamw"])
     found = run_inside(pretrain, job)
     assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
@@ -357,8 +357,8 @@ def test_rows_of_another_tokenizer_are_refused_before_training(
     tmp_path: Path, inputs: dict[str, Path], corpus: list[str]
 ) -> None:
     other = ByteLevelBPE.train(corpus, 500)
-    rows = write_text_rows(tmp_path / "rows", other, corpus[:10])
-    job = write_job_file(tmp_path, "pretrain", tiny_pretrain(), {**inputs, "rows": rows})
+    rows = write_text_sequences(tmp_path / "rows", other, corpus[:10])
+    job = write_job_file(tmp_path, "pretrain", tiny_pretrain(), {**inputs, "sequences": rows})
     expected = r"vocab_size: found 600 in the tokenizer, expected the model's 500"
     with pytest.raises(DataError, match=expected):
         run_inside(pretrain, job)
@@ -470,8 +470,8 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path, inputs: dict[st
 def test_rows_that_divide_neither_among_processes_nor_into_passes_train_as_on_one(
     num_processes: int, tmp_path: Path, inputs: dict[str, Path], of_seven_rows: Path
 ) -> None:
-    runtime = {"num_processes": num_processes, "micro_batch_rows": 2}
-    code, errors = run(tmp_path, inputs, {"rows_per_step": 7}, **runtime)
+    runtime = {"num_processes": num_processes, "micro_batch_size": 2}
+    code, errors = run(tmp_path, inputs, {"global_batch_size": 7}, **runtime)
     assert code == 0, errors
     expected, found = summary(of_seven_rows), summary(tmp_path)
     assert found["throughput_processes"] == num_processes
@@ -483,14 +483,14 @@ def test_rows_that_divide_neither_among_processes_nor_into_passes_train_as_on_on
         assert mine["metrics"] == pytest.approx(theirs["metrics"], rel=1e-5)
         for name in mine["metrics"].keys() & {"train/loss", "val/loss"}:
             assert mine["metrics"][name] == pytest.approx(theirs["metrics"][name], rel=1e-6)
-    assert f"pretrain.rows_per_step: 7 rows among {num_processes} processes" in errors
+    assert f"pretrain.global_batch_size: 7 rows among {num_processes} processes" in errors
 
 
 @pytest.mark.distributed
 def test_a_process_without_a_row_of_its_own_trains_with_the_others(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
-    settings = {"rows_per_step": 2, "num_steps": 4}
+    settings = {"global_batch_size": 2, "num_steps": 4}
     assert run(tmp_path / "one", inputs, settings)[0] == 0
     code, errors = run(tmp_path / "three", inputs, settings, num_processes=3)
     assert code == 0, errors
@@ -503,7 +503,7 @@ def test_a_process_without_a_row_of_its_own_trains_with_the_others(
 def of_seven_rows(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Path]) -> Path:
     """A training of seven rows a step, in one process and one pass."""
     folder = tmp_path_factory.mktemp("seven")
-    code, errors = run(folder, inputs, {"rows_per_step": 7})
+    code, errors = run(folder, inputs, {"global_batch_size": 7})
     assert code == 0, errors
     assert "rows among" not in errors
     return folder

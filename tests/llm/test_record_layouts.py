@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm.artifact import Json
-from llm.data.record_layouts import FIRST_RECORDS
+from llm.data.raw.record_layouts import FIRST_RECORDS
 from llm.errors import DataError
 from llm.runtime.job import write_job
 from tests.llm.cleaning import TEXTS, corpus, jsonl, make_job, run_clean

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.data import splitting
-from llm.data.splitting import cut_text, split_array, split_lines
+from llm.data.raw import splitting
+from llm.data.raw.splitting import cut_text, split_array, split_lines
 from llm.errors import DataError
 
 TEXTS = st.lists(

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from llm.data import stdlib
-from llm.data.stdlib import (
+from llm.data.sources import stdlib
+from llm.data.sources.stdlib import (
     MAX_DOCUMENT_BYTES,
     Module,
     Once,
@@ -25,7 +25,7 @@ from llm.data.stdlib import (
     source_documents,
     topic_documents,
 )
-from llm.data.stdlib_chats import FROM_MEMORY, MAX_ANSWER_CHARACTERS, chat_records
+from llm.data.sources.stdlib_chats import FROM_MEMORY, MAX_ANSWER_CHARACTERS, chat_records
 from llm.errors import DataError
 
 SOURCE = '''\

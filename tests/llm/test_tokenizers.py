@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.errors import ArtifactError, ConfigError, DataError
+from llm.exchange.sentencepiece_model import PieceModel, read_piece_model
 from llm.tokenizer.base import TOKENIZER_JSON, Tokenizer
 from llm.tokenizer.characters import CharacterTokenizer
 from llm.tokenizer.gpt2 import GPT2_FILES, load_gpt2
 from llm.tokenizer.load import load_tokenizer
 from llm.tokenizer.sentencepiece import SentencePieceTokenizer
-from llm.tokenizer.sentencepiece_model import PieceModel, read_piece_model
 from tests.llm.tokenizer_makers import FRAGMENTS, MAKERS, save_and_load
 
 DATA = Path(__file__).parents[2] / "../shared/data"

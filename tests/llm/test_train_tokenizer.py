@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from llm.artifact import Json, read_manifest
-from llm.data.document_file import DocumentFile, Message
+from llm.data.documents import DocumentReader, Message
 from llm.errors import ConfigError, DataError
 from llm.runtime.job import Interrupted, Job, write_job
-from llm.tokenizer import splitting
+from llm.tokenizer import pre_tokenization
 from llm.tokenizer.load import load_tokenizer
 from llm.train_tokenizer import draw_sample, limit_words, train_tokenizer
 
@@ -57,12 +57,12 @@ def test_the_sample_holds_the_documents_of_smallest_hash_whatever_their_order(
     make_documents: MakeDocuments, corpus: list[str]
 ) -> None:
     def sample(texts: list[str], seed: int = 1, max_bytes: int = 20_000) -> list[str]:
-        documents = DocumentFile(make_documents(texts, []), "train")
+        documents = DocumentReader(make_documents(texts, []), "train")
         drawn = list(draw_sample(documents, seed, max_bytes, report_nothing))
         assert sum(len(text.encode()) for text in drawn) <= max_bytes
         return drawn
 
-    documents = DocumentFile(make_documents(corpus, []), "train")
+    documents = DocumentReader(make_documents(corpus, []), "train")
     by_hash = sorted(
         documents.read(range(len(documents))),
         key=lambda document: hashlib.blake2b(
@@ -87,7 +87,7 @@ def test_the_sample_ends_where_its_distinct_words_pass_the_limit(
     assert limited(texts, 12) == texts  # "one", " ", "two", "three"
     assert limited(texts, 11) == texts[:2]
     assert limited(texts, 6) == []
-    monkeypatch.setattr(splitting, "PIECE_CHARACTERS", 6)
+    monkeypatch.setattr(pre_tokenization, "PIECE_CHARACTERS", 6)
     long = "alpha\nbeta\nalpha\ngamma\n"
     assert limited([long], 100) == [long]
     assert limited([long], 12) == ["alpha\nbeta\nalpha"], "alpha, beta and the line's end"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm.config import ModelConfig
-from llm.data.rows import PADDING_ID
+from llm.data.packed import PADDING_ID
 from llm.errors import ConfigError, DataError
 from llm.model.cache import KeyValueCache
 from llm.model.loss import token_losses

@@ -18,8 +18,8 @@ from accelerate.state import AcceleratorState, GradientState
 from llm.artifact import ArtifactWriter, Json
 from llm.config import FinetuneConfig, ModelConfig, PretrainConfig, RuntimeConfig
 from llm.data.chat import render_chats
-from llm.data.row_writing import Documents, EncodedDocument, Pieces, write_shard
-from llm.data.rows import RowLayout, ShardInfo, shard_prefix, write_pack_json
+from llm.data.packed import PackedLayout, PackedShard, shard_prefix, write_pack_json
+from llm.data.packed_writer import Documents, EncodedDocument, Pieces, write_shard
 from llm.model.transformer import Transformer
 from llm.runtime.job import Job, StageFunction, read_job, write_job
 from llm.tokenizer.bpe import ByteLevelBPE
@@ -40,16 +40,16 @@ def tiny_model(seed: int = 0, vocab_size: int = 600, **shape: Any) -> Transforme
 
 def tiny_pretrain(**settings: Any) -> PretrainConfig:
     """A pretraining of eight steps, changed by `settings`."""
-    few = {"num_steps": 8, "rows_per_step": 8, "warmup_steps": 2, "model": TINY}
+    few = {"num_steps": 8, "global_batch_size": 8, "warmup_steps": 2, "model": TINY}
     return PretrainConfig(**{**few, **settings})
 
 
 def tiny_finetune(**settings: Any) -> FinetuneConfig:
     """A fine-tuning of four steps, changed by `settings`."""
-    return FinetuneConfig(**{"num_steps": 4, "rows_per_step": 4, "warmup_steps": 1, **settings})
+    return FinetuneConfig(**{"num_steps": 4, "global_batch_size": 4, "warmup_steps": 1, **settings})
 
 
-def write_text_rows(
+def write_text_sequences(
     folder: Path, tokenizer: ByteLevelBPE, texts: Sequence[str], seq_len: int = SEQ_LEN
 ) -> Path:
     """Pack texts into rows; every fifth row is for validation."""
@@ -60,7 +60,7 @@ def write_text_rows(
     return _write_rows(folder, tokenizer, tokens, None)
 
 
-def write_chat_rows(
+def write_chat_sequences(
     folder: Path, tokenizer: ByteLevelBPE, num_chats: int, seq_len: int = SEQ_LEN
 ) -> Path:
     """Pack short questions and answers, one a row; every fifth row is for validation."""
@@ -95,7 +95,7 @@ def write_job_file(
         settings=settings,
         seed=1,
         inputs={name: str(path) for name, path in inputs.items()},
-        runtime=RuntimeConfig(**{**small, "validation_rows": 8, **runtime}),
+        runtime=RuntimeConfig(**{**small, "validation_sequences": 8, **runtime}),
         out=folder / "out",
         work=folder / "work",
     )
@@ -154,7 +154,7 @@ def _write_rows(
     tokens: np.ndarray[Any, np.dtype[np.uint32]],
     mask: np.ndarray[Any, np.dtype[np.bool_]] | None,
 ) -> Path:
-    layout = RowLayout(
+    layout = PackedLayout(
         seq_len=tokens.shape[1] - 1,
         vocab_size=tokenizer.vocab_size,
         content="text" if mask is None else "chats",
@@ -163,7 +163,7 @@ def _write_rows(
     )
     writer = ArtifactWriter(folder)
     is_validation = np.arange(len(tokens)) % 5 == 0
-    infos: dict[str, list[ShardInfo]] = {}
+    infos: dict[str, list[PackedShard]] = {}
     for split, is_in in (("train", ~is_validation), ("validation", is_validation)):
         documents, pieces = Documents(layout.dtype), []
         for row, (ids, is_target) in enumerate(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import tracking
+from tasks.tracking import tracker as tracking
 from tests.tasks.mlflow_place import Place
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import RunConfig, RuntimeConfig, flatten
-from tasks.mlflow_store import MlflowStore
-from tasks.tracking import Dataset, Tracker
+from tasks.tracking.client import MlflowStore
+from tasks.tracking.tracker import Dataset, Tracker
 
 FIGURES: dict[str, Json] = {"num_parameters": 3_200_000, "val_loss": 1.5}
 SAMPLES: list[dict[str, Json]] = [

@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from llm.data.document_file import DocumentFile
+from llm.data.documents import DocumentReader
 from tests import tiny
 
 WORDS = [f"word{number}" for number in range(2000)]
@@ -15,7 +15,7 @@ def sentence(rng: random.Random) -> str:
 
 
 def texts(folder: str, split: str) -> list[str]:
-    file = DocumentFile(Path(folder), split)
+    file = DocumentReader(Path(folder), split)
     return ["\n".join(document.texts) for document in file.read(range(len(file)))]
 
 

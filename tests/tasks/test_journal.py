@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.journal import (
+from tasks.tracking.journal import (
     Dataset,
     Event,
     Journal,
@@ -91,7 +91,7 @@ def test_a_killed_owner_leaves_its_journal_to_one_other(tmp_path: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
-from tasks.journal import Journal, PipelineFinished
+from tasks.tracking.journal import Journal, PipelineFinished
 journal = Journal.create(Path({str(tmp_path)!r}))
 journal.append(PipelineFinished(status="FINISHED"))
 os.kill(os.getpid(), signal.SIGKILL)

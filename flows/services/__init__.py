@@ -1,0 +1,1 @@
+"""The Prefect and MLflow servers: start, stop, protect and find them."""

@@ -1,0 +1,1 @@
+"""The steps and passes of the clean stage."""

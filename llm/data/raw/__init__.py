@@ -1,0 +1,1 @@
+"""Raw files: formats, compression, archives, and the records in them."""

@@ -1,0 +1,175 @@
+"""Say what a source would give without fetching it: its local files, and a digest of their bytes.
+
+The digest enters the cache key of `download`, so it is taken for every plan: a file's sha256 is
+remembered for as long as its size, times and inode stay as they were.
+"""
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from llm.artifact import digest, file_sha256, write_json_atomically
+from llm.config import SourceConfig
+from llm.data.raw.formats import content_of, endings, is_readable, refuse_name
+from llm.data.sources.hub import resolve_commit
+from llm.data.sources.stdlib import library_files
+from llm.errors import DataError, DiskFullError
+
+NANOSECONDS_UNTIL_REMEMBERED = 2_000_000_000
+"""A file changed within the clock tick of its stamp keeps that stamp; git waits too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalFiles:
+    """The files a local source is made of, and how many beside them no reader knows."""
+
+    files: list[tuple[str, Path]]
+    """(name relative to the source's root with `/` between folders, path), sorted by name."""
+    num_ignored: int
+
+
+def fingerprint(source: SourceConfig, role: str, cache_file: Path | None) -> str:
+    """Return the digest, 32 hexadecimal characters, of what `source` would give as `role`.
+
+    Local files count by their names inside the source and their bytes, wherever the source lies.
+    `cache_file` remembers the sha256 of files that have not changed since; None reads them all.
+
+    Raises:
+        DataError: a local file is missing or cannot be read, or the hub cannot say which commit a
+        branch is; the message names the setting.
+    """
+    if source.kind == "url":
+        return digest(["url", content_of(role), source.sha256])
+    if source.kind == "hub":
+        parts = (source.hub_name, source.hub_config, source.hub_split)
+        try:
+            return digest(["hub", content_of(role), *parts, resolve_commit(source, role)])
+        except ConnectionError as error:
+            raise DataError(
+                f"{error}; to plan without the hub, set download.{role}.hub_revision to a commit"
+            ) from error
+    try:
+        files = library_files() if source.kind == "stdlib" else local_files(source, role).files
+        return files_fingerprint(source, role, _hash_files(files, cache_file))
+    except OSError as error:
+        raise DataError(f"download.{role}.path: {error}; make it readable") from error
+
+
+def files_fingerprint(source: SourceConfig, role: str, hashes: Iterable[tuple[str, str]]) -> str:
+    """Return `fingerprint` for a stdlib or files source from the (name, sha256) of its files."""
+    files_sha256 = hashlib.sha256()
+    for name, sha256 in sorted(hashes):
+        files_sha256.update(json.dumps([name, sha256]).encode())
+    maker = [platform.python_implementation(), platform.python_version()]
+    made_by = maker if source.kind == "stdlib" else []
+    return digest([source.kind, content_of(role), made_by, files_sha256.hexdigest()])
+
+
+def local_files(source: SourceConfig, role: str) -> LocalFiles:
+    """List the files of a `files` source: one file, all below a folder, or what a glob matches.
+
+    Hidden files and folders are no part of it, nor are folders behind symbolic links.
+
+    Raises:
+        DataError: nothing is there, or nothing there can be read as `role`.
+    """
+    pattern = os.path.expanduser(source.path)  # noqa: PTH111 (Path drops the `/` that ends a glob)
+    if Path(pattern).is_file():
+        refuse_name(Path(pattern).name, role, "path")
+        return LocalFiles(files=[(Path(pattern).name, Path(pattern))], num_ignored=0)
+    if Path(pattern).is_dir():
+        root, candidates = Path(pattern), _walk(Path(pattern))
+    elif glob.has_magic(pattern):
+        root = _fixed_part(pattern)
+        matches = glob.glob(pattern, recursive=True)  # noqa: PTH207 (takes absolute patterns too)
+        candidates = (Path(match) for match in matches if _is_part(Path(match)))
+    else:
+        raise DataError(
+            f"download.{role}.path: found nothing at {source.path}; expected a file, a folder or a"
+            " glob"
+        )
+    every = sorted((path.relative_to(root).as_posix(), path) for path in candidates)
+    known = [entry for entry in every if is_readable(entry[0], role)]
+    if not known:
+        raise DataError(
+            f"download.{role}.path: {source.path} holds {len(every)} files, none of which ends in"
+            f" {endings(role)}"
+        )
+    return LocalFiles(files=known, num_ignored=len(every) - len(known))
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (Path(folder, name) for name in names if not name.startswith("."))
+        yield from (path for path in paths if _is_part(path))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _is_part(path: Path) -> bool:
+    """Tell a file, or a link to nothing, which is to be an error rather than left out unseen."""
+    return path.is_file() or not path.exists()
+
+
+def _fixed_part(pattern: str) -> Path:
+    """Return the folder of a glob above its first wildcard, `data` for `data/*/part-*.txt`."""
+    parts = Path(pattern).parts
+    wild = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    return Path(*parts[:wild])
+
+
+def _hash_files(
+    files: Iterable[tuple[str, Path]], cache_file: Path | None
+) -> list[tuple[str, str]]:
+    remembered = _read_cache(cache_file)
+    is_changed = False
+    hashes: list[tuple[str, str]] = []
+    for name, path in files:
+        key, stamp = os.path.abspath(path), _stamp(path)  # noqa: PTH100 (resolve() follows links)
+        record = remembered.get(key)
+        if record is None or record[:-1] != stamp:
+            before = time.time_ns()
+            record = [*stamp, file_sha256(path)]
+            if _stamp(path) == stamp and before - path.stat().st_ctime_ns > (
+                NANOSECONDS_UNTIL_REMEMBERED
+            ):
+                remembered[key], is_changed = record, True
+        hashes.append((name, str(record[-1])))
+    if cache_file is not None and is_changed:
+        # what cannot be remembered is read again; what is to be built there says what is wrong
+        with contextlib.suppress(OSError, DiskFullError):
+            cache_file.parent.mkdir(parents=True, exist_ok=True)
+            write_json_atomically(cache_file, remembered, is_durable=False)
+    return hashes
+
+
+def _stamp(path: Path) -> list[int | str]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _read_cache(cache_file: Path | None) -> dict[str, list[int | str]]:
+    """Return what was remembered; a cache that cannot be read is as good as none."""
+    try:
+        cached = json.loads(cache_file.read_bytes()) if cache_file is not None else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(cached, dict):
+        return {}
+    records = cast(dict[str, object], cached).items()
+    return {
+        key: cast(list[int | str], record)
+        for key, record in records
+        if isinstance(record, list) and len(cast(list[object], record)) == 5
+    }

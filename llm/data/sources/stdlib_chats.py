@@ -1,0 +1,164 @@
+"""Make chats of the standard library: questions on functions, most answerable from the question.
+
+Exact match on functions held out then measures a skill a small model can learn, which is to read a
+signature. The other kinds ask what only the library's documentation tells.
+"""
+
+import ast
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llm.artifact import Json
+from llm.data.sources.stdlib import definitions, read_modules, signature
+
+MAX_SIGNATURE_CHARACTERS = 160
+MAX_ANSWER_CHARACTERS = 120
+"""About 40 tokens."""
+ANSWERABLE_SHARE = 0.7
+FROM_MEMORY = ("summary", "signature")
+PHRASINGS = {
+    "parameters": (
+        "What are the parameters of `{signature}`?",
+        "List the parameters of `{signature}`.",
+        "Which parameters does `{signature}` take?",
+        "Name the parameters of `{signature}`.",
+    ),
+    "first_parameter": (
+        "What is the first parameter of `{signature}`?",
+        "Which parameter comes first in `{signature}`?",
+        "Name the first parameter of `{signature}`.",
+    ),
+    "last_parameter": (
+        "What is the last parameter of `{signature}`?",
+        "Which parameter comes last in `{signature}`?",
+        "Name the last parameter of `{signature}`.",
+    ),
+    "default": (
+        "What is the default value of `{name}` in `{signature}`?",
+        "Which default does `{name}` have in `{signature}`?",
+        "What is `{name}` when it is not given to `{signature}`?",
+    ),
+    "name": (
+        "What is the name of the function `{signature}`?",
+        "Which function is called by `{signature}`?",
+        "Name the function in `{signature}`.",
+    ),
+    "summary": (
+        "What does `{name}` do?",
+        "What is `{name}` for?",
+        "Describe `{name}` in one sentence.",
+    ),
+    "signature": (
+        "What is the signature of `{name}`?",
+        "Show the signature of `{name}`.",
+        "How is `{name}` defined?",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chat:
+    """One question and its answer. One `group`, a signature, falls to one side of the split."""
+
+    kind: str
+    group: str
+    question: str
+    answer: str
+
+    @property
+    def record(self) -> dict[str, Json]:
+        """The chat as a record with `messages`."""
+        return {
+            "messages": [
+                {"role": "user", "content": self.question},
+                {"role": "assistant", "content": self.answer},
+            ],
+            "kind": self.kind,
+            "group": self.group,
+        }
+
+
+def chat_records() -> Iterator[dict[str, Json]]:
+    """Yield the chats of all functions of the library, each once, kinds in balance."""
+    chats = list(dict.fromkeys(_chats()))
+    from_memory = [chat for chat in chats if chat.kind in FROM_MEMORY]
+    num_wanted = round((len(chats) - len(from_memory)) * (1 / ANSWERABLE_SHARE - 1))
+    left_out = set(sorted(from_memory, key=_hash)[num_wanted:])
+    yield from (chat.record for chat in chats if chat not in left_out)
+
+
+def _chats() -> Iterator[Chat]:
+    for module in read_modules():
+        seen: set[str] = set()  # a name defined twice, under `if` and `else` say, has no one answer
+        for name, node in _functions(module.tree.body, module.name):
+            # as it is called, so that the name has no space before it, as in the answer
+            text = signature(node).removeprefix("async ").removeprefix("def ")
+            if name in seen or len(text) > MAX_SIGNATURE_CHARACTERS:
+                continue
+            seen.add(name)
+            answers = {**_answers(node, text), **_answers_from_memory(name, node, text)}
+            for (kind, about), answer in answers.items():
+                if answer and len(answer) <= MAX_ANSWER_CHARACTERS:
+                    key = f"{kind} {about} {text}"
+                    phrasing = PHRASINGS[kind][_pick(key, len(PHRASINGS[kind]))]
+                    question = phrasing.format(signature=text, name=about)
+                    yield Chat(kind=kind, group=text, question=question, answer=answer)
+
+
+def _functions(
+    body: list[ast.stmt], prefix: str
+) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Yield the public functions and methods below a public name, with their dotted names."""
+    for node in definitions(body):
+        name = f"{prefix}.{node.name}"
+        if node.name.startswith("_"):
+            continue
+        if isinstance(node, ast.ClassDef):
+            yield from _functions(node.body, name)
+        else:
+            yield name, node
+
+
+def _answers(node: ast.FunctionDef | ast.AsyncFunctionDef, text: str) -> dict[tuple[str, str], str]:
+    """Return what the signature itself tells, by (kind, what is asked about)."""
+    arguments = node.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    names = [argument.arg for argument in positional]
+    names += [f"*{arguments.vararg.arg}"] if arguments.vararg else []
+    names += [argument.arg for argument in arguments.kwonlyargs]
+    names += [f"**{arguments.kwarg.arg}"] if arguments.kwarg else []
+    answers = {("name", ""): node.name, ("parameters", ""): ", ".join(names) or "none"}
+    if len(names) > 1:
+        answers["last_parameter", ""] = names[-1]
+    if len(names) > 1 and names[0] not in ("self", "cls"):  # else one answer would be nearly all
+        answers["first_parameter", ""] = names[0]
+    values = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
+    defaults = {
+        ("default", argument.arg): ast.unparse(value)
+        for argument, value in zip(
+            [*positional, *arguments.kwonlyargs], [*values, *arguments.kw_defaults], strict=True
+        )
+        if value is not None
+    }
+    told = {key: value for key, value in defaults.items() if value != "None"}
+    return answers | (told or defaults)  # None would be more than half of all answers
+
+
+def _answers_from_memory(
+    name: str, node: ast.FunctionDef | ast.AsyncFunctionDef, text: str
+) -> dict[tuple[str, str], str]:
+    """Return what only someone who knows the library can tell, by (kind, dotted name)."""
+    paragraph = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+    sentence = re.split(r"(?<=[a-z)\"'`]\.)\s", paragraph, maxsplit=1)[0]
+    is_sentence = sentence.endswith(".") and " " in sentence
+    return {("summary", name): sentence if is_sentence else "", ("signature", name): text}
+
+
+def _hash(chat: Chat) -> bytes:
+    return hashlib.sha256(chat.question.encode()).digest()
+
+
+def _pick(key: str, num_choices: int) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % num_choices

@@ -1,0 +1,263 @@
+"""The Hugging Face layouts of GPT-2, Llama-3, Qwen-3 and Gemma, as data.
+
+A layout says how `config.json` reads as the shape of a model and back, and under which name each of
+our weights lies in its safetensors files. What a layout cannot say is found by the round trip: a
+shape that does not come back as it was has no place there.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import cast
+
+from llm.errors import ArtifactError, ConfigError
+from llm.exchange.hf_config import (
+    ConfigJson,
+    GemmaJson,
+    GPT2Json,
+    LlamaJson,
+    Qwen3Json,
+    Shape,
+    meant,
+    read_gemma,
+    read_gpt2,
+    read_llama,
+    read_qwen3,
+    write_gemma,
+    write_gpt2,
+    write_llama,
+    write_qwen3,
+)
+from llm.settings import build
+
+GPT2_ALIASES = {  # transformers reads these names of GPT-2's keys too
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """One architecture of transformers: its `config.json` and the names of its weights."""
+
+    name: str
+    """`model_type` in config.json, and the architecture in GGUF."""
+    architecture: str
+    """The class in transformers."""
+    keys: type[ConfigJson]
+    """What config.json must and may hold."""
+    read: Callable[..., Shape]
+    """From the keys to a shape; what has none is added to the problems given with them."""
+    write: Callable[[Shape], ConfigJson]
+    """From a shape to the keys, as well as they can say it."""
+    modules: Mapping[str, str]
+    """The name of each of our modules, N for the layer's number. Modules of one name lie in one
+    tensor, one after another.
+    """
+    prefix: str
+    """What names begin with, unless the file is of the model without its head."""
+    ignored: re.Pattern[str] = re.compile(r".*\.rotary_emb\.inv_freq")
+    """Tensors of older files that follow from the settings."""
+    is_transposed: bool = False
+    """Matrices inside the blocks are (in, out), as GPT-2's Conv1D has them."""
+    norm_offset: float = 0.0
+    """Added to a stored norm weight: Gemma stores it less one."""
+
+    def place(self, name: str) -> tuple[str, int, int]:
+        """Return where our weight `name` lies: their name, which part of it, and of how many."""
+        module, leaf = name.rsplit(".", 1)
+        number = re.search(r"(?<=^blocks\.)\d+(?=\.)", module)
+        generic = re.sub(r"^blocks\.\d+\.", "blocks.N.", module)
+        theirs = self.modules[generic]
+        shared = [ours for ours, other in self.modules.items() if other == theirs]
+        filled = theirs.replace(".N.", f".{number[0]}.") if number else theirs
+        return f"{filled}.{leaf}", shared.index(generic), len(shared)
+
+    def transposes(self, name: str) -> bool:
+        """Tell whether our weight `name` lies transposed."""
+        return self.is_transposed and name.startswith("blocks.")
+
+    def offset(self, name: str) -> float:
+        """Return what is added to the stored weight to give ours."""
+        return self.norm_offset if name.endswith("norm.weight") else 0.0
+
+
+def read_shape(layout: Layout, config: Mapping[str, object], source: str) -> Shape:
+    """Read the `config.json` of a model as its shape.
+
+    Raises:
+        ArtifactError: a key is missing, of a wrong type, or says what we cannot express; all of
+        them are named, with what was found and what is expected.
+    """
+    problems: list[str] = []
+    known = {key.name: key for key in fields(layout.keys)}
+    settings = {key: value for key, value in config.items() if key in known and value is not None}
+    if layout.keys is GPT2Json:
+        settings |= {GPT2_ALIASES[key]: config[key] for key in GPT2_ALIASES.keys() & config.keys()}
+    else:
+        settings["rope_parameters"] = _rope_settings(config, problems)
+    problems += [
+        f"{name}: missing"
+        for name, key in known.items()
+        if key.default is MISSING and key.default_factory is MISSING and name not in settings
+    ]
+    if config.get("quantization_config") is not None:
+        problems.append("quantization_config: found one, expected weights that are not quantized")
+    keys = None
+    if not problems:
+        keys = cast(ConfigJson | None, build(layout.keys, settings, "", problems))
+    shape = layout.read(keys, problems) if keys else None
+    if problems or shape is None:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise ArtifactError(f"{source}: no {layout.name} model that fits here\n{listed}")
+    return shape
+
+
+def write_shape(layout: Layout, shape: Shape) -> dict[str, object]:
+    """Return the content of `config.json`, without the ids of control tokens.
+
+    Raises:
+        ConfigError: the layout cannot say it; every setting is named.
+    """
+    problems = differences(layout, shape)
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise ConfigError(f"the {layout.name} layout cannot hold this model\n{listed}")
+    keys = asdict(layout.write(shape))
+    rope = keys.get("rope_parameters")
+    if rope is not None:
+        del rope["partial_rotary_factor"]
+        keys["rope_theta"] = rope["rope_theta"]  # where transformers 4 and llama.cpp look
+        if rope["rope_type"] == "default":
+            keys["rope_parameters"] = {key: rope[key] for key in ("rope_type", "rope_theta")}
+        else:
+            keys["rope_scaling"] = {key: rope[key] for key in rope if key != "rope_theta"}
+    else:
+        keys["n_ctx"] = shape.seq_len  # where llama.cpp looks
+        keys |= {"embd_pdrop": shape.config.dropout, "resid_pdrop": shape.config.dropout}
+        keys["attn_pdrop"] = 0.0
+    return {"model_type": layout.name, "architectures": [layout.architecture], **keys}
+
+
+def differences(layout: Layout, shape: Shape) -> list[str]:
+    """Return what of `shape` the layout cannot say: setting, found and expected."""
+    problems: list[str] = []
+    returned = layout.read(layout.write(shape), problems)
+    ours, theirs = asdict(meant(shape.config)), asdict(meant(returned.config))
+    return problems + [
+        f"model.{name}: found {ours[name]}, expected {theirs[name]}"
+        for name in ours
+        if ours[name] != theirs[name]
+    ]
+
+
+def layout_for(shape: Shape) -> Layout:
+    """Return the layout that can hold a model.
+
+    Raises:
+        ConfigError: none can; for each it says why.
+    """
+    found = {layout.name: differences(layout, shape) for layout in LAYOUTS.values()}
+    for name, problems in found.items():
+        if not problems:
+            return LAYOUTS[name]
+    listed = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in found.items())
+    raise ConfigError(f"no layout of transformers can hold this model\n{listed}")
+
+
+def _rope_settings(config: Mapping[str, object], problems: list[str]) -> dict[str, object]:
+    """Gather what says how positions turn, wherever a version of transformers wrote it."""
+    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(found, Mapping):
+        problems.append(f"rope_parameters: found {found!r}, expected an object")
+        return {}
+    given = cast(Mapping[str, object], found).items()
+    rope = {key: value for key, value in given if value is not None}
+    if "type" in rope:  # its name before transformers 4.43
+        rope.setdefault("rope_type", rope.pop("type"))
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if config.get(key) is not None:
+            rope.setdefault(key, config[key])
+    if rope.get("rope_type") == "llama3":
+        problems += [f"rope_parameters.{key}: missing" for key in LLAMA3_KEYS if key not in rope]
+        context = config.get("max_position_embeddings")
+        rope.setdefault("original_max_position_embeddings", context)
+    return rope
+
+
+_GPT2_MODULES = {
+    "embedding": "transformer.wte",
+    "positions": "transformer.wpe",
+    "blocks.N.attention_norm": "transformer.h.N.ln_1",
+    "blocks.N.attention.query": "transformer.h.N.attn.c_attn",
+    "blocks.N.attention.key": "transformer.h.N.attn.c_attn",
+    "blocks.N.attention.value": "transformer.h.N.attn.c_attn",
+    "blocks.N.attention.output": "transformer.h.N.attn.c_proj",
+    "blocks.N.feed_forward_norm": "transformer.h.N.ln_2",
+    "blocks.N.feed_forward.up": "transformer.h.N.mlp.c_fc",
+    "blocks.N.feed_forward.down": "transformer.h.N.mlp.c_proj",
+    "norm": "transformer.ln_f",
+    "head": "lm_head",
+}
+_ROTARY_MODULES = {
+    "embedding": "model.embed_tokens",
+    "blocks.N.attention_norm": "model.layers.N.input_layernorm",
+    "blocks.N.attention.query": "model.layers.N.self_attn.q_proj",
+    "blocks.N.attention.query_norm": "model.layers.N.self_attn.q_norm",
+    "blocks.N.attention.key": "model.layers.N.self_attn.k_proj",
+    "blocks.N.attention.key_norm": "model.layers.N.self_attn.k_norm",
+    "blocks.N.attention.value": "model.layers.N.self_attn.v_proj",
+    "blocks.N.attention.output": "model.layers.N.self_attn.o_proj",
+    "blocks.N.feed_forward_norm": "model.layers.N.post_attention_layernorm",
+    "blocks.N.feed_forward.gate": "model.layers.N.mlp.gate_proj",
+    "blocks.N.feed_forward.up": "model.layers.N.mlp.up_proj",
+    "blocks.N.feed_forward.down": "model.layers.N.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+
+_LAYOUTS: Sequence[Layout] = (
+    Layout(
+        name="gpt2",
+        architecture="GPT2LMHeadModel",
+        keys=GPT2Json,
+        read=read_gpt2,
+        write=write_gpt2,
+        modules=_GPT2_MODULES,
+        prefix="transformer.",
+        ignored=re.compile(r".*\.attn\.(masked_)?bias"),  # the causal mask
+        is_transposed=True,
+    ),
+    Layout(
+        name="llama",
+        architecture="LlamaForCausalLM",
+        keys=LlamaJson,
+        read=read_llama,
+        write=write_llama,
+        modules=_ROTARY_MODULES,
+        prefix="model.",
+    ),
+    Layout(
+        name="qwen3",
+        architecture="Qwen3ForCausalLM",
+        keys=Qwen3Json,
+        read=read_qwen3,
+        write=write_qwen3,
+        modules=_ROTARY_MODULES,
+        prefix="model.",
+    ),
+    Layout(
+        name="gemma",
+        architecture="GemmaForCausalLM",
+        keys=GemmaJson,
+        read=read_gemma,
+        write=write_gemma,
+        modules=_ROTARY_MODULES,
+        prefix="model.",
+        norm_offset=1.0,
+    ),
+)
+LAYOUTS = {layout.name: layout for layout in _LAYOUTS}

@@ -1,0 +1,1 @@
+"""Shards of a stage on a Dask or Ray cluster."""

@@ -1,0 +1,1 @@
+"""MLflow: what a run logs, and how it gets there."""

@@ -1,0 +1,45 @@
+"""What cleaning left of the documents, step by step, as a table and a plot."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from llm.artifact import Json
+from tasks.tracking.client import MlflowStore
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FUNNEL = "funnel"
+"""The key of a summary it is under: a list of steps, each with `step`, `dropped` and `left`."""
+
+
+def without_funnel(summary: Mapping[str, Json]) -> dict[str, Json]:
+    """Return what a summary says besides, for figures and tags."""
+    return {key: value for key, value in summary.items() if key != FUNNEL}
+
+
+def log_funnel(store: MlflowStore, run_id: str, title: str, summary: Mapping[str, Json]) -> None:
+    """Log the funnel of a summary that has one."""
+    steps = cast(Sequence[Mapping[str, Any]], summary.get(FUNNEL) or ())
+    if not steps:
+        return
+    store.log_table(run_id, "funnel.json", steps)
+    store.client.log_figure(run_id, draw_funnel(steps, title), "funnel.png")
+
+
+def draw_funnel(steps: Sequence[Mapping[str, Any]], title: str) -> "Figure":
+    """Draw a bar of the documents left after each step, and beside it what the step dropped."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    names = [step["step"] for step in steps]
+    left, dropped = ([step[key] for step in steps] for key in ("left", "dropped"))
+    axes.barh(names, left, label="left")
+    axes.barh(names, dropped, left=left, label="dropped")
+    for name, step in zip(names, steps, strict=True):
+        axes.annotate(f" {step['left']:,} (-{step['dropped']:,})", (0, name), va="center")
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel="documents")
+    axes.legend()
+    return figure

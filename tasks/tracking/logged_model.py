@@ -1,0 +1,108 @@
+"""A trained model as an MLflow model: weights, tokenizer and the code that runs them, no pickle."""
+
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import llm
+from tasks.tracking.client import MlflowStore
+
+if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel, Run
+    from mlflow.models import ModelSignature
+
+REQUIREMENTS = ("mlflow", "torch", "tokenizers", "safetensors", "numpy", "pyyaml", "accelerate")
+CODE = Path(__file__).parent / "pyfunc.py"
+
+
+def log_model(store: MlflowStore, run: "Run", folder: Path, *, is_chat: bool, step: int) -> str:
+    """Log the model in `folder` as what `run` made, and return its id. A second call finds it."""
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.entities.logged_model_status import LoggedModelStatus
+
+    model = _find_or_create(store, run, is_chat=is_chat)
+    if model.status != LoggedModelStatus.READY:
+        with tempfile.TemporaryDirectory(dir=store.scratch_folder()) as scratch:
+            path = Path(scratch) / "model"
+            _save(path, model, folder, is_chat=is_chat)
+            store.client.log_model_artifacts(model.model_id, str(path))
+        store.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    if logged_model_id(store, run.info.run_id) != model.model_id:
+        output = LoggedModelOutput(model.model_id, step=step)
+        store.client.log_outputs(run.info.run_id, models=[output])
+    return model.model_id
+
+
+def logged_model_id(store: MlflowStore, run_id: str) -> str:
+    """Return the id of the model that a run made, or nothing when it made none."""
+    outputs = store.client.get_run(run_id).outputs
+    models = outputs.model_outputs if outputs is not None else []
+    return models[-1].model_id if models else ""
+
+
+def _find_or_create(store: MlflowStore, run: "Run", *, is_chat: bool) -> "LoggedModel":
+    experiment_id, run_id = run.info.experiment_id, run.info.run_id
+    found = store.client.search_logged_models(
+        [experiment_id], filter_string=f"source_run_id = '{run_id}'"
+    )
+    if found:
+        return found[0]
+    name = run.data.params.get("name", "model")
+    return store.client.create_logged_model(
+        experiment_id,
+        name=f"{name}-{'chat' if is_chat else 'base'}",
+        source_run_id=run_id,
+        params=run.data.params,
+        model_type="chat" if is_chat else "base",
+    )
+
+
+def _save(path: Path, model: "LoggedModel", folder: Path, *, is_chat: bool) -> None:
+    """Write the bundle: MLflow's description, the model folder, our code. Nothing is inferred."""
+    import pandas
+    from mlflow import pyfunc
+    from mlflow.models import Model
+
+    pyfunc.save_model(
+        path,
+        python_model=str(CODE),
+        artifacts={"model": str(folder)},
+        code_paths=[str(Path(llm.__file__).parent)],
+        pip_requirements=[_pinned(name) for name in REQUIREMENTS],
+        signature=_signature(),
+        input_example=pandas.DataFrame({"prompt": ["Once upon a time"]}),
+        model_config={"is_chat": is_chat},
+        mlflow_model=Model(
+            artifact_path=model.artifact_location,
+            run_id=model.source_run_id,
+            model_uuid=model.model_id,
+            model_id=model.model_id,
+        ),
+    )
+
+
+def _signature() -> "ModelSignature":
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    return ModelSignature(
+        inputs=Schema([ColSpec("string", "prompt")]),
+        outputs=Schema([ColSpec("string", "completion")]),
+        params=ParamSchema(
+            [
+                ParamSpec("max_new_tokens", "long", 64),
+                ParamSpec("temperature", "double", 0.0),
+                ParamSpec("top_k", "long", 0),
+                ParamSpec("top_p", "double", 1.0),
+                ParamSpec("min_p", "double", 0.0),
+                ParamSpec("repetition_penalty", "double", 1.0),
+                ParamSpec("seed", "long", 0),
+            ]
+        ),
+    )
+
+
+def _pinned(package: str) -> str:
+    """Return `package==version`, without the `+cpu` that no index but torch's own knows."""
+    return f"{package}=={metadata.version(package).partition('+')[0]}"

@@ -1,0 +1,304 @@
+"""The flat runs that people compare: one for each trained model, base and chat."""
+
+import fcntl
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from llm.artifact import Json, write_json_atomically
+from llm.monitoring.metrics import read_num_parameters
+from tasks.tracking.client import (
+    DIGEST_TAG,
+    KEY_TAG,
+    NOTE,
+    STAGE_TAG,
+    SWEEP_TAG,
+    UID_TAG,
+    RunBook,
+    described,
+    is_refusal,
+    one_line,
+    split_summary,
+)
+from tasks.tracking.curves import Curves, PointFile, draw_losses
+from tasks.tracking.journal import Dataset, ModelFinished, ModelStarted, ReportFinished, StageCached
+from tasks.tracking.logged_model import log_model, logged_model_id
+
+if TYPE_CHECKING:
+    from mlflow.entities import DatasetInput
+
+MODEL_NAMES: Mapping[str, str] = {"pretrain": "base", "finetune": "chat"}
+METRICS_FILE = "metrics.jsonl"
+RUN_FILE, LOCK_FILE = "tracking.json", ".tracking.lock"
+SAMPLE_TABLE = "samples.json"
+OTHER_COLUMNS = ("expected", "kind")
+log = logging.getLogger("fromscratch")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """A model in training, whose curves this process alone follows while it holds the lock."""
+
+    pipeline_title: str
+    file: PointFile
+    curves: Curves
+    lock: IO[bytes] | None
+
+
+class ModelRuns:
+    """The runs of the models that one journal tells of."""
+
+    def __init__(self, book: RunBook) -> None:
+        """Keep the runs in `book`."""
+        self._book = book
+        self._store = book.store
+        self._trainings: dict[str, Training] = {}
+        self._sized: set[str] = set()
+        """Stages whose run has the model's size in its name."""
+
+    def start(self, event: ModelStarted, pipeline_title: str, at_ms: int) -> None:
+        """Begin the model's run, or go on with the one that an interrupted training began."""
+        if event.stage in self._trainings:
+            self._release(event.stage)  # of a first try that MLflow did not let end
+        work_folder = self._store.path(event.work_folder)
+        try:
+            lock = _lock(work_folder)
+        except BlockingIOError:
+            return  # another process goes on with this training and tells its end
+        name = f"model/{event.stage}"
+        run_id = self._begun_run(self._book.uid(name), work_folder)
+        is_new = run_id is None
+        if run_id is not None:
+            self._book.reopen(name, run_id)
+            self._store.set_tags(run_id, {UID_TAG: self._book.uid(name)})
+            self._store.client.update_run(run_id, status="RUNNING")
+        else:
+            tags = {STAGE_TAG: event.stage, KEY_TAG: event.key}
+            title = _title(pipeline_title, event.stage)
+            run_id = self._book.begin(name, "models", title, tags, at_ms)
+        if lock is not None:
+            known: dict[str, Json] = {"uri": self._store.known_as, "run_id": run_id}
+            write_json_atomically(work_folder / RUN_FILE, known, is_durable=False)
+        self._trainings[event.stage] = Training(
+            pipeline_title=pipeline_title,
+            file=PointFile(work_folder / METRICS_FILE),
+            curves=Curves(self._store, run_id, is_new=is_new),
+            lock=lock,
+        )
+        self._describe(run_id, event)
+
+    def find_cached(self, event: StageCached, sweep: str) -> None:
+        """Find the run of a model that was cached, for its figures and samples may be new, and it
+        may belong to a sweep now.
+        """
+        if event.stage in MODEL_NAMES:
+            tags = {STAGE_TAG: event.stage, DIGEST_TAG: event.digest}
+            if (run := self._store.find_run("models", tags)) is not None:
+                self._book.run_ids[f"model/{event.stage}"] = run.info.run_id
+                self._store.set_tags(run.info.run_id, {SWEEP_TAG: sweep})
+
+    def follow(self) -> None:
+        """Send the points that trainings wrote since the last call."""
+        for stage, training in self._trainings.items():
+            training.curves.send_new(training.file)
+            self._name_with_size(stage, training)
+
+    def finish(self, event: ModelFinished, at_ms: int) -> None:
+        """Log what a finished model is, and end its run."""
+        training = self._trainings.get(event.stage)
+        if training is None:
+            return
+        training.curves.send_new(training.file)
+        name = f"model/{event.stage}"
+        if event.status == "FINISHED":
+            training.curves.send_new(PointFile(self._store.path(event.folder) / METRICS_FILE))
+            title = _title(
+                training.pipeline_title, event.stage, event.summary.get("num_parameters")
+            )
+            self._log_final(self._book.run_ids[name], title, event, at_ms)
+        self._book.end(name, event.status, at_ms)
+        self._release(event.stage)
+
+    def log_report(self, event: ReportFinished, at_ms: int) -> None:
+        """Log each model's figures and samples to its run."""
+        folder = self._store.path(event.folder)
+        figures, _ = split_summary(event.metrics)
+        samples: list[dict[str, Json]] = json.loads((folder / "samples.json").read_bytes())
+        for stage, model in MODEL_NAMES.items():
+            run_id = self._book.run_ids.get(f"model/{stage}")
+            if run_id is None:
+                continue
+            known = self._store.client.get_run(run_id).data.metrics
+            own = _figures_of(model, figures)
+            changed = {key: value for key, value in own.items() if known.get(key) != value}
+            model_id = logged_model_id(self._store, run_id)
+            self._store.log_metrics(run_id, changed, at_ms, model_id=model_id)
+            for file in ("report.md", "report.json"):
+                self._store.client.log_artifact(run_id, str(folder / file))
+            if samples:  # models that fill in masked tokens have none
+                self._store.log_table(run_id, SAMPLE_TABLE, _sample_rows(samples, model))
+
+    def _name_with_size(self, stage: str, training: Training) -> None:
+        """Give a running model its size in its name, once the training has said it."""
+        if stage in self._sized:
+            return
+        num_parameters = read_num_parameters(training.file.path.parent)
+        if num_parameters is not None:
+            title = _title(training.pipeline_title, stage, num_parameters)
+            self._store.client.update_run(self._book.run_ids[f"model/{stage}"], name=title)
+            self._sized.add(stage)
+
+    def stop_following(self) -> None:
+        """Send the last points of trainings whose end nobody told."""
+        try:
+            self.follow()
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            log.warning("MLflow refuses points: %s", one_line(error))
+        self.release()
+
+    def release(self) -> None:
+        """Leave the trainings to whoever follows them next."""
+        for stage in list(self._trainings):
+            self._release(stage)
+
+    def _release(self, stage: str) -> None:
+        lock = self._trainings.pop(stage).lock
+        if lock is not None:
+            lock.close()
+
+    def _describe(self, run_id: str, event: ModelStarted) -> None:
+        """Log settings, links, and what the model is made from."""
+        from mlflow.entities import LoggedModelInput
+
+        self._store.log_parameters(run_id, event.settings)
+        pipeline_run = self._book.run_ids.get("pipeline", "")
+        tags = described({**event.links, "pipeline_run": pipeline_run})
+        self._store.set_tags(run_id, tags)
+        datasets = [_dataset_input(dataset) for dataset in event.datasets]
+        base_run_id = self._book.run_ids.get("model/pretrain", "")
+        models: list[LoggedModelInput] = []
+        if event.stage == "finetune" and base_run_id:
+            base_id = logged_model_id(self._store, base_run_id)
+            models = [LoggedModelInput(base_id)] if base_id else []
+        self._store.client.log_inputs(run_id, datasets=datasets, models=models)
+
+    def _log_final(self, run_id: str, title: str, event: ModelFinished, at_ms: int) -> None:
+        client, folder = self._store.client, self._store.path(event.folder)
+        figures, texts = split_summary(event.summary)
+        run = client.get_run(run_id)
+        client.update_run(run_id, name=title)
+        links = run.data.tags.get(NOTE, "").partition("Model:")[0].rstrip()
+        note = f"{links}\n\nModel: `{event.folder}`"
+        self._store.set_tags(run_id, {**texts, DIGEST_TAG: event.digest, NOTE: note})
+        for file in (folder / "model.json", *sorted(folder.glob("tokenizer.*"))):
+            client.log_artifact(run_id, str(file))
+        points = PointFile(folder / METRICS_FILE).read_new()
+        client.log_figure(run_id, draw_losses(points, title), "loss.png")
+        last_step = points[-1].step if points else 0
+        is_chat = event.stage == "finetune"
+        model_id = log_model(self._store, run, folder, is_chat=is_chat, step=last_step)
+        final = {f"final/{key}": value for key, value in figures.items()}
+        self._store.log_metrics(run_id, final, at_ms, model_id=model_id)
+
+    def _begun_run(self, uid: str, work_folder: Path) -> str | None:
+        """Return the run begun by an earlier telling of this event, or by an earlier, unfinished
+        training in `work_folder`.
+        """
+        from mlflow.exceptions import MlflowException
+
+        found = self._store.find_run("models", {UID_TAG: uid})
+        if found is not None:
+            return found.info.run_id
+        try:
+            known = json.loads((work_folder / RUN_FILE).read_bytes())
+            if known["uri"] != self._store.known_as:
+                return None
+            run = self._store.client.get_run(known["run_id"])
+        except FileNotFoundError:
+            return None
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        is_open = run.info.status != "FINISHED" and run.info.lifecycle_stage == "active"
+        return run.info.run_id if is_open else None
+
+
+def _lock(work_folder: Path) -> IO[bytes] | None:
+    """Take the lock of a work folder; None where the folder is gone: its training is over.
+
+    Raises:
+        BlockingIOError: another process follows the training.
+    """
+    try:
+        lock = (work_folder / LOCK_FILE).open("wb")
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise
+    return lock
+
+
+def _dataset_input(dataset: Dataset) -> "DatasetInput":
+    from mlflow.entities import Dataset as MlflowDataset
+    from mlflow.entities import DatasetInput, InputTag
+
+    source = json.dumps({"uri": dataset.path})
+    entity = MlflowDataset(
+        name=dataset.name, digest=dataset.digest, source_type="local", source=source
+    )
+    return DatasetInput(entity, [InputTag("mlflow.data.context", dataset.context)])
+
+
+def _title(pipeline_title: str, stage: str, num_parameters: Json = None) -> str:
+    """Return a model run's name: `chat finetune.num_steps=200 3.2M quickstart`. What differs comes
+    before the recipe, because MLflow's lists cut long names.
+    """
+    differing, _, recipe = pipeline_title.rpartition(" ")
+    size = _short(num_parameters) if isinstance(num_parameters, int) else ""
+    return " ".join(filter(None, [MODEL_NAMES[stage], differing, size, recipe]))
+
+
+def _short(count: int) -> str:
+    """Return a count of parameters as people say it: `28.2K`, `3.2M`, `1.5B`."""
+    unit, size = next(
+        (unit, size)
+        for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3), ("", 1))
+        if count >= size
+    )
+    return f"{count / size:.1f}{unit}"
+
+
+def _figures_of(model: str, figures: Mapping[str, float]) -> dict[str, float]:
+    """Return one model's figures as `eval/...`, with those that are of the data and of no model."""
+    own: dict[str, float] = {}
+    for key, value in figures.items():
+        group, _, rest = key.partition("/")
+        if group == model:
+            own[f"eval/{rest}"] = value
+        elif group not in MODEL_NAMES.values():
+            own[key] = value
+    return own
+
+
+def _sample_rows(samples: Sequence[Mapping[str, Json]], model: str) -> list[dict[str, Json]]:
+    """Return the samples of one model. MLflow's page groups by the first column and compares the
+    second, unless told otherwise: the completions of every run beside the prompt.
+    """
+    others = [name for name in OTHER_COLUMNS if any(name in sample for sample in samples)]
+    return [
+        {
+            "prompt": sample["prompt"],
+            "completion": sample[model],
+            **{name: sample.get(name) for name in others},
+        }
+        for sample in samples
+    ]

@@ -1,0 +1,67 @@
+"""A trained model as MLflow loads it: prompts in, completions out.
+
+MLflow copies this file and the `llm` package into the logged model and runs it where the model is
+loaded, so no pickle is involved. It is code for there; nothing in this project imports it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
+
+
+class TrainedModel(PythonModel):
+    """A base model continues each prompt; a chat model answers it (`model_config["is_chat"]`)."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the model folder, after every file in it was compared with its manifest.
+
+        Raises:
+            ArtifactError: a file is missing or its bytes are not those that were trained.
+        """
+        from llm.artifact import file_sha256, read_manifest
+        from llm.errors import ArtifactError
+        from llm.model.weights import load_model
+        from llm.tokenizer.load import load_tokenizer
+
+        folder = Path(context.artifacts["model"])
+        for record in read_manifest(folder).files:
+            path = folder / record.path
+            if not path.is_file() or file_sha256(path) != record.sha256:
+                raise ArtifactError(f"{path}: missing or damaged; log the model again")
+        self._model = load_model(folder)
+        self._tokenizer = load_tokenizer(folder)
+
+    def predict(  # pyright: ignore[reportIncompatibleMethodOverride]  # it is typed as None there
+        self,
+        context: PythonModelContext,
+        model_input: pandas.DataFrame,
+        params: Mapping[str, Any] | None = None,
+    ) -> pandas.DataFrame:
+        """Complete the column `prompt`, row by row, into the column `completion`."""
+        from llm.data.chat import Message, render_prompt
+        from llm.inference.generate import generate_texts
+        from llm.inference.sampling import Sampling
+
+        tokenizer = self._tokenizer
+        prompts = [str(prompt) for prompt in model_input["prompt"]]
+        if context.model_config["is_chat"]:
+            ids = [render_prompt([Message(role="user", content=p)], tokenizer) for p in prompts]
+        else:
+            ids = [[tokenizer.bos_id, *text] for text in tokenizer.encode_batch(prompts)]
+        settings = dict(params or {})
+        answers = generate_texts(
+            self._model,
+            tokenizer,
+            ids,
+            max_new_tokens=settings.pop("max_new_tokens"),
+            stop_ids=[tokenizer.end_id, tokenizer.bos_id],
+            sampling=Sampling(**settings),
+        )
+        return pandas.DataFrame({"completion": answers})
+
+
+set_model(TrainedModel())
