@@ -52,8 +52,8 @@ def without_cache(model: Transformer, prompts: Sequence[Sequence[int]], count: i
     for prompt in prompts:
         ids = list(prompt)
         for _ in range(count):
-            x = model.read(torch.tensor([ids]))
-            ids.append(int(model.score(x[:, -1]).argmax()))
+            x = model.hidden_states(torch.tensor([ids]))
+            ids.append(int(model.logits(x[:, -1]).argmax()))
         made.append(ids[len(prompt) :])
     return made
 

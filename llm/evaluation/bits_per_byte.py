@@ -114,10 +114,10 @@ def target_nats(model: Transformer, tokens: Tensor, document_ids: Tensor | None 
     tokens = tokens.to(device)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (B, T + 1) -> 2 x (B, T)
     documents = None if document_ids is None else document_ids[:, :-1].to(device)
-    read = model.read(inputs, documents)  # (B, T, C)
+    x = model.hidden_states(inputs, documents)  # (B, T, C)
     chunk = max(1, LOGITS_PER_BATCH // (len(tokens) * model.vocab_size))  # positions scored at once
-    pieces = zip(read.split(chunk, dim=1), targets.split(chunk, dim=1), strict=True)
-    return torch.cat([token_losses(model.score(x), wanted) for x, wanted in pieces], dim=1)
+    pieces = zip(x.split(chunk, dim=1), targets.split(chunk, dim=1), strict=True)
+    return torch.cat([token_losses(model.logits(part), wanted) for part, wanted in pieces], dim=1)
 
 
 def ratio(numerators: np.ndarray, denominators: np.ndarray, unit: str) -> Metric:

@@ -23,8 +23,7 @@ from llm.exchange.hf_config import Shape
 from llm.exchange.hf_tokenizer import chat_template, control_names, marked_library_json
 from llm.exchange.huggingface import LayoutTensors
 from llm.exchange.layouts import Layout, layout_for
-from llm.model.positions import SCALINGS
-from llm.model.shape import head_dim_of
+from llm.model.positions import ROPE_SCALINGS, head_dim_of
 from llm.model.transformer import Transformer
 from llm.model.weights import weights_of
 from llm.tokenizer.base import Tokenizer
@@ -104,7 +103,7 @@ class _Tensors:
             frequencies = self._config.rope_theta ** -(
                 torch.arange(len(ones), dtype=torch.float64) / len(ones)
             )
-            scaled = SCALINGS[self._config.rope_scaling](frequencies, self._config)
+            scaled = ROPE_SCALINGS[self._config.rope_scaling](frequencies, self._config)
             return (frequencies / scaled).float()  # llama.cpp divides by it
         weight = self._stored[self.names[name]]
         if self._is_interleaved and ".attn_q." in name:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, NamedTuple
 
 from llm.config import ModelConfig
-from llm.model.shape import head_dim_of, window_of
+from llm.model.attention import window_of
+from llm.model.positions import head_dim_of
 from llm.settings import Positive, PositiveFloat, Range
 
 # Bounds above every real model: a hostile file can neither overflow a product of two of them nor

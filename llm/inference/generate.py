@@ -171,7 +171,7 @@ class Continuation:
             for row, length, guess in zip(self.rows, self._lengths, guesses, strict=True)
         ]
         tokens = _padded(unread).to(self._device)  # (B, T)
-        x = self._model.read(tokens, cache=self._cache)  # (B, T) -> (B, T, C)
+        x = self._model.hidden_states(tokens, cache=self._cache)  # (B, T) -> (B, T, C)
         # a token is chosen after each row's last one, and after each of its guesses
         places = [
             (r, place)
@@ -179,13 +179,13 @@ class Continuation:
             for place in range(len(ids) - len(guess) - 1, len(ids))
         ]
         r, place = torch.tensor(places, device=self._device).T
-        chosen = self._choose(self._model.score(x[r, place]))  # (B, T, C) -> (M, C) -> (M, V)
+        chosen = self._choose(self._model.logits(x[r, place]))  # (B, T, C) -> (M, C) -> (M, V)
         added: list[list[int]] = []
         for number, (row, guess) in enumerate(zip(self.rows, guesses, strict=True)):
             mine, chosen = chosen[: len(guess) + 1], chosen[len(guess) + 1 :]
             added.append(row.add(_confirmed(guess, mine)))
             self._lengths[number] = len(row.tokens) - 1  # the newest is not read yet
-        self._cache.cut(self._lengths)
+        self._cache.truncate(self._lengths)
         return added
 
     def drop(self, rows: Collection[int]) -> None:
@@ -195,7 +195,7 @@ class Continuation:
         self._lengths = [self._lengths[r] for r in kept]
         if rows and kept:
             places = torch.tensor(kept, device=self._device)
-            self._cache.keep_rows(places)
+            self._cache.keep(places)
             self._is_seen = None if self._is_seen is None else self._is_seen[places]
 
     def _guesses(self) -> list[list[int]]:

@@ -1,14 +1,15 @@
-"""The transformer. To learn how one works, read, in this order:
+"""The transformer language model. Reading order, from one attention head to generation:
 
-1. norms.py: what keeps vectors at one size.
-2. positions.py: how the model knows the order of what it reads.
-3. reach.py: who may look at whom, and the fastest way to compute it.
-4. attention.py: how positions gather from each other.
-5. feed_forward.py: what is thought about each position alone.
-6. transformer.py: the parts put together, from tokens to scores.
-7. cache.py: what generation keeps, so that it reads each token once.
-8. loss.py: how surprised the model is by what really came next.
+1. attention.py: softmax(Q K^T / sqrt(D)) V, and the layer around it.
+2. positions.py: rotary embedding (RoPE) and learned position embedding.
+3. feed_forward.py: the feed-forward network (MLP), gated or not.
+4. norms.py: RMSNorm and LayerNorm.
+5. transformer.py: blocks, embedding and head: from tokens to logits.
+6. loss.py: cross-entropy of the next token.
+7. attention_mask.py: causal, sliding-window and per-document masks.
+8. cache.py: the key/value cache of generation.
 
-shape.py holds what the settings imply, linear.py the quickest product, precision.py how exact
-products are, store.py how a model lies on disk.
+kernels/ holds faster versions of single lines of these files, each tested against the plain one.
+Beside them: precision.py (mixed precision), masked_lm.py (masked language modeling) and weights.py
+(the model on disk).
 """

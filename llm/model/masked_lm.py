@@ -1,12 +1,12 @@
-"""Masked language modeling: which tokens are hidden, and how well a model fills them in.
+"""Masked language modeling: choose and replace tokens, and the loss at the masked positions.
 
-Of the tokens that stand for text, 15 % are to be filled in: of these 80 % are replaced by
-`<|mask|>`, 10 % by a token drawn from all, and 10 % stay, so that a model has to make something of
-every token it reads. Control tokens are never hidden.
+Of the tokens of text, a fraction (BERT: 15 %) becomes targets. Of these 80 % are replaced by
+`<|mask|>`, 10 % by a random token and 10 % stay, so that the model cannot rely on `<|mask|>` to
+know which positions count. Control tokens are never masked.
 
 Source: "BERT" (arXiv 1810.04805), section 3.1 and appendix C.2 for the shares.
 
-Shapes: B rows, T positions, C model width, V vocabulary, N tokens to fill in.
+    B  sequences    T  positions    C  model width    V  vocabulary    N  targets
 """
 
 from dataclasses import dataclass
@@ -28,17 +28,17 @@ STREAM_STEP = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's: 2**64 over the gold
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Masking:
-    """How tokens are chosen: a function of the seed, the sample's number and the position alone.
+    """Choice of masked tokens: a function of seed, sample number and position alone.
 
-    So there is no state to lose, and the number of processes changes nothing.
+    It has no state to save, and the number of processes does not change it.
     """
 
     seed: int
     fraction: float
-    """Share of the tokens of text to be filled in."""
+    """Share of the tokens of text that become targets."""
     mask_id: int
     is_text: npt.NDArray[np.bool_]
-    """(V,): which tokens stand for text. The others are never hidden, nor do they replace one."""
+    """(V,): tokens that stand for text. Only these are masked, or drawn as replacements."""
 
     def hide(
         self,
@@ -46,46 +46,48 @@ class Masking:
         is_eligible: npt.NDArray[np.bool_],
         samples: npt.NDArray[np.int64],
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return what the model reads and what it is to fill in, or IGNORED: 2 x (B, T).
+        """Return inputs and targets (IGNORED where not masked), 2 x (B, T).
 
-        `tokens` and `is_eligible` are (B, T); `samples` (B,) numbers the rows.
+        `tokens` and `is_eligible` are (B, T); `samples` (B,) are the numbers of the sequences.
         """
         T = tokens.shape[1]
-        places = samples[:, None] * T + np.arange(T)  # (B,) -> (B, T)
-        with np.errstate(over="ignore"):  # 64 bits that wrap around are what is wanted
+        counters = samples[:, None] * T + np.arange(T)  # (B,) -> (B, T)
+        with np.errstate(over="ignore"):  # SplitMix64 wraps around at 64 bits
             bits = mix(
-                np.uint64(self.seed) + (places.astype(np.uint64) + np.uint64(1)) * STREAM_STEP
+                np.uint64(self.seed) + (counters.astype(np.uint64) + np.uint64(1)) * STREAM_STEP
             )
+        # disjoint bits of one number serve as independent draws: 24 + 16 + 24
         is_chosen = is_eligible & self.is_text[tokens] & (_uniform(bits, 0, 24) < self.fraction)
-        fate = _uniform(bits, 24, 16)
-        ordinary = np.flatnonzero(self.is_text)
-        drawn = ordinary[(_uniform(bits, 40, 24) * len(ordinary)).astype(np.int64)]
-        is_replaced = (fate >= SHARE_HIDDEN) & (fate < SHARE_HIDDEN + SHARE_REPLACED)
-        read = np.where(is_chosen & (fate < SHARE_HIDDEN), self.mask_id, tokens)
-        read = np.where(is_chosen & is_replaced, drawn, read)
-        return read, np.where(is_chosen, tokens, IGNORED)
+        action = _uniform(bits, 24, 16)
+        text_ids = np.flatnonzero(self.is_text)
+        drawn = text_ids[(_uniform(bits, 40, 24) * len(text_ids)).astype(np.int64)]
+        is_replaced = (action >= SHARE_HIDDEN) & (action < SHARE_HIDDEN + SHARE_REPLACED)
+        inputs = np.where(is_chosen & (action < SHARE_HIDDEN), self.mask_id, tokens)
+        inputs = np.where(is_chosen & is_replaced, drawn, inputs)
+        return inputs, np.where(is_chosen, tokens, IGNORED)
 
 
 def fill_in(
     model: Transformer, inputs: Tensor, targets: Tensor, document_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return -log p of each target and whether it is the likeliest token: 2 x (N,).
+    """Return -log p of each target and whether it is the most probable token: 2 x (N,).
 
-    Only the positions to be filled in are scored: in the order of the rows.
+    In the order of the positions (B, T).
     """
     is_target = targets != IGNORED
-    read = model.read(inputs, document_ids)[is_target]  # (B, T, C) -> (N, C)
+    # only the masked positions reach the head: 15 % of the logits
+    hidden = model.hidden_states(inputs, document_ids)[is_target]  # (B, T, C) -> (N, C)
     at_once = max(1, LOGITS_AT_ONCE // model.vocab_size)
     nats: list[Tensor] = []
     is_right: list[Tensor] = []
-    for x, wanted in zip(read.split(at_once), targets[is_target].split(at_once), strict=True):
-        logits = model.score(x).float()
+    for x, wanted in zip(hidden.split(at_once), targets[is_target].split(at_once), strict=True):
+        logits = model.logits(x).float()
         nats.append(F.cross_entropy(logits, wanted, reduction="none"))
         is_right.append(logits.argmax(dim=-1) == wanted)
     return torch.cat(nats), torch.cat(is_right)
 
 
 def _uniform(bits: npt.NDArray[np.uint64], start: int, count: int) -> npt.NDArray[np.float64]:
-    """Return `count` of the 64 bits as numbers from 0 to below 1."""
+    """Return `count` of the 64 bits as numbers in [0, 1)."""
     part = (bits >> np.uint64(start)) & np.uint64((1 << count) - 1)
     return part.astype(np.float64) / (1 << count)

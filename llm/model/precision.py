@@ -1,6 +1,6 @@
-"""Which precision matrix products are computed in: as asked for, where the processor has it.
+"""Mixed precision: the compute dtype, falling back to fp32 where the hardware lacks it.
 
-Weights, gradients, losses and the optimizer's state are in fp32 whatever the products are in.
+Weights, gradients, losses and optimizer state are fp32 in every precision.
 
 Source: "Mixed Precision Training" (arXiv 1710.03740) for fp16 and its loss scale; "A Study of
 BFLOAT16 for Deep Learning Training" (arXiv 1905.12322).
@@ -14,38 +14,36 @@ import torch
 from torch import Tensor
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-FIRST_LOSS_SCALE = 2.0**16
+FIRST_LOSS_SCALE = 2.0**16  # of torch's GradScaler too: too large is found within a few steps
 STEPS_TO_DOUBLE = 2000  # without an overflow; arXiv 1710.03740, section 3.2
 
 
-def computed_precision(asked: Precision, device_type: str) -> Precision:
-    """Return `asked`, or fp32 where it is asked of a CPU that has no such products.
-
-    bf16 it could only emulate, many times slower than fp32; fp16 too; tf32 is of GPUs.
-    """
+def computed_precision(requested: Precision, device_type: str) -> Precision:
+    """Return `requested`, or fp32 where a CPU lacks it."""
     if device_type != "cpu":
-        return asked
+        return requested
     features = torch.cpu.get_capabilities()
+    # without these instructions 16 bits are emulated, many times slower than fp32
     has_bf16 = any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return "bf16" if asked == "bf16" and has_bf16 else "fp32"
+    return "bf16" if requested == "bf16" and has_bf16 else "fp32"  # tf32 and fp16 are for GPUs
 
 
-def autocast(asked: Precision, device_type: str) -> torch.autocast:
-    """Return the context in which a forward pass has products of 16 bits, if they are `asked` for.
+def autocast(requested: Precision, device_type: str) -> torch.autocast:
+    """Return the context of a forward pass whose matrix products take 16 bits, if `requested`.
 
-    The backward pass follows: each product's gradient is computed as the product was.
+    The backward pass is not inside: each gradient is computed in the dtype of its product.
     """
-    kind = TYPES.get(computed_precision(asked, device_type))
-    return torch.autocast(device_type, kind or torch.bfloat16, enabled=kind is not None)
+    dtype = DTYPES.get(computed_precision(requested, device_type))
+    return torch.autocast(device_type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 @contextmanager
-def fp32_products(asked: Precision, device_type: str) -> Generator[None]:
-    """Have what is left of fp32 products rounded to tf32 or whole, forward and backward.
+def fp32_products(requested: Precision, device_type: str) -> Generator[None]:
+    """Round fp32 products to tf32, or forbid it, forward and backward; restored on exit.
 
-    tf32 keeps the range of fp32 and 10 of its 23 bits of fraction. What held before holds after.
+    tf32 keeps the range of fp32 and 10 of its 23 bits of fraction.
     """
     if device_type == "cpu":
         yield
@@ -53,29 +51,30 @@ def fp32_products(asked: Precision, device_type: str) -> Generator[None]:
     products = torch.backends.cuda.matmul
     before, before_by_name = products.allow_tf32, products.fp32_precision
     # the older setting sets the newer one too; set alone, that one makes the getters of the other
-    # raise, which Inductor asks (torch 2.13)
-    products.allow_tf32 = asked == "tf32"
+    # raise, which Inductor calls (torch 2.13)
+    products.allow_tf32 = requested == "tf32"
     try:
         yield
     finally:
         products.allow_tf32 = before
-        products.fp32_precision = before_by_name  # "none" and "ieee" are one for the older setting
+        products.fp32_precision = before_by_name  # the older setting cannot tell "none" from "ieee"
 
 
 class LossScale:
-    """The factor by which fp16 keeps small gradients above its smallest number, 6e-8.
+    """The factor that keeps small fp16 gradients above its smallest number, 6e-8.
 
     It halves when a gradient overflows, and that step is skipped; it doubles after 2000 steps
-    without. Both numbers live on the device, so that nothing waits for them.
+    without. Both numbers live on the device, so that the host never waits for them.
     """
 
     def __init__(self, scale: float, num_steps: int, device: torch.device) -> None:
         self.scale = torch.tensor(scale, device=device)
         self.num_steps = torch.tensor(float(num_steps), device=device)
-        """Steps since it last changed."""
+        """Steps since the last change."""
 
     def update(self, has_overflow: Tensor) -> None:
-        """Take in whether a step's gradient was not finite, a number: 1 if so, else 0."""
+        """Update for one step; `has_overflow` is 1 if a gradient was not finite, else 0."""
+        # arithmetic instead of `if`: a branch on a device's number would wait for it
         is_doubled = (self.num_steps + 1 >= STEPS_TO_DOUBLE).float() * (1 - has_overflow)
         self.scale = self.scale * (1 - 0.5 * has_overflow) * (1 + is_doubled)
         self.num_steps = (self.num_steps + 1) * (1 - has_overflow) * (1 - is_doubled)

@@ -15,8 +15,9 @@ import sys
 import torch
 from torch import nn
 
+from llm.model.attention import window_of
+from llm.model.positions import head_dim_of
 from llm.model.precision import Precision, computed_precision
-from llm.model.shape import head_dim_of, window_of
 from llm.model.transformer import Transformer
 
 TERA = 1e12

@@ -15,10 +15,11 @@ from llm.data.packed import PackedSequences
 from llm.errors import ConfigError
 from llm.evaluation import leak
 from llm.evaluation.leak import LeakResult, find_leaks, leak_metrics
-from llm.model import attention_mask as reach
-from llm.model.attention import Attention
-from llm.model.attention_mask import Masked, Reach, Sight, Unmasked, boolean_mask, make_rule
+from llm.model.attention import Attend, Attention, AttentionContext
+from llm.model.attention_mask import MaskRule, boolean_mask, mask_rule
 from llm.model.cache import KeyValueCache
+from llm.model.kernels import attention as kernels
+from llm.model.kernels.attention import SDPA, AttentionKernels
 from llm.model.loss import token_losses
 from llm.model.transformer import Transformer
 from llm.pack import pack
@@ -131,15 +132,15 @@ def test_the_same_seed_gives_the_same_result(
 
 
 def plant_mask(monkeypatch: pytest.MonkeyPatch, mask_of: Callable[[Tensor], Tensor]) -> None:
-    """Let every layer attend by what `mask_of` makes of the right mask (B or 1, T, T)."""
+    """Let every layer attend by what `mask_of` returns for the right mask (B or 1, 1, T, T)."""
 
-    def over_rows(
-        self: Sight, tokens: Tensor, document_ids: Tensor | None
-    ) -> dict[int, reach.Attend]:
-        mask = boolean_mask(make_rule(True, 0, document_ids), tokens, document_ids)
-        return {0: Masked(mask_of(mask).unsqueeze(1))}
+    def for_sequences(
+        self: AttentionKernels, tokens: Tensor, document_ids: Tensor | None
+    ) -> dict[int, Attend]:
+        mask = boolean_mask(mask_rule(True, 0, document_ids), tokens, document_ids)
+        return {0: SDPA(mask_of(mask))}
 
-    monkeypatch.setattr(Sight, "over_rows", over_rows)
+    monkeypatch.setattr(AttentionKernels, "for_sequences", for_sequences)
 
 
 def one_further(mask: Tensor) -> Tensor:
@@ -180,9 +181,10 @@ def test_one_layer_that_looks_both_ways_is_caught(
     rows: PackedSequences, tokenizer: ByteLevelBPE
 ) -> None:
     class BothWays(Attention):
-        def forward(self, x: Tensor, reach: Reach, cache: KeyValueCache | None) -> Tensor:
-            both_ways = Unmasked(is_causal=False)
-            return super().forward(x, replace(reach, attend={0: both_ways}), None)
+        def forward(
+            self, x: Tensor, context: AttentionContext, cache: KeyValueCache | None
+        ) -> Tensor:
+            return super().forward(x, replace(context, attend={0: SDPA(is_causal=False)}), None)
 
     model = make_model(tokenizer)
     model.blocks[1].attention.__class__ = BothWays
@@ -194,13 +196,13 @@ def test_a_leak_of_one_part_in_ten_thousand_is_caught(
     rows: PackedSequences, tokenizer: ByteLevelBPE
 ) -> None:
     class Whisper(Transformer):
-        def read(
+        def hidden_states(
             self,
             tokens: Tensor,
             document_ids: Tensor | None = None,
             cache: KeyValueCache | None = None,
         ) -> Tensor:
-            x = super().read(tokens, document_ids, cache)
+            x = super().hidden_states(tokens, document_ids, cache)
             return x + 1e-3 * x.mean(dim=1, keepdim=True)  # normalization over the row, say
 
     model = make_model(tokenizer)
@@ -257,14 +259,14 @@ def test_a_wrong_offset_of_positions_in_the_cache_is_caught(
 def test_attention_across_documents_is_caught(
     rows: PackedSequences, tokenizer: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rule = reach.make_rule
+    rule = kernels.mask_rule
 
     def blind(
         is_causal: bool, window: int, document_ids: Tensor | None, device: torch.device
-    ) -> reach.Rule:
+    ) -> MaskRule:
         return rule(is_causal, window, None, device)
 
-    monkeypatch.setattr(reach, "make_rule", blind)
+    monkeypatch.setattr(kernels, "mask_rule", blind)
     found = examine(make_model(tokenizer), rows, document_mask=True)
     assert not found.is_passed and found.future_difference == 0.0
     assert found.document_difference is not None

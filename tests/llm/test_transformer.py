@@ -1,7 +1,8 @@
-"""The transformer: equal to transformers' and to plain torch, blind to what comes later."""
+"""The transformer equals transformers' and its own plain parts, and never sees later tokens."""
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 from llm.config import ModelConfig
 from llm.data.packed import PADDING_ID
 from llm.errors import ConfigError, DataError
+from llm.model import norms
+from llm.model.attention import Attend, eager_attention
+from llm.model.attention_mask import boolean_mask, mask_rule
 from llm.model.cache import KeyValueCache
-from llm.model.loss import token_losses
-from llm.model.positions import RotaryPositions
+from llm.model.kernels.attention import AttentionKernels
+from llm.model.kernels.linear import JoinedLinear, Linear
+from llm.model.loss import ModelWithLoss, token_losses
 from llm.model.transformer import Transformer
-from tests.llm.plain_transformer import plain_logits
 from tests.llm.training_setup import SEQ_LEN, TINY, tiny_model
 
 # Names here -> names in transformers' LlamaForCausalLM.
@@ -112,12 +116,12 @@ def test_no_logit_depends_on_a_later_token() -> None:
             assert not torch.equal(before[:, position], after[:, position])
 
 
-# Every choice the settings give, alone and as whole families; TINY has what is not named.
+# Every choice of the settings, alone and as whole families; the rest is TINY's.
 CHOICES: dict[str, dict[str, Any]] = {
     "as it comes": {},
     "multi-query, wide heads": {"num_kv_heads": 1, "head_dim": 20},
     "odd heads, learned positions": {"positions": "learned", "d_model": 28},
-    "rope stretched as in llama3": {"rope_scaling": "llama3", "rope_original_seq_len": 16},
+    "rope scaled as in llama3": {"rope_scaling": "llama3", "rope_original_seq_len": 16},
     "layernorm": {"norm": "layernorm"},
     "layernorm with biases": {"norm": "layernorm", "has_biases": True},
     "normalized queries and keys": {"has_qk_norm": True},
@@ -125,98 +129,87 @@ CHOICES: dict[str, dict[str, Any]] = {
     "gelu": {"mlp": "gelu"},
     "squared relu": {"mlp": "relu2", "tie_embeddings": False},
     "soft caps": {"attention_soft_cap": 3.0, "logit_soft_cap": 2.0},
-    "every layer slides": {"sliding_window": 5},
-    "the last of two layers sees all": {"sliding_window": 5, "full_attention_every": 2},
+    "sliding in every layer": {"sliding_window": 5},
+    "sliding and full layers": {"sliding_window": 5, "full_attention_every": 2},
     "window, cap and grouped heads": {"sliding_window": 3, "attention_soft_cap": 2.0},
     "gpt2": {"positions": "learned", "norm": "layernorm", "mlp": "gelu", "has_biases": True}
     | {"num_kv_heads": 4},
 }
-BOTH_WAYS: dict[str, dict[str, Any]] = {
-    "both ways": {"is_causal": False},
-    "both ways, sliding": {"is_causal": False, "sliding_window": 4, "has_qk_norm": True},
+NOT_CAUSAL: dict[str, dict[str, Any]] = {
+    "not causal": {"is_causal": False},
+    "not causal, sliding": {"is_causal": False, "sliding_window": 4, "has_qk_norm": True},
 }
 
 
 def three_documents() -> torch.Tensor:
-    """Which document each position of two rows is of."""
+    """Document ids of two sequences."""
     return torch.tensor([[0] * 5 + [1] * 1 + [2] * (SEQ_LEN - 6), [2] * 9 + [3] * (SEQ_LEN - 9)])
 
 
+def use_plain_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace every kernel by the plain version in the book."""
+
+    def eager(
+        self: AttentionKernels, tokens: torch.Tensor, document_ids: torch.Tensor | None
+    ) -> dict[int, Attend]:
+        masks = {
+            window: boolean_mask(
+                mask_rule(self._is_causal, window, document_ids), tokens, document_ids
+            )
+            for window in self._windows
+        }
+        return {
+            window: partial(eager_attention, mask=mask, cap=self._soft_cap)
+            for window, mask in masks.items()
+        }
+
+    def each_alone(self: JoinedLinear, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+    monkeypatch.setattr(AttentionKernels, "for_sequences", eager)
+    monkeypatch.setattr(JoinedLinear, "__call__", each_alone)
+    monkeypatch.setattr(Linear, "forward", torch.nn.Linear.forward)
+    monkeypatch.setattr(norms, "fused_rms_norm", norms.rms_norm)
+
+
 @pytest.mark.parametrize("has_documents", [False, True], ids=["whole", "documents"])
-@pytest.mark.parametrize("name", CHOICES | BOTH_WAYS)
-def test_logits_and_gradients_equal_those_of_the_plain_model(
-    name: str, has_documents: bool
+@pytest.mark.parametrize("name", CHOICES | NOT_CAUSAL)
+def test_losses_logits_and_gradients_with_kernels_equal_those_of_the_plain_book(
+    name: str, has_documents: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model(vocab_size=70, **(CHOICES | BOTH_WAYS)[name])
+    model = tiny_model(vocab_size=70, **(CHOICES | NOT_CAUSAL)[name])
     spread_weights(model)
-    weights = {name: w.detach().clone().requires_grad_() for name, w in model.named_parameters()}
-    tokens = random_tokens(2, SEQ_LEN, vocab_size=70)
+    inputs, targets = (random_tokens(2, SEQ_LEN, seed=seed, vocab_size=70) for seed in (0, 3))
     documents = three_documents() if has_documents else None
-    frequencies = None
-    if model.config.rope_scaling == "llama3":
-        frequencies = llama3_frequencies(model.config)
-    found = model(tokens, documents)
-    expected = plain_logits(weights, model.config, tokens, documents, frequencies)[..., :70]
+
+    def gradients(losses: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = torch.autograd.grad(losses.mean(), list(model.parameters()))
+        return dict(zip(dict(model.named_parameters()), found, strict=True))
+
+    found, losses = model(inputs, documents), ModelWithLoss(model)(inputs, targets, documents)
+    found_gradients = gradients(losses)
+    use_plain_versions(monkeypatch)
+    expected = model(inputs, documents)
+    plain_losses = token_losses(expected, targets)
     # sums of tens of fp32 products in another order; the logits are of order 1
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    wanted = random_tokens(2, SEQ_LEN, seed=3, vocab_size=70)
-    for logits in (found, expected):
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten()).backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    plain = {name: weight.grad for name, weight in weights.items()}
-    torch.testing.assert_close(gradients, plain, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses, plain_losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found_gradients, gradients(plain_losses), rtol=1e-4, atol=1e-6)
 
 
-def llama3_frequencies(config: ModelConfig) -> list[float]:
-    """By the conditions of Meta's own code, channel by channel."""
-    head_dim = config.head_dim or config.d_model // config.num_heads
-    low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
-    found: list[float] = []
-    for channel in range(head_dim // 2):
-        frequency = config.rope_theta ** (-2 * channel / head_dim)
-        wavelength = 2 * math.pi / frequency
-        if wavelength < config.rope_original_seq_len / high:
-            found.append(frequency)
-        elif wavelength > config.rope_original_seq_len / low:
-            found.append(frequency / config.rope_factor)
-        else:
-            smooth = (config.rope_original_seq_len / wavelength - low) / (high - low)
-            found.append((1 - smooth) * frequency / config.rope_factor + smooth * frequency)
-    return found
-
-
-def test_stretched_rotations_equal_those_of_transformers() -> None:
-    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
-    transformers = pytest.importorskip("transformers")
-    config = replace(TINY, d_model=512, rope_theta=500_000.0, rope_scaling="llama3")
-    theirs = modeling.LlamaRotaryEmbedding(
-        transformers.LlamaConfig(
-            hidden_size=512,
-            num_attention_heads=4,
-            max_position_embeddings=131_072,
-            rope_parameters={
-                "rope_type": "llama3",
-                "rope_theta": 500_000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
-        )
-    )
-    places = torch.arange(200)[None]
-    cosine, sine = theirs(torch.zeros(1), places)
-    found = RotaryPositions(config, 200).rotation(places)
-    # angles up to 200, so that fp32 leaves 2e-5 of them
-    half = cosine.shape[-1] // 2  # theirs repeats the first half
-    torch.testing.assert_close(found[0][:, 0], cosine[..., :half], rtol=0, atol=3e-5)
-    torch.testing.assert_close(found[1][:, 0], sine[..., :half], rtol=0, atol=3e-5)
+def test_a_logit_cap_caps_the_logits_of_the_head() -> None:
+    model = tiny_model(logit_soft_cap=2.0)
+    spread_weights(model)
+    with torch.no_grad():
+        x = model.hidden_states(random_tokens(2, 8))
+        plain = x @ model.head.weight[:600].T
+        torch.testing.assert_close(model.logits(x), 2.0 * torch.tanh(plain / 2.0))
 
 
 @pytest.mark.parametrize("num_padding", [0, 9])
-@pytest.mark.parametrize("name", CHOICES | BOTH_WAYS)
-def test_packed_documents_score_as_each_alone(name: str, num_padding: int) -> None:
-    model = tiny_model(**(CHOICES | BOTH_WAYS)[name])
+@pytest.mark.parametrize("name", CHOICES | NOT_CAUSAL)
+def test_packed_documents_get_the_logits_of_each_alone(name: str, num_padding: int) -> None:
+    model = tiny_model(**(CHOICES | NOT_CAUSAL)[name])
     spread_weights(model)
     lengths = 8, SEQ_LEN - 8 - num_padding
     first, second = (random_tokens(1, length, seed=length) for length in lengths)
@@ -244,7 +237,7 @@ def test_logits_through_the_cache_equal_those_of_one_pass(name: str) -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_that_looks_both_ways_takes_no_cache() -> None:
+def test_a_model_that_is_not_causal_takes_no_cache() -> None:
     model = tiny_model(is_causal=False)
     with pytest.raises(ConfigError, match=r"model.is_causal: found false, expected true"):
         model(random_tokens(1, 4), cache=KeyValueCache(model.config, 1, 4))
@@ -259,35 +252,35 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean(shape: dict[str, Any]
         assert torch.equal(model.eval()(tokens), undropped(tokens))
         model.train()
         torch.manual_seed(5)
-        first, second = model.read(tokens), model.read(tokens)
+        first, second = model.hidden_states(tokens), model.hidden_states(tokens)
         torch.manual_seed(5)
-        assert torch.equal(model.read(tokens), first)
+        assert torch.equal(model.hidden_states(tokens), first)
     assert not torch.equal(first, second)
     for name in ("attention", "stream", "embedding"):
         assert drops(name, shape), f"{name} is not dropped"
 
 
-def drops(place: str, shape: dict[str, Any]) -> bool:
-    """Tell whether dropout in one place alone, all others off, changes what the model makes."""
+def drops(where: str, shape: dict[str, Any]) -> bool:
+    """Return whether dropout here alone changes the logits."""
     model = tiny_model(dropout=0.2, **shape).train()
     spread_weights(model)
     for block in model.blocks:
-        block.attention.dropout = 0.2 if place == "attention" else 0.0
-        block.dropout.p = 0.2 if place == "stream" else 0.0
-    model.dropout.p = 0.2 if place == "embedding" else 0.0
+        block.attention.dropout = 0.2 if where == "attention" else 0.0
+        block.dropout.p = 0.2 if where == "stream" else 0.0
+    model.dropout.p = 0.2 if where == "embedding" else 0.0
     tokens = random_tokens(2, SEQ_LEN)
     with torch.no_grad():
         return not torch.equal(model(tokens), model(tokens))
 
 
-def test_blocks_that_start_at_zero_pass_on_what_they_read() -> None:
+def test_blocks_initialized_to_zero_are_the_identity() -> None:
     model = tiny_model(init="zero", has_biases=True, norm="layernorm")
     tokens = random_tokens(1, 8)
     with torch.no_grad():
-        torch.testing.assert_close(model.read(tokens), model.norm(model.embedding(tokens)))
+        torch.testing.assert_close(model.hidden_states(tokens), model.norm(model.embedding(tokens)))
 
 
-def test_names_of_weights_say_what_they_are() -> None:
+def test_weights_have_the_names_of_checkpoints_and_exports() -> None:
     model = tiny_model(
         positions="learned", norm="layernorm", has_biases=True, has_qk_norm=True, num_layers=1
     )
@@ -311,7 +304,7 @@ def test_the_vocabulary_is_padded_inside_and_nowhere_else() -> None:
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_num_parameters_counts_what_is_stored(is_tied: bool) -> None:
+def test_num_parameters_counts_the_stored_weights(is_tied: bool) -> None:
     model = tiny_model(vocab_size=601, tie_embeddings=is_tied)
     C, F, L, D = TINY.d_model, TINY.d_ff, TINY.num_layers, TINY.d_model // TINY.num_heads
     attention = 2 * C * C + 2 * C * TINY.num_kv_heads * D
@@ -319,7 +312,7 @@ def test_num_parameters_counts_what_is_stored(is_tied: bool) -> None:
     assert model.num_parameters() == expected
 
 
-def test_first_weights_have_the_deviations_they_should_and_the_first_loss_is_uniform() -> None:
+def test_first_weights_have_their_deviations_and_the_first_loss_is_uniform() -> None:
     model = tiny_model(d_model=128, d_ff=512, num_layers=8)
     down = torch.cat([block.feed_forward.down.weight.flatten() for block in model.blocks])
     gate = torch.cat([block.feed_forward.gate.weight.flatten() for block in model.blocks])
@@ -361,6 +354,6 @@ def test_more_tokens_than_the_context_are_refused() -> None:
         ),
     ],
 )
-def test_impossible_shapes_are_refused_by_name(shape: dict[str, Any], message: str) -> None:
+def test_contradictory_settings_are_refused_by_name(shape: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Transformer(ModelConfig(**{**asdict(TINY), **shape}), 600, SEQ_LEN)

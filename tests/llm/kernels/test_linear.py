@@ -1,11 +1,18 @@
-"""Linear layers: against torch's own, which on a CPU take another library."""
+"""Linear layers by oneDNN equal torch's own, which use another library on a CPU."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llm.model.linear import MIN_MULTIPLICATIONS, Linear, linear, product, transposed_product
+from llm.model.kernels.linear import (
+    MIN_MULTIPLICATIONS,
+    JoinedLinear,
+    Linear,
+    linear,
+    product,
+    transposed_product,
+)
 
 # Sums of at most 2,048 products of normal numbers in fp32, in another order: their size is about
 # 45, and a rounding is 6e-8 of it.
@@ -16,11 +23,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def outputs_and_gradients(layer: nn.Linear, x: Tensor, above: Tensor) -> list[Tensor]:
+def outputs_and_gradients(layer: nn.Linear, x: Tensor, grad_output: Tensor) -> list[Tensor]:
     x = x.detach().requires_grad_()
     weights = list(layer.parameters())
     y = layer(x)
-    return [y, *torch.autograd.grad(y, [x, *weights], above)]
+    return [y, *torch.autograd.grad(y, [x, *weights], grad_output)]
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -29,15 +36,37 @@ def test_values_and_gradients_are_those_of_torch(
     shape: tuple[int, int, int], has_bias: bool
 ) -> None:
     num_positions, num_inputs, num_outputs = shape
-    ours, theirs = (kind(num_inputs, num_outputs, bias=has_bias) for kind in (Linear, nn.Linear))
+    ours, theirs = (each(num_inputs, num_outputs, bias=has_bias) for each in (Linear, nn.Linear))
     theirs.load_state_dict(ours.state_dict())
-    x, above = normal(2, num_positions, num_inputs), normal(2, num_positions, num_outputs, seed=1)
-    found, wanted = (outputs_and_gradients(layer, x, above) for layer in (ours, theirs))
+    x, grad_output = (
+        normal(2, num_positions, num_inputs),
+        normal(2, num_positions, num_outputs, seed=1),
+    )
+    found, wanted = (outputs_and_gradients(layer, x, grad_output) for layer in (ours, theirs))
     for mine, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, other, atol=TOLERANCE, rtol=0)
 
 
-def test_any_layout_of_what_is_multiplied_gives_the_same() -> None:
+@pytest.mark.parametrize("has_biases", [False, True])
+@pytest.mark.parametrize("width", [8, 256])
+def test_joined_layers_equal_each_alone_in_outputs_and_gradients(
+    width: int, has_biases: bool
+) -> None:
+    parts = [nn.Linear(width, num_outputs, bias=has_biases) for num_outputs in (width, 16, 16)]
+    weights = [weight for part in parts for weight in part.parameters()]
+    found, wanted = [], []
+    for outputs, joined in ((found, True), (wanted, False)):
+        x = normal(32, width).requires_grad_()
+        y = (
+            JoinedLinear(parts, has_biases)(x)
+            if joined
+            else torch.cat([part(x) for part in parts], dim=-1)
+        )
+        outputs += [y, *torch.autograd.grad(y, [x, *weights], normal(*y.shape, seed=1))]
+    torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
+
+
+def test_factors_of_any_layout_give_the_same_product() -> None:
     left, right = normal(192, 128), normal(160, 128, seed=1)
     wide, many = normal(192, 384, seed=2), normal(3, 192, 128, seed=3)
     pairs = [(left.T.contiguous().T, right), (left, right.T.contiguous().T)]
@@ -53,20 +82,20 @@ def test_any_layout_of_what_is_multiplied_gives_the_same() -> None:
         torch.testing.assert_close(found, narrow.T @ broad, atol=TOLERANCE, rtol=0)
 
 
-def test_the_gradient_may_be_one_number_for_all() -> None:
+def test_the_gradient_may_be_one_expanded_number() -> None:
     x, weight = normal(256, 128), normal(128, 128).requires_grad_()
     [found] = torch.autograd.grad(linear(x, weight, None).sum(), weight)
     torch.testing.assert_close(found, x.sum(0).expand(128, -1), atol=TOLERANCE, rtol=0)
 
 
-def test_a_gradient_nobody_asks_for_is_not_made() -> None:
+def test_a_gradient_that_is_not_needed_is_not_computed() -> None:
     x, weight = normal(256, 128), normal(128, 128)
     assert not linear(x, weight, None).requires_grad
     [found] = torch.autograd.grad(linear(x.requires_grad_(), weight, None).sum(), x)
     torch.testing.assert_close(found, weight.sum(0).expand(256, -1), atol=TOLERANCE, rtol=0)
 
 
-def test_nothing_to_multiply_gives_nothing() -> None:
+def test_an_empty_input_gives_an_empty_output() -> None:
     assert linear(torch.zeros(0, 8), torch.ones(4, 8), None).shape == (0, 4)
 
 
@@ -74,9 +103,9 @@ def test_autocast_and_other_types_are_left_to_torch() -> None:
     x, weight = normal(256, 128), normal(128, 128, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(linear(x, weight, None), F.linear(x, weight))
-    for kind in (torch.bfloat16, torch.float64):
+    for dtype in (torch.bfloat16, torch.float64):
         assert torch.equal(
-            product(x.to(kind), weight.to(kind)), F.linear(x.to(kind), weight.to(kind))
+            product(x.to(dtype), weight.to(dtype)), F.linear(x.to(dtype), weight.to(dtype))
         )
 
 
