@@ -17,6 +17,7 @@ from typing import Annotated, Literal, TypeVar
 import yaml
 
 from llm import presets
+from llm.depth import DepthContext, expand_depth, take_depth
 from llm.errors import ConfigError
 from llm.settings import (
     Count,
@@ -335,7 +336,7 @@ class PackConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The shape of the transformer; its vocabulary is the tokenizer's, its context the rows'."""
+    """The shape of the transformer. Vocabulary and context come from tokenizer and packing."""
 
     num_layers: Positive = 4
     """Transformer blocks, one after another."""
@@ -344,57 +345,54 @@ class ModelConfig:
     num_heads: Positive = 4
     """H: query heads."""
     num_kv_heads: Positive = 4
-    """K: key/value heads; num_heads must be a multiple. Fewer means a smaller cache; 1 is
-    multi-query.
-    """
+    """K: key/value heads; must divide num_heads. Fewer: a smaller cache; 1: multi-query."""
     head_dim: Count = 0
-    """D: width of a head, even under rope; 0 is d_model / num_heads."""
+    """D: width of a head, even with rope; 0: d_model / num_heads."""
     d_ff: Positive = 704
-    """F: width inside the feed-forward block, about 8/3 of d_model when gated, 4 when not."""
+    """F: feed-forward width, about 8/3 d_model when gated, 4 d_model when not."""
     positions: Literal["rope", "learned"] = "rope"
-    """rope: queries and keys are rotated; learned: a vector for each position is added."""
+    """rope: rotary embedding of queries and keys; learned: a position embedding is added."""
     rope_theta: PositiveFloat = 10_000.0
     """Base of the rotary wavelengths; raise it for longer contexts."""
     rope_scaling: Literal["none", "llama3"] = "none"
-    """llama3: stretch the long wavelengths, so that a context beyond the trained one is read."""
+    """llama3: stretch the long wavelengths, for contexts beyond the trained one."""
     rope_factor: Annotated[float, Range(minimum=1)] = 8.0
-    """llama3: how far the longest wavelengths are stretched."""
+    """llama3: factor by which the longest wavelengths are stretched."""
     rope_low_frequency_factor: PositiveFloat = 1.0
-    """llama3: wavelengths over rope_original_seq_len / this are stretched whole."""
+    """llama3: wavelengths above rope_original_seq_len / this are stretched by rope_factor."""
     rope_high_frequency_factor: PositiveFloat = 4.0
-    """llama3: wavelengths under rope_original_seq_len / this are left alone."""
+    """llama3: wavelengths below rope_original_seq_len / this are unchanged."""
     rope_original_seq_len: Positive = 8192
     """llama3: the context before stretching."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """layernorm centers each vector too, and has a bias where `has_biases`."""
+    """layernorm also centers each vector, and has a bias if `has_biases`."""
     norm_eps: PositiveFloat = 1e-5
-    """Added to the mean square, or the variance, before its root is taken."""
+    """Added to the mean square, or the variance, under the root."""
     has_qk_norm: bool = False
-    """RMSNorm on each head's query and key: attention scores cannot grow without bound."""
+    """RMSNorm on each head's query and key: bounds attention scores."""
     mlp: Literal["swiglu", "geglu", "gelu", "relu2"] = "swiglu"
-    """swiglu and geglu have a gate, a third matrix; gelu and relu2 (ReLU squared) have none."""
+    """swiglu and geglu are gated (a third matrix); gelu and relu2 (ReLU squared) are not."""
     has_biases: bool = False
-    """A bias in every linear layer of the blocks, as in GPT-2."""
+    """Biases in all linear layers of the blocks, as in GPT-2."""
     tie_embeddings: bool = True
-    """Use one matrix to embed tokens and to score them."""
+    """One matrix serves as embedding and head."""
     is_embedding_scaled: bool = False
-    """Multiply embeddings by the root of d_model, as in Gemma."""
+    """Multiply embeddings by sqrt(d_model), as in Gemma."""
     attention_soft_cap: NonNegativeFloat = 0.0
-    """Attention scores x become cap * tanh(x / cap), as in Gemma 2; 0 leaves them."""
+    """Attention scores x become cap * tanh(x / cap), as in Gemma 2; 0: no cap."""
     logit_soft_cap: NonNegativeFloat = 0.0
-    """Logits x become cap * tanh(x / cap); 0 leaves them."""
+    """Logits x become cap * tanh(x / cap); 0: no cap."""
     sliding_window: Count = 0
-    """A position sees itself and this many less one before it; 0 sees all before it."""
+    """Positions a query attends to, itself included; 0: all before it."""
     full_attention_every: Count = 0
-    """With a window: every so many layers, the last of each group sees all; 0: every layer slides.
-    """
+    """With a window: every n-th layer attends to all positions; 0: none does."""
     is_causal: bool = True
-    """False: each position sees the whole row, and learning is by filling in masked tokens."""
+    """False: attention in both directions, trained by masked language modeling."""
     dropout: Annotated[float, Range(minimum=0, below=1)] = 0.0
-    """Share of activations zeroed while training, after embedding, attention and feed-forward."""
+    """Share zeroed in training: of embeddings, attention probabilities and block outputs."""
     init: Literal["gpt2", "zero"] = "gpt2"
-    """First weights. gpt2: all small, what adds to the stream smaller the deeper the model; zero:
-    products keep the size of what they read, what adds to the stream and an untied head are zero.
+    """Initialization. gpt2: std 0.02, smaller with depth for weights that add to the residual
+    stream; zero: std 1 / sqrt(inputs), and zero for these weights and an untied head.
     """
 
 
@@ -580,14 +578,14 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         )
     problems: list[str] = []
     tree.setdefault("name", path.stem)
-    presets.make_room(tree, overrides)
+    presets.clear_overridden(tree, overrides)
     for override in overrides:
         _apply_override(tree, override, problems)
-    depth = presets.take_depth(tree, problems)
+    depth = take_depth(tree, problems)
     presets.expand_preset(tree, problems)
     config = build(RunConfig, tree, "", problems)
     if config is not None and depth:
-        presets.expand_depth(tree, depth, _surroundings(typing.cast(RunConfig, config)))
+        expand_depth(tree, depth, _depth_context(typing.cast(RunConfig, config)))
         config = build(RunConfig, tree, "", problems)
     if config is not None:
         problems += _cross_checks(typing.cast(RunConfig, config))
@@ -654,7 +652,7 @@ def flatten(tree: object, prefix: str = "") -> dict[str, object]:
 
 
 def load_preset(name: str) -> tuple[ModelConfig, int, int]:
-    """Return the shape of a published model, with the vocabulary size and context it has there.
+    """Return a published model's config, vocabulary size and context.
 
     Raises:
         ConfigError: no preset of that name.
@@ -669,7 +667,7 @@ def load_preset(name: str) -> tuple[ModelConfig, int, int]:
 
 
 def model_problems(model: ModelConfig, prefix: str) -> list[str]:
-    """Return what does not go together in the shape of a model, each by its dotted key."""
+    """Return the contradictions in a model's settings, each with its dotted key."""
     problems: list[str] = []
     if not model.head_dim and model.d_model % model.num_heads:
         problems.append(
@@ -681,7 +679,7 @@ def model_problems(model: ModelConfig, prefix: str) -> list[str]:
         source = "head_dim" if model.head_dim else "d_model"
         problems.append(
             f"{prefix}.{source}: found {getattr(model, source)}, which makes heads"
-            f" {head_dim} wide, expected an even width under {prefix}.positions = rope"
+            f" {head_dim} wide, expected an even width with {prefix}.positions = rope"
         )
     if model.num_heads % model.num_kv_heads:
         problems.append(
@@ -702,7 +700,7 @@ def model_problems(model: ModelConfig, prefix: str) -> list[str]:
     if model.full_attention_every and not model.sliding_window:
         problems.append(
             f"{prefix}.full_attention_every: found {model.full_attention_every}, expected 0 where"
-            f" {prefix}.sliding_window is 0 and every layer sees all"
+            f" {prefix}.sliding_window is 0 and every layer attends to all positions"
         )
     return problems
 
@@ -730,11 +728,11 @@ def _apply_override(tree: dict[str, object], override: str, problems: list[str])
     node[last] = value
 
 
-def _surroundings(config: RunConfig) -> presets.Surroundings:
-    """Return what the settings of a depth depend on."""
+def _depth_context(config: RunConfig) -> DepthContext:
+    """Return the settings that the depth dial depends on."""
     model, tokenizer = config.pretrain.model, config.train_tokenizer
     has_few_tokens = tokenizer.kind in ("bytes", "characters")  # hundreds: it hardly matters
-    return presets.Surroundings(
+    return DepthContext(
         is_gated=model.mlp in ("swiglu", "geglu"),
         tie_embeddings=model.tie_embeddings,
         vocab_size=256 if has_few_tokens else tokenizer.vocab_size,

@@ -1,31 +1,25 @@
-"""Short forms of a recipe's settings: models known by name, and one dial for a whole family.
+"""Presets: shapes of published models by name, as plain settings.
 
-`pretrain.model.preset: gpt2-124m` and `pretrain.depth: 8` stand for other settings and are replaced
-by them when a recipe is read, so that what a run resolves to, saves and is cached under has neither
-word in it: equal settings, equal keys, however they were written.
-
-Plain numbers; nothing here needs torch, or the classes these settings become.
+`pretrain.model.preset: gpt2-124m` is replaced by the settings it stands for when a recipe is read.
+Equal settings therefore give equal cache keys, however they were written.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
+from llm.depth import DIAL_KEYS, DIAL_MODEL_KEYS, Tree, section
 from llm.settings import did_you_mean
-
-Tree = dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
-    """A published model's shape: settings of `pretrain.model` that differ from their defaults."""
+    """A published model: settings of `pretrain.model` that differ from their defaults."""
 
     model: Mapping[str, object]
     vocab_size: int
-    """Of the published model; a pipeline takes its own tokenizer's."""
+    """Of the published model; a run uses its own tokenizer's."""
     seq_len: int
-    """The published context; a pipeline takes `pack.seq_len`."""
+    """The published context; a run uses `pack.seq_len`."""
     num_parameters: int
     """As published, or as counted in the published weights."""
 
@@ -130,38 +124,13 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-# The dial: docs/decisions/0008-one-dial.md says what is derived, from what, and what is not.
-MAX_DEPTH = 64
-WIDTH_PER_LAYER = 64
-HEAD_DIM = 64
-D_FF_MULTIPLE = 64
-REFERENCE_WIDTH = 256
-REFERENCE_LEARNING_RATES = {"muon": 3e-3, "adamw": 1e-3}  # AdamW's peak, at that width
-EXPONENTS = {"muon": 0.5, "adamw": 1.0}
-MUON_LEARNING_RATE = 0.02
-TOKENS_PER_PARAMETER = 20
-WARMUP_FRACTION = 0.02
-DIAL_MODEL_KEYS = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
-DIAL_KEYS = ("optimizer", "learning_rate", "muon_learning_rate", "num_steps", "warmup_steps")
+def clear_overridden(tree: Tree, overrides: Sequence[str]) -> None:
+    """Drop the recipe's settings that a preset or a depth among the overrides replaces.
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Surroundings:
-    """What the dial's settings depend on beside the depth."""
-
-    is_gated: bool
-    """Whether the feed-forward block has a third matrix."""
-    tie_embeddings: bool
-    vocab_size: int
-    tokens_per_step: int
-
-
-def make_room(tree: Tree, overrides: Sequence[str]) -> None:
-    """Drop from a recipe what a short form among the overrides stands for, so that the short form
-    replaces it and the other overrides win over the short form.
+    The other overrides still win over the preset or depth.
     """
-    pretrain = _section(tree, "pretrain")
-    model = _section(pretrain, "model")
+    pretrain = section(tree, "pretrain")
+    model = section(pretrain, "model")
     values = {key.strip(): text.strip() for key, _, text in (o.partition("=") for o in overrides)}
     if "pretrain.model.preset" in values:
         model.clear()
@@ -174,8 +143,8 @@ def make_room(tree: Tree, overrides: Sequence[str]) -> None:
 
 
 def expand_preset(tree: Tree, problems: list[str]) -> None:
-    """Put a preset's settings in the place of `pretrain.model.preset`; those beside it win."""
-    model = _section(_section(tree, "pretrain"), "model")
+    """Replace `pretrain.model.preset` by its settings; settings given beside it win."""
+    model = section(section(tree, "pretrain"), "model")
     if "preset" not in model:
         return
     name = str(model.pop("preset"))
@@ -185,55 +154,3 @@ def expand_preset(tree: Tree, problems: list[str]) -> None:
     meant = did_you_mean(name, list(PRESETS))
     allowed = ", ".join(PRESETS)
     problems.append(f"pretrain.model.preset: found {name!r}, allowed: {allowed}{meant}")
-
-
-def take_depth(tree: Tree, problems: list[str]) -> int:
-    """Take `pretrain.depth` out of the settings and return it; 0 where the dial is off."""
-    pretrain = _section(tree, "pretrain")
-    depth = pretrain.pop("depth", 0)
-    if not isinstance(depth, int) or isinstance(depth, bool) or not 0 <= depth <= MAX_DEPTH:
-        problems.append(
-            f"pretrain.depth: found {depth!r}, expected a whole number from 0 (off) to {MAX_DEPTH}"
-        )
-        return 0
-    if depth and "preset" in _section(pretrain, "model"):
-        problems.append(
-            f"pretrain.depth: found {depth} beside pretrain.model.preset, expected one of the two"
-        )
-    return depth
-
-
-def expand_depth(tree: Tree, depth: int, around: Surroundings) -> None:
-    """Give `pretrain` and its model the settings that a depth stands for.
-
-    Those given stay, and what follows from them follows from what was given: a narrower model has
-    fewer heads and a higher learning rate.
-    """
-    pretrain = tree["pretrain"] = _section(tree, "pretrain")
-    model = pretrain["model"] = _section(pretrain, "model")
-
-    def size(key: str, derived: int) -> int:
-        return int(cast(int, model.setdefault(key, derived)))
-
-    L, C = size("num_layers", depth), size("d_model", WIDTH_PER_LAYER * depth)
-    H = size("num_heads", max(1, C // HEAD_DIM))
-    K = size("num_kv_heads", H)
-    num_matrices, widening = (3, 8 / 3) if around.is_gated else (2, 4)
-    F = size("d_ff", D_FF_MULTIPLE * max(1, round(widening * C / D_FF_MULTIPLE)))
-    D = int(cast(int, model.get("head_dim", 0))) or C // H
-    num_weights = around.vocab_size * C * (1 if around.tie_embeddings else 2)
-    num_weights += L * (2 * C * (H + K) * D + num_matrices * C * F)  # vectors are too few to count
-    pretrain.setdefault("optimizer", "muon")
-    optimizer = str(pretrain["optimizer"])
-    rate = REFERENCE_LEARNING_RATES[optimizer] * (REFERENCE_WIDTH / C) ** EXPONENTS[optimizer]
-    pretrain.setdefault("learning_rate", float(f"{rate:.3g}"))
-    pretrain.setdefault("muon_learning_rate", MUON_LEARNING_RATE)
-    num_tokens = TOKENS_PER_PARAMETER * num_weights
-    num_steps = pretrain.setdefault("num_steps", math.ceil(num_tokens / around.tokens_per_step))
-    pretrain.setdefault("warmup_steps", int(WARMUP_FRACTION * int(cast(int, num_steps))))
-
-
-def _section(tree: Tree, name: str) -> Tree:
-    """Return a section to read and to change; an empty one where there is none, or no section."""
-    section = tree.get(name)
-    return cast(Tree, section) if isinstance(section, dict) else {}

@@ -4,7 +4,7 @@ B  sequences    T  positions    C  model width    V  vocabulary    N = B * T
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +51,15 @@ class ModelWithLoss(nn.Module):
         model = self.model
         hidden_states = self._compiled_hidden_states or model.hidden_states
         x = hidden_states(inputs, document_ids).flatten(0, 1)  # (B, T, C) -> (N, C)
+        losses: Callable[..., Tensor] = head_losses
+        if torch.compiler.is_compiling():  # the whole module, not by its `compile`: see there
+            losses = cast(Any, torch.compiler.disable)(head_losses)
         # kernel: equals token_losses of the logits, which are never all in memory
-        losses = head_losses(
+        return losses(
             x,
             model.head.weight,
             targets.flatten(),
             vocab_size=model.vocab_size,
             soft_cap=model.config.logit_soft_cap,
             is_compiled=self._compiled_hidden_states is not None,
-        )
-        return losses.view_as(targets)  # (N,) -> (B, T)
+        ).view_as(targets)  # (N,) -> (B, T)

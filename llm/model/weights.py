@@ -1,8 +1,7 @@
-"""A model on disk: `model.safetensors`, `model.json` and its tokenizer, written and read here.
+"""A model folder on disk: `model.safetensors`, `model.json` and the tokenizer's files.
 
-The safetensors layout (8 bytes of header length, a JSON header, the bytes of every tensor) is
-written here tensor by tensor, so that a model is hashed on its way out and never stands in memory
-twice; it is read by the library. Source: https://github.com/huggingface/safetensors#format.
+Source: https://github.com/huggingface/safetensors#format (8 bytes of header length, a JSON header,
+the bytes of every tensor).
 """
 
 import json
@@ -23,8 +22,9 @@ from llm.errors import ArtifactError, ConfigError
 from llm.model.transformer import Transformer
 
 MODEL, WEIGHTS = "model.json", "model.safetensors"
-HEADER_ALIGNMENT_BYTES = 8
-MAX_SEQ_LEN = 1 << 22  # of a model that is loaded: rotary positions take memory for each
+HEADER_ALIGNMENT_BYTES = 8  # as the safetensors library pads its header
+# of a model that is loaded: rotary tables take memory per position, and a hostile file sets it
+MAX_SEQ_LEN = 1 << 22
 TYPE_NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -36,7 +36,7 @@ TYPE_NAMES = {
 def save_model(
     writer: ArtifactWriter, model: Transformer, tokenizer_files: Mapping[str, bytes]
 ) -> None:
-    """Write a model folder: weights, shape and tokenizer, all that is needed to use it."""
+    """Write a model folder: weights, config and tokenizer."""
     writer.write_json(
         MODEL,
         {
@@ -55,7 +55,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Transformer:
     """Read the model in `folder`.
 
     Raises:
-        ArtifactError: a file is missing or damaged, or a tensor does not have the shape it should.
+        ArtifactError: a file is missing or damaged, or a tensor has another shape than the config.
     """
     path = folder / MODEL
     try:
@@ -64,17 +64,18 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Transformer:
         vocab_size, seq_len = int(data["vocab_size"]), int(data["seq_len"])
     except FileNotFoundError as error:
         raise ArtifactError(
-            f"{path}: not there; expected the folder of a model, as `fromscratch run` leaves in"
+            f"{path}: not found; expected a model folder, as `fromscratch run` writes to"
             " artifacts/pretrain/ and artifacts/finetune/"
         ) from error
     except (
         OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, ConfigError
     ) as error:  # fmt: skip
         raise ArtifactError(
-            f"{path}: no model description of this version ({type(error).__name__}: {error});"
+            f"{path}: not a model config of this version ({type(error).__name__}: {error});"
             " train the model again"
         ) from error
     tensors = read_tensors(folder / WEIGHTS)
+    # compared before any weight is allocated: model.json may claim any size
     outline = make_outline(config, vocab_size, seq_len, len(tensors), path)
     needed = {name: weight.shape for name, weight in weights_of(outline).items()}
     check_tensors(tensors, needed, folder / WEIGHTS)
@@ -86,28 +87,27 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Transformer:
 def make_outline(
     config: ModelConfig, vocab_size: int, seq_len: int, num_tensors: int, source: Path
 ) -> Transformer:
-    """Make a model without memory for its weights, to compare with `num_tensors` that are stored.
+    """Build a model on the meta device, without memory, to compare with the stored tensors.
 
     Raises:
-        ArtifactError: what `source` says goes together with no weights, or not with so few.
+        ArtifactError: `source` describes no model, or one with more layers than `num_tensors`.
     """
     if config.num_layers > num_tensors or not 0 < seq_len <= MAX_SEQ_LEN or vocab_size < 1:
         raise ArtifactError(
             f"{source}: found {config.num_layers} layers, a vocabulary of {vocab_size} and a"
-            f" context of {seq_len} beside {num_tensors} tensors; expected a tensor a layer at"
-            f" least, a vocabulary, and a context up to {MAX_SEQ_LEN}"
+            f" context of {seq_len} beside {num_tensors} tensors; expected at least a tensor"
+            f" per layer, a vocabulary, and a context up to {MAX_SEQ_LEN}"
         )
     try:
         with torch.device("meta"):
             return Transformer(config, vocab_size, seq_len)
     except (ConfigError, RuntimeError) as error:  # torch's: a size beyond 2^63
-        raise ArtifactError(f"{source}: no shape of a model: {error}") from error
+        raise ArtifactError(f"{source}: not a valid model config: {error}") from error
 
 
 def weights_of(model: Transformer) -> dict[str, Tensor]:
-    """Return the weights by name as they are stored: tied ones once, without the vocabulary's
-    padding.
-    """
+    """Return the weights by name as stored: tied ones once, without padding of the vocabulary."""
+    # named_parameters lists a tied parameter once, under its first name: embedding.weight
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name in _padded_names(model):
         weights[name] = weights[name][: model.vocab_size]
@@ -118,7 +118,7 @@ def set_weights(model: Transformer, tensors: Mapping[str, Tensor], source: Path)
     """Copy `tensors` into `model`.
 
     Raises:
-        ArtifactError: a tensor is missing, unknown or of another shape; all of them are named.
+        ArtifactError: naming every tensor that is missing, unknown or of another shape.
     """
     weights = weights_of(model)
     check_tensors(tensors, {name: weight.shape for name, weight in weights.items()}, source)
@@ -135,7 +135,7 @@ def check_tensors(
     """Compare names and shapes.
 
     Raises:
-        ArtifactError: with every difference, found and expected.
+        ArtifactError: listing every difference.
     """
     problems = [f"{name}: missing" for name in expected.keys() - tensors.keys()]
     problems += [f"{name}: unknown" for name in tensors.keys() - expected.keys()]
@@ -154,9 +154,9 @@ def check_tensors(
 def write_tensors(
     file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors in the safetensors layout, sorted by name, one after another.
+    """Write tensors in the safetensors format, sorted by name.
 
-    Each is asked for twice, for its size and for its bytes, and never held beside another.
+    One at a time: `tensors` may load each on access, and the model is never in memory twice.
     """
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset = 0
@@ -171,7 +171,7 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT_BYTES)
     file.write(struct.pack("<Q", len(text)) + text)
-    for name in sorted(tensors):
+    for name in sorted(tensors):  # a second access: the header needs all sizes first
         whole = tensors[name].detach().cpu().contiguous().reshape(-1)
         file.write(whole.view(torch.uint8).numpy().data)
 
@@ -180,7 +180,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read all tensors of a safetensors file into memory.
 
     Raises:
-        ArtifactError: the file is missing or is none.
+        ArtifactError: the file is missing or not in that format.
     """
     try:
         return load_file(path)

@@ -1,4 +1,4 @@
-"""A model on disk: what is written is read back, here and by safetensors; damage is named."""
+"""A saved model is read back bit for bit, here and by safetensors; damage is reported by name."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_a_model_comes_back_bit_equal(tmp_path: Path, is_tied: bool, vocab_size:
     assert (tmp_path / "model" / "tokenizer.json").read_bytes() == b"{}"
 
 
-def test_the_file_is_what_the_safetensors_library_reads(folder: Path) -> None:
+def test_the_safetensors_library_reads_the_file(folder: Path) -> None:
     model = tiny_model(vocab_size=601, tie_embeddings=False)
     tensors = load_file(folder / "model.safetensors")
     assert tensors.keys() == dict(model.named_parameters()).keys()
@@ -49,7 +49,7 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     assert "head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
 
 
-def test_every_tensor_that_does_not_fit_is_named_with_both_shapes(folder: Path) -> None:
+def test_every_tensor_that_does_not_fit_is_reported_with_both_shapes(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["norm.weight"]
     tensors["extra"] = torch.zeros(1)
@@ -66,7 +66,7 @@ def test_every_tensor_that_does_not_fit_is_named_with_both_shapes(folder: Path) 
 
 
 @pytest.mark.parametrize("damage", ["cut", "removed", "text"])
-def test_unreadable_weights_are_named(folder: Path, damage: str) -> None:
+def test_unreadable_weights_are_reported(folder: Path, damage: str) -> None:
     path = folder / "model.safetensors"
     if damage == "removed":
         path.unlink()
@@ -80,13 +80,13 @@ def test_unreadable_weights_are_named(folder: Path, damage: str) -> None:
     "content",
     ["", "{}", "[]", '{"model": {"layers": 3}, "vocab_size": 1, "seq_len": 1}'],
 )
-def test_an_unreadable_description_is_named(folder: Path, content: str) -> None:
+def test_an_unreadable_config_is_reported(folder: Path, content: str) -> None:
     (folder / "model.json").write_text(content)
-    with pytest.raises(ArtifactError, match=r"model\.json: no model description of this version"):
+    with pytest.raises(ArtifactError, match=r"model\.json: not a model config of this version"):
         load_model(folder)
 
 
-def test_the_description_says_all_that_makes_the_model(folder: Path) -> None:
+def test_the_config_file_has_all_that_builds_the_model(folder: Path) -> None:
     data = json.loads((folder / "model.json").read_text())
     assert data.keys() == {"model", "vocab_size", "seq_len"}
     assert (data["vocab_size"], data["model"]["d_model"]) == (601, 32)

@@ -43,15 +43,6 @@ def head_losses(
     is_compiled: bool,
 ) -> Tensor:
     """Return the losses (N,) of hidden states x (N, C) under the head's weight (W, C)."""
-    losses: Callable[..., Tensor] = _head_losses
-    if torch.compiler.is_compiling():  # a caller compiled a whole module around this
-        losses = cast(Any, torch.compiler.disable)(losses)
-    return losses(x, weight, targets, vocab_size, soft_cap, is_compiled)
-
-
-def _head_losses(
-    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, soft_cap: float, is_compiled: bool
-) -> Tensor:
     head = _Head(
         vocab_size=vocab_size,
         soft_cap=soft_cap,
