@@ -1,10 +1,10 @@
-"""The loss in chunks against the loss of whole logits: speed of a step, and peak memory.
+"""Chunked cross-entropy against plain cross-entropy: seconds per step and peak memory.
 
     python -m benchmarks.cross_entropy
 
-A step is forward and backward of a whole model, without the optimizer. Both ways alternate in one
-process; the ratio is that of the medians. The peak is the most memory a process of its own ever
-had (VmHWM), once after making model and batch, once after two steps.
+A step is forward and backward of a whole model, without the optimizer. Both losses alternate in one
+process; the ratio is of the medians. Peaks are VmHWM of one process per loss, before the first step
+and after the second.
 """
 
 import argparse
@@ -30,53 +30,53 @@ from llm.model.transformer import Transformer
 class Case:
     """A model, a batch and a precision."""
 
-    layers: int
-    width: int
-    heads: int
+    num_layers: int
+    d_model: int
+    num_heads: int
     vocab_size: int
-    rows: int
+    num_sequences: int
     seq_len: int
     precision: Precision
-    steps: int
+    num_steps: int
 
 
 CASES = {
     "quickstart, bf16": Case(
-        layers=4, width=256, heads=4, vocab_size=4096, rows=16, seq_len=256,
-        precision="bf16", steps=15,
+        num_layers=4, d_model=256, num_heads=4, vocab_size=4096, num_sequences=16, seq_len=256,
+        precision="bf16", num_steps=15,
     ),
     "quickstart, fp32": Case(
-        layers=4, width=256, heads=4, vocab_size=4096, rows=16, seq_len=256,
-        precision="fp32", steps=8,
+        num_layers=4, d_model=256, num_heads=4, vocab_size=4096, num_sequences=16, seq_len=256,
+        precision="fp32", num_steps=8,
     ),
     "vocabulary 131,072, 4,096 positions, bf16": Case(
-        layers=1, width=768, heads=12, vocab_size=131_072, rows=8, seq_len=512,
-        precision="bf16", steps=3,
+        num_layers=1, d_model=768, num_heads=12, vocab_size=131_072, num_sequences=8, seq_len=512,
+        precision="bf16", num_steps=3,
     ),
     "vocabulary 131,072, 4,096 positions, fp32": Case(
-        layers=1, width=768, heads=12, vocab_size=131_072, rows=8, seq_len=512,
-        precision="fp32", steps=1,
+        num_layers=1, d_model=768, num_heads=12, vocab_size=131_072, num_sequences=8, seq_len=512,
+        precision="fp32", num_steps=1,
     ),
     "vocabulary 131,072, 2,048 positions, fp32": Case(
-        layers=1, width=768, heads=12, vocab_size=131_072, rows=4, seq_len=512,
-        precision="fp32", steps=1,
+        num_layers=1, d_model=768, num_heads=12, vocab_size=131_072, num_sequences=4, seq_len=512,
+        precision="fp32", num_steps=1,
     ),
 }  # fmt: skip
 
 
 def make_steps(case: Case) -> dict[str, Callable[[], None]]:
-    """Return one step of training by name of the way."""
+    """Return one step of training by kind of loss."""
     torch.manual_seed(1)
     config = ModelConfig(
-        num_layers=case.layers,
-        d_model=case.width,
-        num_heads=case.heads,
-        num_kv_heads=case.heads,
-        d_ff=11 * case.width // 4,
+        num_layers=case.num_layers,
+        d_model=case.d_model,
+        num_heads=case.num_heads,
+        num_kv_heads=case.num_heads,
+        d_ff=11 * case.d_model // 4,
     )
     model = Transformer(config, case.vocab_size, case.seq_len)
     model.initialize(torch.Generator().manual_seed(1))
-    tokens = torch.randint(0, case.vocab_size, (case.rows, case.seq_len + 1))
+    tokens = torch.randint(0, case.vocab_size, (case.num_sequences, case.seq_len + 1))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     with_loss = ModelWithLoss(model)
 
@@ -97,15 +97,15 @@ def make_steps(case: Case) -> dict[str, Callable[[], None]]:
 
 
 def peak_mib() -> float:
-    """Return the most memory this process ever had."""
-    # not ru_maxrss, which begins with that of the process this one was forked from
+    """Return this process's peak memory."""
+    # not ru_maxrss, which a forked process inherits
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
 
 
-def measure_peak(name: str, way: str) -> tuple[float, float]:
-    """Return the peaks, in MiB, of a process before its first step and after its second."""
-    command = [sys.executable, "-m", "benchmarks.cross_entropy", "--case", name, "--way", way]
+def measure_peak(name: str, loss: str) -> tuple[float, float]:
+    """Return a process's peaks in MiB before its first step and after its second."""
+    command = [sys.executable, "-m", "benchmarks.cross_entropy", "--case", name, "--loss", loss]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
     )
@@ -114,26 +114,26 @@ def measure_peak(name: str, way: str) -> tuple[float, float]:
 
 
 def measure_seconds(case: Case) -> dict[str, float]:
-    """Return the median seconds of a step by way, alternated, after one that is not counted."""
+    """Return the median seconds of a step by kind of loss, alternated, after one for warm-up."""
     steps = make_steps(case)
-    seconds: dict[str, list[float]] = {way: [] for way in steps}
-    for number in range(case.steps + 1):
-        for way, step in steps.items():
+    seconds: dict[str, list[float]] = {loss: [] for loss in steps}
+    for number in range(case.num_steps + 1):
+        for loss, step in steps.items():
             started_at = time.perf_counter()
             step()
             if number:
-                seconds[way].append(time.perf_counter() - started_at)
-    return {way: statistics.median(values) for way, values in seconds.items()}
+                seconds[loss].append(time.perf_counter() - started_at)
+    return {loss: statistics.median(values) for loss, values in seconds.items()}
 
 
 def main() -> None:
-    """Print a row for each case; as a child, the two peaks of one way."""
+    """Print a table of all cases; in a child process, the two peaks of one loss."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", choices=CASES, help="this one only")
-    parser.add_argument("--way", choices=("plain", "chunked"), help="print its peaks alone")
+    parser.add_argument("--case", choices=CASES, help="only this one")
+    parser.add_argument("--loss", choices=("plain", "chunked"), help="print only its peaks")
     options = parser.parse_args()
-    if options.way:
-        step = make_steps(CASES[options.case])[options.way]
+    if options.loss:
+        step = make_steps(CASES[options.case])[options.loss]
         before = peak_mib()
         step()
         step()
@@ -144,7 +144,7 @@ def main() -> None:
     for name in [options.case] if options.case else CASES:
         seconds = measure_seconds(CASES[name])
         (plain_start, plain), (start, chunked) = (
-            measure_peak(name, way) for way in ("plain", "chunked")
+            measure_peak(name, loss) for loss in ("plain", "chunked")
         )
         print(
             f"| {name} | {seconds['plain'] * 1e3:.0f} ms | {seconds['chunked'] * 1e3:.0f} ms"

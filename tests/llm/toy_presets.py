@@ -1,8 +1,10 @@
-"""Every preset with its sizes divided until it trains in a second; all its choices stay."""
+"""Presets at toy size, and recipes resolved from text."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from llm.config import ModelConfig, load_preset
+from llm.config import ModelConfig, RunConfig, load_config, load_preset
 
 TOY_D_MODEL, TOY_HEADS = 32, 4
 
@@ -21,3 +23,10 @@ def toy_shape(preset: str) -> ModelConfig:
         d_ff=config.d_ff * TOY_D_MODEL // config.d_model,
         rope_original_seq_len=16,
     )
+
+
+def resolve(folder: Path, recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the settings of a recipe given as YAML."""
+    path = folder / "mine.yaml"
+    path.write_text(recipe)
+    return load_config(path, overrides)
