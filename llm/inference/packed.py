@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm.model.attention import Attention
-from llm.model.precision import DTYPES, Precision, computed_precision
+from llm.model.precision import AUTOCAST_DTYPES, Precision, computed_precision
 from llm.model.transformer import Transformer
 
 ROWS = 8  # oneDNN chooses the layout for so many; it served 1 and 256 as well as their own did
@@ -49,7 +49,7 @@ def packed(model: Transformer, precision: Precision = "fp32") -> Transformer:
     if is_packed(model):
         return model
     device = model.embedding.weight.device.type
-    kind = DTYPES.get(computed_precision(precision, device), torch.float32)
+    kind = AUTOCAST_DTYPES.get(computed_precision(precision, device), torch.float32)
     # deepcopy takes from its memo what is there, and copies only the modules around it
     memo: dict[int, object] = {id(p): p for p in (*model.parameters(), *model.buffers())}
     for module in model.modules():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 FIRST_LOSS_SCALE = 2.0**16  # of torch's GradScaler too: too large is found within a few steps
 STEPS_TO_DOUBLE = 2000  # without an overflow; arXiv 1710.03740, section 3.2
@@ -35,7 +35,7 @@ def autocast(requested: Precision, device_type: str) -> torch.autocast:
 
     The backward pass is not inside: each gradient is computed in the dtype of its product.
     """
-    dtype = DTYPES.get(computed_precision(requested, device_type))
+    dtype = AUTOCAST_DTYPES.get(computed_precision(requested, device_type))
     return torch.autocast(device_type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
