@@ -64,6 +64,7 @@ class KeyValueCache:
     def keep(self, sequences: Tensor) -> None:
         """Drop all but these sequences, so that finished ones cost nothing."""
         for stored in (self.keys, self.values):
+            # one copy per drop; each later step computes fewer sequences
             stored[:] = [each if each is None else each[sequences] for each in stored]
         self._sequences = self._sequences[: len(sequences)]
         self.truncate(self.lengths[sequences].tolist())
@@ -74,7 +75,8 @@ class KeyValueCache:
         whole = stored[layer]
         if whole is None:
             _, *rest = self._shape
-            # full length at once: growing by a column a token would copy everything each time
+            # Full length at once: growing by a column a token would copy everything each time.
+            # Zeros, since masked columns enter as 0 * v, and 0 * nan of stale memory is nan.
             whole = stored[layer] = new.new_zeros((len(new), *rest))
         end = self.num_columns + new.shape[2]
         if self.is_even:

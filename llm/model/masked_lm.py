@@ -51,7 +51,9 @@ class Masking:
         `tokens` and `is_eligible` are (B, T); `samples` (B,) are the numbers of the sequences.
         """
         T = tokens.shape[1]
+        # one counter per position of the training run: every epoch masks other tokens
         counters = samples[:, None] * T + np.arange(T)  # (B,) -> (B, T)
+        # + 1: mix(0) is 0, so seed 0 would always mask the first position
         with np.errstate(over="ignore"):  # SplitMix64 wraps around at 64 bits
             bits = mix(
                 np.uint64(self.seed) + (counters.astype(np.uint64) + np.uint64(1)) * STREAM_STEP

@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.ones(width))  # starts as normalization alone
         self.eps = eps  # keeps 1 / rms finite for a vector of zeros
 
     def forward(self, x: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = NORMS[config.norm](config)  # the sum of all blocks grows with depth
+        # no bias in any published family here
         self.head = Linear(config.d_model, num_embeddings, bias=False)
         if config.tie_embeddings:  # "Using the Output Embedding" (arXiv 1608.05859)
             self.head.weight = self.embedding.weight
@@ -156,6 +157,7 @@ class Transformer(nn.Module):
 
     def num_parameters(self) -> int:
         """Count the weights: tied ones once, padding of the vocabulary not at all."""
+        # published counts have no padding (tests/llm/test_presets.py compares)
         padding = self.embedding.num_embeddings - self.vocab_size
         num_matrices = 1 if self.config.tie_embeddings else 2
         total = sum(parameter.numel() for parameter in self.parameters())

@@ -25,6 +25,7 @@ MODEL, WEIGHTS = "model.json", "model.safetensors"
 HEADER_ALIGNMENT_BYTES = 8  # as the safetensors library pads its header
 # of a model that is loaded: rotary tables take memory per position, and a hostile file sets it
 MAX_SEQ_LEN = 1 << 22
+# names of the format; the dtypes that are written
 TYPE_NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -67,6 +68,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Transformer:
             f"{path}: not found; expected a model folder, as `fromscratch run` writes to"
             " artifacts/pretrain/ and artifacts/finetune/"
         ) from error
+    # OverflowError: int(1e999), RecursionError: JSON nested thousands deep
     except (
         OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, ConfigError
     ) as error:  # fmt: skip
@@ -124,6 +126,7 @@ def set_weights(model: Transformer, tensors: Mapping[str, Tensor], source: Path)
     check_tensors(tensors, {name: weight.shape for name, weight in weights.items()}, source)
     with torch.no_grad():
         for parameter in (dict(model.named_parameters())[name] for name in _padded_names(model)):
+            # the file has no padding; zero, as `Transformer.initialize` leaves it
             parameter[model.vocab_size :] = 0.0
         for name, weight in weights.items():
             weight.copy_(tensors[name])
@@ -169,10 +172,12 @@ def write_tensors(
         }
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
+    # spaces, which JSON ignores
     text += b" " * (-len(text) % HEADER_ALIGNMENT_BYTES)
     file.write(struct.pack("<Q", len(text)) + text)
     for name in sorted(tensors):  # a second access: the header needs all sizes first
         whole = tensors[name].detach().cpu().contiguous().reshape(-1)
+        # as bytes: numpy has no bfloat16
         file.write(whole.view(torch.uint8).numpy().data)
 
 

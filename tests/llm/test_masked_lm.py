@@ -1,4 +1,4 @@
-"""Masked language modeling: what is hidden, from what it follows, and what filling in is worth."""
+"""Masked language modeling: BERT's shares, reproducible masks, and losses equal to sums by hand."""
 
 import math
 from pathlib import Path
@@ -28,25 +28,25 @@ def some_tokens(num_rows: int, T: int = 64) -> np.ndarray:
     return np.random.default_rng(0).integers(0, VOCAB_SIZE, (num_rows, T))
 
 
-def test_of_the_tokens_of_text_the_shares_of_bert_are_hidden_replaced_and_left() -> None:
+def test_tokens_of_text_are_masked_replaced_and_kept_in_the_shares_of_bert() -> None:
     tokens = some_tokens(4000)
     read, targets = masking().hide(tokens, np.ones(tokens.shape, bool), np.arange(4000))
     is_chosen = targets != IGNORED
     assert np.array_equal(targets[is_chosen], tokens[is_chosen])
     assert np.array_equal(read[~is_chosen], tokens[~is_chosen])
-    assert tokens[is_chosen].min() > MASK, "control tokens are never hidden"
+    assert tokens[is_chosen].min() > MASK, "control tokens are never masked"
     count = is_chosen.sum()
     # four standard deviations of a binomial share
     assert is_chosen.sum() / (tokens > MASK).sum() == pytest.approx(0.15, abs=0.003)
     assert (read == MASK)[is_chosen].sum() / count == pytest.approx(0.8, abs=0.009)
     is_replaced = is_chosen & (read != MASK) & (read != tokens)
     assert is_replaced.sum() / count == pytest.approx(0.1, abs=0.007)
-    assert read[is_replaced].min() > MASK, "no control token is put in"
+    assert read[is_replaced].min() > MASK, "no control token replaces another"
     counts = np.bincount(read[is_replaced], minlength=VOCAB_SIZE)[MASK + 1 :]
     assert counts.std() == pytest.approx(math.sqrt(counts.mean()), rel=0.2), "Poisson: drawn evenly"
 
 
-def test_what_is_hidden_follows_from_seed_sample_and_position_alone() -> None:
+def test_masks_depend_on_seed_sample_and_position_alone() -> None:
     tokens, samples = some_tokens(20), np.arange(100, 120)
     whole = masking().hide(tokens, np.ones(tokens.shape, bool), samples)
     for row in (0, 7, 19):
@@ -59,7 +59,7 @@ def test_what_is_hidden_follows_from_seed_sample_and_position_alone() -> None:
         assert not np.array_equal(other[1], whole[1])
 
 
-def test_only_what_is_eligible_is_hidden() -> None:
+def test_only_eligible_tokens_are_masked() -> None:
     tokens = some_tokens(50)
     is_eligible = np.random.default_rng(1).random(tokens.shape) < 0.5
     _, targets = masking(fraction=0.99).hide(tokens, is_eligible, np.arange(50))
@@ -67,7 +67,7 @@ def test_only_what_is_eligible_is_hidden() -> None:
     assert (targets != IGNORED)[is_eligible & (tokens > MASK)].mean() > 0.97
 
 
-def test_filling_in_scores_the_hidden_tokens_as_a_whole_pass_does() -> None:
+def test_losses_at_masked_tokens_equal_those_of_all_logits() -> None:
     model = tiny_model(is_causal=False)
     tokens = some_tokens(3, 32)
     inputs, targets = map(
@@ -77,11 +77,11 @@ def test_filling_in_scores_the_hidden_tokens_as_a_whole_pass_does() -> None:
     nats, is_right = fill_in(model, inputs, targets, None)
     is_target = targets != IGNORED
     expected = F.cross_entropy(logits[is_target], targets[is_target], reduction="none")
-    assert torch.allclose(nats, expected, atol=1e-5)  # the same products over other rows
+    assert torch.allclose(nats, expected, atol=1e-5)  # the same products in another order
     assert torch.equal(is_right, logits[is_target].argmax(-1) == targets[is_target])
 
 
-def test_nothing_hidden_costs_nothing() -> None:
+def test_no_masked_tokens_give_no_losses() -> None:
     inputs = torch.from_numpy(some_tokens(2, 32))
     nats, is_right = fill_in(
         tiny_model(is_causal=False), inputs, torch.full_like(inputs, IGNORED), None
@@ -102,7 +102,7 @@ def test_the_measures_of_a_split_equal_sums_by_hand(
         assert rows.info.num_padding_tokens
     model, hidden = tiny_model(is_causal=False).eval(), masking(fraction=0.4)
     with torch.no_grad():
-        for parameter in model.parameters():  # so large that what is attended shows
+        for parameter in model.parameters():  # large, so that an error in attention shows
             parameter.mul_(8.0)
     found = measure_filled_in(
         model,
@@ -121,11 +121,11 @@ def test_the_measures_of_a_split_equal_sums_by_hand(
         for document in np.unique(ids[is_text]):
             own = is_text & (ids == document)
             with torch.no_grad():
-                chances = model(torch.from_numpy(inputs[:, own]))[0].log_softmax(-1)
+                log_probabilities = model(torch.from_numpy(inputs[:, own]))[0].log_softmax(-1)
             wanted = targets[0, own]
             for position in np.flatnonzero(wanted != IGNORED):
-                nats -= float(chances[position, wanted[position]])
-                right += float(chances[position].argmax() == wanted[position])
+                nats -= float(log_probabilities[position, wanted[position]])
+                right += float(log_probabilities[position].argmax() == wanted[position])
                 count += 1
     assert found.loss.value == pytest.approx(nats / count, rel=1e-5)
     assert found.accuracy.value == pytest.approx(right / count, rel=1e-5)
@@ -146,7 +146,7 @@ def test_pseudo_perplexity_masks_each_token_of_a_row_in_turn(
         rows = PackedSequences(write_chat_sequences(tmp_path, tokenizer, 10), "validation")
     model, hidden = tiny_model(is_causal=False).eval(), masking()
     with torch.no_grad():
-        for parameter in model.parameters():  # so large that what is attended shows
+        for parameter in model.parameters():  # large, so that an error in attention shows
             parameter.mul_(3.0)
     done: list[int] = []
     found = pseudo_perplexity(
@@ -163,7 +163,7 @@ def test_pseudo_perplexity_masks_each_token_of_a_row_in_turn(
                 inputs = tokens.clone()
                 inputs[position] = MASK
                 with torch.no_grad():
-                    chances = model(inputs[None])[0, position].log_softmax(-1)
-                costs.append(-float(chances[tokens[position]]))
+                    log_probabilities = model(inputs[None])[0, position].log_softmax(-1)
+                costs.append(-float(log_probabilities[tokens[position]]))
     assert found.value == pytest.approx(math.exp(np.mean(costs)), rel=1e-4)
     assert found.standard_error is not None and 0 < found.standard_error < found.value

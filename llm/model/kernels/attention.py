@@ -36,6 +36,7 @@ class AttentionKernels:
     """Chooses, for each forward pass, the kernel of each sliding window."""
 
     def __init__(self, config: ModelConfig) -> None:
+        # layers with the same window share one mask
         self._windows = {window_of(config, layer) for layer in range(config.num_layers)}
         self._is_causal, self._soft_cap = config.is_causal, config.attention_soft_cap
         # flex_attention has no dropout
@@ -69,9 +70,11 @@ class AttentionKernels:
                 return ShortOnCPU(kernel, boolean_mask(rule, tokens, None))
             return kernel
         if device.type in FLEX_DEVICES and self._fits_flex:
+            # without documents one block mask serves all sequences
             return Flex(rule, 1 if document_ids is None else len(tokens), T, device, self._soft_cap)
         if (
             document_ids is not None
+            # document lengths are values of a tensor: a break in a compiled graph, a wait on a GPU
             and not (window or self._soft_cap or torch.compiler.is_compiling())
             and device.type == "cpu"
             and T >= MIN_VARLEN_POSITIONS
@@ -103,7 +106,7 @@ class SDPA:
             attn_mask=self.mask,
             dropout_p=dropout,
             is_causal=self.is_causal,  # the kernel skips the upper triangle: half the work
-            enable_gqa=q.shape[1] != k.shape[1],
+            enable_gqa=q.shape[1] != k.shape[1],  # k and v are not copied for each query head
         )
 
 
@@ -152,6 +155,7 @@ class ShortOnCPU:
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # K -> H
         scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, D) x (B, H, D, S) -> (B, H, T, S)
         if scores.dtype not in self._bias:
+            # score + 0 is the score, score - inf is -inf
             zeros = torch.zeros(self._mask.shape, dtype=scores.dtype, device=scores.device)
             self._bias[scores.dtype] = zeros.masked_fill_(~self._mask, -torch.inf)
         probabilities = scores.add_(self._bias[scores.dtype]).softmax(dim=-1)

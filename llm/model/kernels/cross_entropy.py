@@ -103,6 +103,7 @@ class _HeadLosses(torch.autograd.Function):
         losses, *ctx.early = _walk(x[positions], weight, targets[positions], head, is_target, early)
         ctx.save_for_backward(x, weight, targets, positions, is_target)
         ctx.head, ctx.needed, ctx.is_early = head, needed, is_early
+        # IGNORED positions, computed on a GPU, get 0 here
         return losses.new_zeros(len(x)).index_copy_(0, positions, losses * is_target)  # -> (N,)
 
     @staticmethod
@@ -153,6 +154,7 @@ def _walk(
     losses = torch.empty(len(x), dtype=head.wide_dtype, device=x.device)
     x_grad = torch.empty_like(x) if needed[0] else None
     weight_grad = torch.zeros_like(weight, dtype=head.wide_dtype) if needed[1] else None
+    # at a very large vocabulary speed wins over memory: never below MIN_CHUNK_POSITIONS
     step = max(MIN_CHUNK_POSITIONS, CHUNK_BYTES[x.device.type] // (len(weight) * x.element_size()))
     for start in range(0, len(x), step):
         part = slice(start, start + step)

@@ -61,6 +61,7 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     if _is_for_onednn(left, right):
         if not right.T.is_contiguous():  # on a slice oneDNN is a hundred times slower (docs/log.md)
             right = right.contiguous()
+        # the operator that Inductor calls on CPUs; torch has no public name for it
         return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
     return F.linear(left, right, bias)
 
