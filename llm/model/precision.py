@@ -2,8 +2,8 @@
 
 Weights, gradients, losses and the optimizer's state are in fp32 whatever the products are in.
 
-Source: "Mixed Precision Training" (arXiv 1710.03740) for fp16 and its loss scale; "A Study of
-BFLOAT16 for Deep Learning Training" (arXiv 1905.12322).
+Source: "Mixed Precision Training" (arXiv 1710.03740) for fp16, whose loss scale is in
+llm.training.loss_scale; "A Study of BFLOAT16 for Deep Learning Training" (arXiv 1905.12322).
 """
 
 from collections.abc import Generator
@@ -11,13 +11,9 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-FIRST_LOSS_SCALE = 2.0**16
-STEPS_TO_DOUBLE = 2000  # without an overflow; arXiv 1710.03740, section 3.2
 
 
 def computed_precision(asked: Precision, device_type: str) -> Precision:
@@ -60,22 +56,3 @@ def fp32_products(asked: Precision, device_type: str) -> Generator[None]:
     finally:
         products.allow_tf32 = before
         products.fp32_precision = before_by_name  # "none" and "ieee" are one for the older setting
-
-
-class LossScale:
-    """The factor by which fp16 keeps small gradients above its smallest number, 6e-8.
-
-    It halves when a gradient overflows, and that step is skipped; it doubles after 2000 steps
-    without. Both numbers live on the device, so that nothing waits for them.
-    """
-
-    def __init__(self, scale: float, num_steps: int, device: torch.device) -> None:
-        self.scale = torch.tensor(scale, device=device)
-        self.num_steps = torch.tensor(float(num_steps), device=device)
-        """Steps since it last changed."""
-
-    def update(self, has_overflow: Tensor) -> None:
-        """Take in whether a step's gradient was not finite, a number: 1 if so, else 0."""
-        is_doubled = (self.num_steps + 1 >= STEPS_TO_DOUBLE).float() * (1 - has_overflow)
-        self.scale = self.scale * (1 - 0.5 * has_overflow) * (1 + is_doubled)
-        self.num_steps = (self.num_steps + 1) * (1 - has_overflow) * (1 - is_doubled)

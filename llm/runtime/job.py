@@ -31,7 +31,7 @@ from llm.runtime.code import code_digests
 from llm.runtime.disk import refuse_full_disk
 from llm.runtime.failures import EXIT_DISK_FULL, EXIT_INTERRUPTED, write_error
 
-PROGRESS, METRICS = "progress.json", "metrics.jsonl"
+PROGRESS = "progress.json"
 PARENT_PID = "FROMSCRATCH_PARENT_PID"  # of whoever starts a process that ends with it
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SECONDS_BETWEEN_PROGRESS = 0.2

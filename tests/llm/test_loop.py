@@ -21,8 +21,9 @@ from llm.model.masked_lm import Masking
 from llm.model.transformer import Transformer
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.training import loop
-from llm.training.batches import MaskedTokens, NextToken, batches_of_steps, sample_sequences
-from llm.training.loop import Step, Training, TrainState, training_steps
+from llm.training.batches import batches_of_steps, sample_sequences
+from llm.training.loop import Step, TrainingSetup, TrainState, training_steps
+from llm.training.objectives import MaskedTokens, ModelWithObjective, NextToken
 from llm.training.optimizers import make_optimizer
 from llm.training.validation import Validation, validate
 from tests.llm.training_setup import (
@@ -70,12 +71,14 @@ def run(
 ) -> Iterator[Step]:
     """Train `model` in this process."""
     accelerator = fresh_accelerator()
-    training = Training(
+    objective = more.pop("objective", NextToken(document_mask=config.document_mask))
+    module = ModelWithObjective(ModelWithLoss(model), objective)
+    training = TrainingSetup(
         accelerator=accelerator,
-        model=accelerator.prepare_model(ModelWithLoss(model)),
+        model=accelerator.prepare_model(module),
         optimizer=more.pop("optimizer", None) or make_optimizer(model, config),
-        rows=rows,
-        objective=more.pop("objective", NextToken(document_mask=config.document_mask)),
+        sequences=rows,
+        objective=objective,
         config=config,
         stage="pretrain",
         seed=3,
@@ -99,14 +102,13 @@ def check(
     """Validate `model` on five rows in this process."""
     return validate(
         fresh_accelerator(),
-        model,
         ModelWithLoss(model),
         rows,
         more.get("objective", NEXT_TOKEN),
         tokenizer.token_bytes,
         precision="fp32",
-        num_rows=5,
-        room=more.get("room", 2),
+        num_sequences=5,
+        max_batch_size=more.get("max_batch_size", 2),
     )
 
 
@@ -274,17 +276,17 @@ def test_a_step_ahead_gives_the_same_steps_and_the_state_of_the_step_yielded(
     for step in run(model, rows):
         states.append((step.step, step.loss, model.norm.weight.detach().clone()))
     monkeypatch.setitem(loop.STEPS_AHEAD, "cpu", 1)
-    state, looked_at = TrainState(), {3, 6}
-    for step in run(ahead, rows, state=state, is_looked_at=looked_at.__contains__):
+    state, awaited = TrainState(), {3, 6}
+    for step in run(ahead, rows, state=state, needs_weights=awaited.__contains__):
         expected_step, loss, weight = states[step.step - 1]
         assert (state.step, state.loss) == (step.step, step.loss) == (expected_step, loss)
-        place = step.step - (step.step in looked_at)  # elsewhere the weights are a step further
+        place = step.step - (step.step in awaited)  # elsewhere the weights are a step further
         assert torch.equal(ahead.norm.weight, states[place][2])
-        assert torch.equal(weight, ahead.norm.weight) == (step.step in looked_at)
+        assert torch.equal(weight, ahead.norm.weight) == (step.step in awaited)
     assert state.step == 6
 
 
-def test_a_stop_while_a_step_is_under_way_yields_that_step(
+def test_a_stop_while_a_step_is_in_flight_yields_that_step(
     text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(loop.STEPS_AHEAD, "cpu", 1)
@@ -294,7 +296,7 @@ def test_a_stop_while_a_step_is_under_way_yields_that_step(
         tiny_model(),
         PackedSequences(text, "train"),
         state=state,
-        is_looked_at=lambda step: False,
+        needs_weights=lambda step: False,
         is_stopping=lambda: asked.append(1) or len(asked) > 4,
     )
     assert [step.step for step in steps] == [1, 2, 3, 4]
@@ -314,7 +316,7 @@ def test_a_failure_found_a_step_later_leaves_weights_and_optimizer_as_before_it(
         PackedSequences(text, "train"),
         config,
         optimizer=optimizer,
-        is_looked_at=lambda step: step == 2,
+        needs_weights=lambda step: step == 2,
     )
     next(steps), next(steps)
     weights = [parameter.clone() for parameter in model.parameters()]
@@ -406,7 +408,7 @@ def test_the_state_counts_steps_tokens_epochs_and_rows(text: Path) -> None:
 def test_a_target_is_the_next_token_and_padding_is_none(chats: Path) -> None:
     rows = PackedSequences(chats, "train")
     arrays = rows.read([0, 1])
-    batch = NEXT_TOKEN(arrays, np.arange(2))
+    batch = NEXT_TOKEN.make_batch(arrays, np.arange(2))
     mask = arrays.mask[:, 1:]
     assert np.array_equal(
         batch.inputs.numpy()[:, 1:][mask[:, :-1]], arrays.tokens[:, 1:-1][mask[:, :-1]]
@@ -467,7 +469,7 @@ def test_a_step_without_a_target_changes_nothing_and_is_counted(
 def test_a_stop_ends_between_two_steps_and_leaves_no_thread(
     text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.training.batches.TOKENS_AT_ONCE", 1)  # each step is a read of its own
+    monkeypatch.setattr("llm.training.batches.READ_TOKENS", 1)  # each step is a read of its own
     state = TrainState()
     done: list[Step] = []
     for step in run(
@@ -483,11 +485,13 @@ def test_a_stop_ends_between_two_steps_and_leaves_no_thread(
 
 
 def test_what_fails_in_reading_ahead_is_raised_in_the_loop(text: Path) -> None:
-    def fail(*_: Any) -> None:
-        raise DataError("cannot be read")
+    class Failing(NextToken):
+        def make_batch(self, *_: Any) -> Any:
+            raise DataError("cannot be read")
 
+    objective = Failing(document_mask=False)
     with pytest.raises(DataError, match="cannot be read"):
-        list(run(tiny_model(), PackedSequences(text, "train"), objective=fail))
+        list(run(tiny_model(), PackedSequences(text, "train"), objective=objective))
     assert "prefetch" not in [thread.name for thread in threading.enumerate()]
 
 
@@ -503,13 +507,13 @@ def test_masking_documents_changes_what_is_learned(
 
 
 @pytest.mark.parametrize("kind", ["text", "chats"])
-@pytest.mark.parametrize("room", [2, 3, 100])
+@pytest.mark.parametrize("max_batch_size", [2, 3, 100])
 def test_validation_equals_sums_by_hand(
-    kind: str, room: int, request: pytest.FixtureRequest, tokenizer: ByteLevelBPE
+    kind: str, max_batch_size: int, request: pytest.FixtureRequest, tokenizer: ByteLevelBPE
 ) -> None:
     rows = PackedSequences(request.getfixturevalue(kind), "validation")
     model = tiny_model()
-    found = check(model, rows, tokenizer, room=room)
+    found = check(model, rows, tokenizer, max_batch_size=max_batch_size)
     nats, text_nats, num_targets, num_bytes = 0.0, 0.0, 0, 0
     for row in range(5):
         arrays = rows.read([row])
@@ -524,11 +528,11 @@ def test_validation_equals_sums_by_hand(
                     text_nats, num_bytes = text_nats + cost, num_bytes + size
     assert found.loss == pytest.approx(nats / num_targets, rel=1e-5)
     bits_per_byte = text_nats / math.log(2) / num_bytes
-    assert found.figures == {"bits_per_byte": pytest.approx(bits_per_byte, rel=1e-5)}
+    assert found.metrics == {"bits_per_byte": pytest.approx(bits_per_byte, rel=1e-5)}
     assert model.training
 
 
 def test_validation_without_text_is_refused(chats: Path, tokenizer: ByteLevelBPE) -> None:
     rows = NoTargets(chats, "validation")
-    with pytest.raises(DataError, match="the first 5 validation rows hold no text"):
+    with pytest.raises(DataError, match="the first 5 validation sequences hold no text"):
         check(tiny_model(), rows, tokenizer)

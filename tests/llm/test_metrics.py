@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llm.monitoring import metrics
-from llm.monitoring.metrics import SECONDS_BETWEEN_WRITES, MetricsFile
+from llm.monitoring.metrics import SECONDS_BETWEEN_WRITES, MetricsWriter
 
 
 class Clock:
@@ -32,7 +32,7 @@ def steps_in(path: Path) -> list[int]:
 
 def test_points_are_written_together_and_seen_within_a_moment(tmp_path: Path, clock: Clock) -> None:
     path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(path, 0)
+    file = MetricsWriter(path, 0)
     for step in range(1, 5):
         clock.now += 0.3 * SECONDS_BETWEEN_WRITES
         file.append(step, 10 * step, {"train/loss": 1.0})
@@ -47,7 +47,7 @@ def test_points_are_written_together_and_seen_within_a_moment(tmp_path: Path, cl
 
 def test_slow_steps_are_each_written_at_once(tmp_path: Path, clock: Clock) -> None:
     path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(path, 0)
+    file = MetricsWriter(path, 0)
     for step in range(1, 4):
         clock.now += 1.0
         file.append(step, step, {})
@@ -58,7 +58,7 @@ def test_what_a_checkpoint_covers_is_on_the_disk_and_what_follows_is_cut_back(
     tmp_path: Path, clock: Clock
 ) -> None:
     path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(path, 0)
+    file = MetricsWriter(path, 0)
     file.append(1, 1, {"train/loss": 2.0})
     file.append(2, 2, {"train/loss": 1.5})
     file.make_durable()
@@ -67,10 +67,10 @@ def test_what_a_checkpoint_covers_is_on_the_disk_and_what_follows_is_cut_back(
     file.append(3, 3, {"train/loss": 1.0})
     file.write()
     path.write_bytes(path.read_bytes() + b'{"step": 4, "tok')
-    MetricsFile(path, 2)
+    MetricsWriter(path, 2)
     assert steps_in(path) == [1, 2], "validation at the checkpoint's step is repeated"
 
 
 def test_a_figure_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
-        MetricsFile(tmp_path / "metrics.jsonl", 0).append(1, 1, {"train/loss": float("nan")})
+        MetricsWriter(tmp_path / "metrics.jsonl", 0).append(1, 1, {"train/loss": float("nan")})
