@@ -15,7 +15,7 @@ from llm.errors import ConfigError
 from llm.tokenizer.base import TOKENIZER_JSON
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.training import processes
-from llm.training.processes import Placement, make_accelerator, place, sum_over_processes
+from llm.training.processes import Placement, choose_placement, make_accelerator, sum_over_processes
 from tests.llm.training_setup import (
     forget_accelerator,
     fresh_accelerator,
@@ -40,7 +40,7 @@ def test_a_process_per_visible_gpu_or_one_without_any(
     num_gpus: int, settings: dict[str, object], expected: Placement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
-    assert place(RuntimeConfig(**settings)) == expected  # type: ignore[arg-type]
+    assert choose_placement(RuntimeConfig(**settings)) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_gpus_that_are_not_there_are_refused_by_setting(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     with pytest.raises(ConfigError, match=message):
-        place(RuntimeConfig(**settings))  # type: ignore[arg-type]
+        choose_placement(RuntimeConfig(**settings))  # type: ignore[arg-type]
 
 
 def test_the_environment_decides_nothing_that_the_settings_do(
