@@ -16,6 +16,7 @@ class AsyncMetrics:
         if not numbers:
             return
         # fp64 holds every fp32 loss and every count of steps exactly
+        # one copy instead of up to eight
         stacked = torch.stack([number.double() for number in numbers.values()])
         self._numbers = stacked.to("cpu", non_blocking=True)
         if stacked.is_cuda:

@@ -59,11 +59,13 @@ def batches_of_steps(
     def read() -> Iterator[_Read]:
         for start in range(first_step, config.num_steps, steps_at_once):
             steps = np.arange(start, min(start + steps_at_once, config.num_steps))
+            # global numbers: which process reads a sequence never changes what is in it
             samples = (steps[:, None] * config.global_batch_size + indices).ravel()
             arrays = sequences.read(sample_sequences(seed, samples, sequences.num_rows))
             batch = objective.make_batch(arrays, samples)
             by_step = (len(steps), num_read)
             batch.targets.unflatten(0, by_step)[:, len(share) :] = IGNORED
+            # after the line above, so that filled-up sequences count nothing
             num_targets = objective.count_targets(batch).unflatten(0, by_step).sum(dim=1)
             yield _Read(batch, num_targets.tolist())
 
@@ -135,6 +137,7 @@ class _Read:
 
 def _copied(reads: Iterator[_Read], device: torch.device) -> Iterator[_Read]:
     """Copy to a GPU in a stream of its own, while the GPU computes."""
+    # a copy in the default stream would wait behind the forward passes given to the device
     stream = torch.cuda.Stream(device)
     for read in reads:
         with torch.cuda.stream(stream):  # the current stream is per thread: never across a yield

@@ -41,8 +41,10 @@ def save_checkpoint(
         writer = ArtifactWriter(folder / WRITING)
         with writer.open(WEIGHTS) as file:
             write_tensors(file, weights)
+        # two files: exporters and `load_model` read the weights alone
         with writer.open(OPTIMIZER) as file:
             write_tensors(file, moments)
+        # JSON, not pickle: a checkpoint can be read by eye and cannot run code
         writer.write_json(STATE, asdict(state))
         writer.finish(stage="checkpoint", summary={"step": state.step})
     except (OSError, DiskFullError) as error:
@@ -67,6 +69,7 @@ def save_checkpoint(
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole checkpoint; damaged ones are set aside with the reason."""
+    # of a process that was killed while it wrote or removed one
     for leftover in (WRITING, REMOVING):
         shutil.rmtree(folder / leftover, ignore_errors=True)
     for path in reversed(_published(folder)):
@@ -93,6 +96,7 @@ def load_checkpoint(path: Path, model: Transformer, optimizer: Optimizer) -> Tra
         raise ArtifactError(
             f"{path / STATE}: written by another version ({error}); remove {path.parent}"
         ) from error
+    # into the existing tensors, which the optimizer and DDP hold
     set_weights(model, read_tensors(path / WEIGHTS), path / WEIGHTS)
     optimizer.load_state_dict(read_tensors(path / OPTIMIZER), path / OPTIMIZER)
     return state
@@ -109,6 +113,7 @@ def _problem(path: Path) -> str | None:
     try:
         manifest = read_manifest(path)
         for record in manifest.files:
+            # size first: cheap, and the usual damage is a file cut short
             size = (path / record.path).stat().st_size
             if size != record.size_bytes:
                 return f"{record.path}: found {size} bytes, expected {record.size_bytes}"
@@ -120,7 +125,7 @@ def _problem(path: Path) -> str | None:
 
 
 def _free_name(path: Path) -> Path:
-    number = 0
+    number = 0  # a checkpoint of the same step may have been damaged before
     candidate = path
     while candidate.exists():
         number += 1

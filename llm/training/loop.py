@@ -144,6 +144,7 @@ def training_steps(
             is_awaited = number + 1 == last or needs_weights(number + 1)
             while len(in_flight) > (0 if is_awaited else num_ahead):
                 yield worker.finish(in_flight.popleft(), state)
+    # after a stop: the steps given to the device are done, and must count
     while in_flight:
         yield worker.finish(in_flight.popleft(), state)
 
@@ -154,6 +155,7 @@ class _Worker:
     def __init__(self, training: TrainingSetup, state: TrainState) -> None:
         self._training, self._first_step = training, state.step
         self._device = device = training.accelerator.device
+        # the order is that of the modules on every process: clipping sums norms in this order
         self._parameters = list(training.model.parameters())
         is_fp16 = computed_precision(training.config.precision, device.type) == "fp16"
         loss_scale = LossScale(state.loss_scale, state.loss_scale_steps, device)
@@ -198,7 +200,7 @@ class _Worker:
             StageError: its loss or gradient is not finite.
         """
         training, config = self._training, self._training.config
-        metrics = step.metrics.read()
+        metrics = step.metrics.read()  # only here does the host wait for the device
         loss, norm = metrics.get("loss", 0.0), metrics.get("gradient_norm", 0.0)
         if metrics.get("has_failed"):
             training.optimizer.zero_grad()  # those of a later step in flight
@@ -211,6 +213,7 @@ class _Worker:
         state.loss_scale = metrics.get("next_loss_scale", state.loss_scale)
         state.loss_scale_steps = int(metrics.get("loss_scale_steps", state.loss_scale_steps))
         state.step = step.number + 1
+        # padding counts, since the device computes it: the axis is one of computation
         num_tokens = config.global_batch_size * training.sequences.seq_len
         state.tokens += num_tokens
         num_read = state.step * config.global_batch_size
@@ -224,6 +227,7 @@ class _Worker:
             num_targets=step.num_targets,
             loss=loss,
             gradient_norm=norm,
+            # computed again: a later step in flight has already changed the optimizer's
             learning_rate=config.learning_rate * learning_rate_factor(step.number, config),
             loss_scale=metrics.get("loss_scale"),
             update_norm=metrics.get("update_norm"),
@@ -247,6 +251,7 @@ class _Worker:
         accelerator, model = self._training.accelerator, self._training.model
         # DDP averages gradients over processes; times their number, it is the sum over all targets
         factor = accelerator.num_processes * self._guard.scale
+        # fp64: for display only, but summed over micro-batches and processes
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)  # gradients are exchanged once, in the last backward
@@ -265,6 +270,7 @@ class _Worker:
         """Clip the gradient and apply the step, unless the device finds that it must be skipped."""
         config, optimizer = self._training.config, self._training.optimizer
         self._guard.unscale(self._parameters)
+        # over all parameters together: clipping each alone would change the gradient's direction
         norm = nn.utils.clip_grad_norm_(self._parameters, config.max_gradient_norm)
         metrics = {"gradient_norm": norm, **self._guard.judge(loss, norm)}
         is_measured = (number + 1) % UPDATE_NORM_EVERY_STEPS == 0
@@ -273,6 +279,7 @@ class _Worker:
         optimizer.step(metrics["is_skipped"])
         optimizer.zero_grad()
         if is_measured:
+            # 0 for a skipped step; relative to the weights it tells whether the rate is sane
             changes = [now - old for now, old in zip(self._parameters, before, strict=True)]
             metrics["update_norm"] = nn.utils.get_total_norm(changes)
             metrics["weight_norm"] = nn.utils.get_total_norm(self._parameters)
@@ -281,6 +288,7 @@ class _Worker:
 
 def divergence(stage: str, step: int, found: str, config: OptimizationConfig) -> StageError:
     """Return the error for numbers that are not finite, with the settings to try."""
+    # under Muon it is the rate of the matrices, which are most of the weights
     rate = "muon_learning_rate" if config.optimizer == "muon" else "learning_rate"
     advice = f"a lower {stage}.{rate} (now {getattr(config, rate):g})"
     advice += f" or more {stage}.warmup_steps (now {config.warmup_steps})"

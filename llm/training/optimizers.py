@@ -34,6 +34,7 @@ class Optimizer:
     def __init__(
         self, parts: Mapping[str, FusedAdamW | Muon], parameters: Mapping[str, nn.Parameter]
     ) -> None:
+        # the keys are part of the names in a checkpoint
         self._parts = dict(parts)
         self._parameters = dict(parameters)
         # the peaks are taken now, since the groups hold the scheduled rate from the first step on
@@ -59,7 +60,7 @@ class Optimizer:
     def zero_grad(self) -> None:
         """Free the gradients."""
         for part in self._parts.values():
-            part.zero_grad(set_to_none=True)
+            part.zero_grad(set_to_none=True)  # saves memory, and a kernel that writes zeros
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors by name: `muon/blocks.0.attention.query.weight/momentum_buffer`."""
@@ -79,6 +80,7 @@ class Optimizer:
             ArtifactError: the state belongs to other weights or to another optimizer.
         """
         # torch's own `load_state_dict` compares counts only: it would take that of other weights
+        # a weight moves between AdamW and Muon with the setting, so its owner is checked as well
         owner = {
             id(parameter): kind
             for kind, part in self._parts.items()
@@ -138,6 +140,7 @@ def make_optimizer(model: nn.Module, config: OptimizationConfig) -> Optimizer:
                 {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
             ],
             lr=config.learning_rate,
+            # eps stays at torch's 1e-8; beta2 is 0.95 by default, as in GPT-3 and Llama
             betas=(config.beta1, config.beta2),
             fused=True,  # one pass over memory instead of a dozen, on CPU and GPU alike
         )

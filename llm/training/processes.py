@@ -51,6 +51,7 @@ class Placement:
 
 def run_training_job(function: StageFunction) -> None:
     """Run a training stage: as a rank, as the only process, or as the launcher of several ranks."""
+    # a launcher, torchrun or Slurm as well as the one here, sets RANK
     if "RANK" not in os.environ and len(sys.argv) == 2:
         job = read_job(Path(sys.argv[1]))
         with contextlib.suppress(ConfigError):  # the stage itself reports it
@@ -83,6 +84,7 @@ def _exit_like(code: int) -> NoReturn:
     """Exit as a rank did, or by the signal that killed it: the parent then starts a new attempt."""
     sys.stderr.flush()
     if code < 0:
+        # the handlers of this process would swallow the signal; SIGKILL has none
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
@@ -95,6 +97,7 @@ def choose_placement(runtime: RuntimeConfig) -> Placement:
     Raises:
         ConfigError: more GPUs than there are.
     """
+    # counting does not initialize CUDA, which the launcher must not: the ranks need the memory
     num_gpus = torch.cuda.device_count() if runtime.device != "cpu" else 0
     if runtime.device == "cuda" and not num_gpus:
         raise ConfigError("runtime.device: found cuda, but torch sees no GPU; use cpu or auto")
@@ -122,6 +125,7 @@ def make_accelerator(runtime: RuntimeConfig, config: OptimizationConfig) -> Acce
     placement = choose_placement(runtime)
     is_cpu = placement.device == "cpu"
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", placement.num_processes))
+    # torch would take all cores in each process, and they would slow each other down
     torch.set_num_threads(runtime.num_threads or _threads_per_process(local_processes))
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]  # Accelerate would take precision and accumulation from them
@@ -143,6 +147,7 @@ def make_accelerator(runtime: RuntimeConfig, config: OptimizationConfig) -> Acce
         # gradients are views of DDP's buckets, which saves a copy of all of them
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    # Accelerate reads the environment too; a launcher that sets half of it must not go unnoticed
     if accelerator.num_processes != placement.num_processes:
         raise StageError(
             f"Accelerate found {accelerator.num_processes} process(es), expected"
@@ -154,6 +159,7 @@ def make_accelerator(runtime: RuntimeConfig, config: OptimizationConfig) -> Acce
 
 def sum_over_processes(accelerator: Accelerator, *numbers: float | Tensor) -> list[float]:
     """Return each number summed over all processes, in one message between hosts."""
+    # no GPU tensor comes here inside the loop: `float` would wait for the device
     known = [float(number) for number in numbers]
     if accelerator.num_processes == 1:
         return known
@@ -191,6 +197,7 @@ def _prepare_gpu(config: OptimizationConfig) -> None:
 
 
 def _threads_per_process(num_processes: int) -> int:
+    # a container or a batch system often allows fewer cores than the machine has
     has_affinity = hasattr(os, "sched_getaffinity")
     num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return max(1, num_cores // num_processes)
@@ -203,6 +210,7 @@ def _launch(job: Job, num_processes: int) -> int:
     """
     die_with_parent(saves_first=True)
     job.work.mkdir(parents=True, exist_ok=True)
+    # an old error would be taken for the reason of the next failure
     forget_errors(job.work)
     for leftover in job.work.glob("rendezvous-*"):
         leftover.unlink()
@@ -222,6 +230,7 @@ def _launch(job: Job, num_processes: int) -> int:
     try:
         for rank in range(num_processes):
             environment = _rank_environment(job, rank, num_processes, rendezvous)
+            # the output goes to the launcher's own, which its parent keeps in output.log
             ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
         rank, code = _wait(ranks)
     finally:
@@ -243,6 +252,7 @@ def _rank_environment(job: Job, rank: int, num_processes: int, rendezvous: Path)
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
+        # read when torch is imported, before the settings are
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": LOOPBACK,
         "NCCL_SOCKET_IFNAME": LOOPBACK,
@@ -258,7 +268,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
         failed = [(rank, code) for rank, code in enumerate(codes) if code]
         if failed:
             break
-        if None not in codes:
+        if None not in codes:  # all ended, none failed
             return 0, 0
         time.sleep(POLL_SECONDS)
     # the others would wait for the failed one in their next collective, for gloo's 30 minutes

@@ -62,16 +62,18 @@ def train(
         Interrupted: asked to stop; the last step is saved.
     """
     run = _Run(job, model, config, tokenizer_folder, make_objective)
+    # around everything: the backward pass must use the same precision as the forward pass
     with fp32_products(config.precision, run.accelerator.device.type):
         validation = _train(job, run)
     state = run.state
     if state.step < config.num_steps:
-        run.save()
+        run.save()  # whatever checkpoint_every_steps says: no finished step is lost
         # the launcher takes a rank that ends before the others for a failed one
         run.accelerator.wait_for_everyone()
         raise Interrupted(f"{job.stage} was asked to stop after step {state.step}")
     assert validation is not None, "the last step is followed by a validation"
     if run.is_writer:
+        # with its tokenizer, so that a model folder is usable by itself
         save_model(writer, model, run.tokenizer.to_files())
         # a log: times differ from run to run, so it is not part of the artifact's digest
         writer.write_bytes(METRICS_FILE, (job.work / METRICS_FILE).read_bytes(), is_log=True)
@@ -129,6 +131,7 @@ class _Run:
         device = self.accelerator.device
         self.is_writer = self.accelerator.is_main_process
         if self.is_writer:
+            # early: the tracker logs it from the first points on
             write_num_parameters(job.work, model.num_parameters())
         self.tokenizer = load_tokenizer(tokenizer_folder)
         sequences, self._validation_sequences = _open_sequences(job, model, self.tokenizer)
@@ -137,7 +140,10 @@ class _Run:
         self.peak = peak_flops(device, config.precision)
         is_gpu = device.type == "cuda"
         self.device_name = torch.cuda.get_device_name(device) if is_gpu else device.type
+        # Validation calls this module, not the one in DDP, which synchronizes its buffers in each
+        # forward pass: the processes may validate unequal numbers of batches.
         self._model_with_loss = ModelWithLoss(model)
+        # masks differ by stage: fine-tuning would otherwise hide the positions of pretraining
         seed = derive_seed(job.seed, job.stage, "masks")
         objective = make_objective(model, config, self.tokenizer, seed)
         # Validation has its own masks, the same in pretraining and in fine-tuning, so that the
@@ -148,6 +154,7 @@ class _Run:
         self._training = TrainingSetup(
             accelerator=self.accelerator,
             model=_prepare(self.accelerator, module, job.runtime),
+            # after _prepare, which moves the weights: the optimizer holds on to the tensors
             optimizer=make_optimizer(model, config),
             sequences=sequences,
             objective=objective,
@@ -160,11 +167,13 @@ class _Run:
         )
         idle_share = _idle_share(config, self.accelerator.num_processes)
         self.unit = "steps" if not idle_share else f"steps ({idle_share:.0%} of all devices idle)"
-        if self.is_writer and idle_share:
+        if self.is_writer and idle_share:  # a warning only: the result is right, the time wasted
             print(_uneven(job.stage, config, self.accelerator.num_processes), file=sys.stderr)
         self._checkpoints = job.work / "checkpoints"
+        # last: it loads into weights and optimizer state on their device
         self.state = _resume(self.accelerator, self._checkpoints, model, self._training.optimizer)
         path = job.work / METRICS_FILE
+        # only now is it known where the curves continue
         self._metrics = MetricsWriter(path, self.state.step) if self.is_writer else None
 
     def steps(self) -> Generator[Step]:
@@ -173,6 +182,7 @@ class _Run:
         return training_steps(
             self._training,
             self.state,
+            # this process's own wish; the loop asks for those of the others
             is_stopping=lambda: self._job.is_stopping,
             needs_weights=lambda step: (
                 self.is_due(step, runtime.checkpoint_every_steps)
@@ -196,6 +206,7 @@ class _Run:
 
     def point(self, step: Step) -> dict[str, float]:
         """Return the metrics of a step; one without targets has no loss."""
+        # of all positions, padding included: the speed of the machine, not of learning
         tokens_per_second = step.tokens / step.seconds
         point = {
             "learning_rate": step.learning_rate,
@@ -203,6 +214,7 @@ class _Run:
         }
         if self.peak:
             num_devices = self.accelerator.num_processes
+            # PaLM's model FLOPs utilization (arXiv 2204.02311, appendix B)
             mfu = tokens_per_second * self.flops_per_token / (self.peak * num_devices)
             point["throughput/mfu"] = round(mfu, 4)
         if step.num_targets:
@@ -213,6 +225,7 @@ class _Run:
             point["loss_scale"] = step.loss_scale
         if step.update_norm is not None and step.weight_norm is not None:
             point["update_norm"] = step.update_norm
+            # about 1e-3 is usual; far above, the learning rate is too high
             point["update_norm_relative"] = step.update_norm / step.weight_norm
             point["memory/peak_gb"] = round(peak_memory_bytes(self.accelerator.device) / GIGA, 3)
         return point
@@ -244,12 +257,13 @@ class _Run:
             num_sequences=self._job.runtime.validation_sequences,
             max_batch_size=self._training.micro_batch_size,
         )
+        # the training loss of this step was finite, so the last update broke the weights
         if not math.isfinite(found.loss):
             what = f"a validation loss of {found.loss}"
             raise divergence(self._job.stage, self.state.step, what, self._config)
         self.log({"val/loss": found.loss} | {f"val/{k}": v for k, v in found.metrics.items()})
         if self._metrics:
-            self._metrics.write()
+            self._metrics.write()  # a rare point: shown at once
         return found
 
 
@@ -258,13 +272,16 @@ def _prepare(
 ) -> torch.nn.Module:
     """Move the model to its device, compiled and wrapped in DDP as the settings say."""
     model = module.model.model
+    # a third more work, the second forward pass; a layer then keeps one tensor instead of 14
     if runtime.activation_checkpointing:
         # without dropout there is no random state that the second forward pass must repeat
         has_dropout = model.config.dropout > 0
         for block in model.blocks:
+            # use_reentrant=False is the variant that torch recommends, and that DDP supports
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=has_dropout
             )
+    # a short training on a CPU rarely wins back the time of compiling
     is_compiled = {"always": True, "never": False, "auto": accelerator.device.type == "cuda"}
     if is_compiled[runtime.compile]:
         # model and softmax only: an objective's own few operations stay plain torch
@@ -280,6 +297,7 @@ def _resume(
         folder.mkdir(parents=True, exist_ok=True)
         newest_checkpoint(folder)  # renames damaged ones before other processes list the folder
     accelerator.wait_for_everyone()
+    # every process reads the same bytes, so nothing is broadcast
     path = newest_checkpoint(folder)
     return load_checkpoint(path, model, optimizer) if path else TrainState()
 
@@ -295,7 +313,7 @@ def _open_sequences(
     folder, cache = Path(job.inputs["sequences"]), file_cache(job.runtime)
     splits = PackedSequences(folder, "train", cache), PackedSequences(folder, "validation", cache)
     layout = splits[0].layout
-    problems: list[str] = []
+    problems: list[str] = []  # all at once: each run that fails costs the start of a process
     if layout.seq_len != model.seq_len:
         problems.append(f"seq_len: found {layout.seq_len}, expected the model's {model.seq_len}")
     for what, found in (("sequences", layout.vocab_size), ("tokenizer", tokenizer.vocab_size)):
@@ -329,6 +347,7 @@ def _micro_batch_size(
     if accelerator.device.type == "cuda":
         memory_bytes = torch.cuda.get_device_properties(accelerator.device).total_memory
         room_bytes = int(ACTIVATION_SHARE * memory_bytes)
+    # of the process with the most sequences: all use the same size, hence the same shape
     largest_share = -(-config.global_batch_size // accelerator.num_processes)
     return even_size(largest_share, limit or max(1, room_bytes // sequence_bytes))
 

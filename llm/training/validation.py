@@ -53,8 +53,9 @@ def validate(
     mine = np.arange(min(num_sequences, sequences.num_rows))[
         accelerator.process_index :: accelerator.num_processes
     ]
+    # fp64 on the device: read once at the end, not after each batch
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    model.eval()
+    model.eval()  # no dropout
     size = even_size(len(mine), max_batch_size) if len(mine) else 1
     for start in range(0, len(mine), size):
         some = mine[start : start + size]
@@ -66,6 +67,7 @@ def validate(
         with autocast(precision, device.type):
             sums += objective.measure(model, batch.to(device), bytes_of)
     model.train()
+    # sums, not means: the processes have unequal numbers of targets
     loss, num_targets, metric, count = sum_over_processes(accelerator, *sums)
     if not count:
         raise DataError(
