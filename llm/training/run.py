@@ -131,7 +131,7 @@ class _Run:
         device = self.accelerator.device
         self.is_writer = self.accelerator.is_main_process
         if self.is_writer:
-            # early: the tracker logs it from the first points on
+            # early: the tracker puts it into the name of the running model
             write_num_parameters(job.work, model.num_parameters())
         self.tokenizer = load_tokenizer(tokenizer_folder)
         sequences, self._validation_sequences = _open_sequences(job, model, self.tokenizer)

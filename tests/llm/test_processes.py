@@ -115,8 +115,8 @@ def test_no_process_of_a_training_listens_to_other_machines(
 ) -> None:
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(tokenizer.to_files()[TOKENIZER_JSON])
-    rows = write_text_sequences(tmp_path / "rows", tokenizer, corpus[:20])
-    inputs = {"sequences": rows, "tokenizer": tmp_path / "tokenizer"}
+    sequences = write_text_sequences(tmp_path / "sequences", tokenizer, corpus[:20])
+    inputs = {"sequences": sequences, "tokenizer": tmp_path / "tokenizer"}
     settings = tiny_pretrain(num_steps=5000)
     process = start(
         write_job_file(tmp_path, "pretrain", settings, inputs, num_processes=2), "pretrain"
