@@ -72,6 +72,7 @@ class Objective(Protocol):
         """Make a batch from packed sequences (B, T+1), on the CPU, in the prefetch thread.
 
         `samples` (B,) numbers them in training's endless sequence: any randomness derives from it.
+        It runs steps ahead, so an on-policy objective samples in `loss`, not here.
         """
         ...
 

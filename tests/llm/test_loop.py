@@ -407,19 +407,6 @@ def test_the_state_counts_steps_tokens_epochs_and_rows(text: Path) -> None:
         assert state.loss == step.loss
 
 
-def test_a_target_is_the_next_token_and_padding_is_none(chats: Path) -> None:
-    sequences = PackedSequences(chats, "train")
-    arrays = sequences.read([0, 1])
-    batch = NEXT_TOKEN.make_batch(arrays, np.arange(2))
-    mask = arrays.mask[:, 1:]
-    assert np.array_equal(
-        batch.inputs.numpy()[:, 1:][mask[:, :-1]], arrays.tokens[:, 1:-1][mask[:, :-1]]
-    )
-    assert np.array_equal(batch.targets.numpy()[mask], arrays.tokens[:, 1:][mask])
-    assert (batch.targets.numpy()[~mask] == -100).all()
-    assert (batch.targets != -100).sum() == mask.sum() > 0
-
-
 @pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_with_weights_and_optimizer_unchanged(

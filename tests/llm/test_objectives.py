@@ -20,7 +20,12 @@ from llm.training.loop import Step, TrainingSetup, TrainState, training_steps
 from llm.training.objectives import Batch, ModelWithObjective, NextToken, Objective
 from llm.training.optimizers import make_optimizer
 from llm.training.validation import Validation, validate
-from tests.llm.training_setup import fresh_accelerator, tiny_model, write_text_sequences
+from tests.llm.training_setup import (
+    fresh_accelerator,
+    tiny_model,
+    write_chat_sequences,
+    write_text_sequences,
+)
 
 CONFIG = OptimizationConfig(num_steps=6, global_batch_size=8, warmup_steps=2, learning_rate=1e-3)
 
@@ -201,3 +206,18 @@ def test_a_slice_of_a_batch_slices_every_tensor() -> None:
     part = batch.sequences(1, 2)
     assert [t.tolist() for t in part.tensors()] == [t[1:3].tolist() for t in batch.tensors()]
     assert len(part.tensors()) == 4
+
+
+def test_a_target_is_the_next_token_and_padding_is_none(
+    tmp_path: Path, tokenizer: ByteLevelBPE
+) -> None:
+    sequences = PackedSequences(write_chat_sequences(tmp_path, tokenizer, 60), "train")
+    arrays = sequences.read([0, 1])
+    batch = NextToken(document_mask=False).make_batch(arrays, np.arange(2))
+    mask = arrays.mask[:, 1:]
+    assert np.array_equal(
+        batch.inputs.numpy()[:, 1:][mask[:, :-1]], arrays.tokens[:, 1:-1][mask[:, :-1]]
+    )
+    assert np.array_equal(batch.targets.numpy()[mask], arrays.tokens[:, 1:][mask])
+    assert (batch.targets.numpy()[~mask] == -100).all()
+    assert (batch.targets != -100).sum() == mask.sum() > 0

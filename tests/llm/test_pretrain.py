@@ -321,7 +321,7 @@ def test_utilization_is_of_the_peak_of_all_devices_and_memory_and_updates_are_sh
 def test_a_validation_that_is_not_finite_stops_before_it_is_written(
     tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nothing = Validation(loss=float("nan"), figures={})
+    nothing = Validation(loss=float("nan"), metrics={})
     monkeypatch.setattr("llm.training.run.validate", lambda *given, **more: nothing)
     with pytest.raises(StageError, match="step 0 of 8 gave a validation loss of nan"):
         run_inside(pretrain, write_job_file(tmp_path, "pretrain", tiny_pretrain(), inputs))
@@ -467,18 +467,18 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path, inputs: dict[st
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("num_processes", [2, 3, 4])
-def test_rows_that_divide_neither_among_processes_nor_into_passes_train_as_on_one(
-    num_processes: int, tmp_path: Path, inputs: dict[str, Path], of_seven_rows: Path
+def test_sequences_that_divide_neither_among_processes_nor_into_passes_train_as_on_one(
+    num_processes: int, tmp_path: Path, inputs: dict[str, Path], of_seven_sequences: Path
 ) -> None:
     runtime = {"num_processes": num_processes, "micro_batch_size": 2}
     code, errors = run(tmp_path, inputs, {"global_batch_size": 7}, **runtime)
     assert code == 0, errors
-    expected, found = summary(of_seven_rows), summary(tmp_path)
+    expected, found = summary(of_seven_sequences), summary(tmp_path)
     assert found["throughput_processes"] == num_processes
     assert found["num_tokens"] == expected["num_tokens"] == 8 * 7 * SEQ_LEN
     for name in ("train_loss", "val_loss", "val_bits_per_byte"):
         assert found[name] == pytest.approx(expected[name], rel=1e-6)
-    for mine, theirs in zip(points(tmp_path), points(of_seven_rows), strict=True):
+    for mine, theirs in zip(points(tmp_path), points(of_seven_sequences), strict=True):
         assert (mine["step"], mine["tokens"]) == (theirs["step"], theirs["tokens"])
         assert mine["metrics"] == pytest.approx(theirs["metrics"], rel=1e-5)
         for name in mine["metrics"].keys() & {"train/loss", "val/loss"}:
@@ -500,7 +500,7 @@ def test_a_process_without_a_row_of_its_own_trains_with_the_others(
 
 
 @pytest.fixture(scope="module")
-def of_seven_rows(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Path]) -> Path:
+def of_seven_sequences(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Path]) -> Path:
     """A training of seven sequences per step, in one process and one forward pass."""
     folder = tmp_path_factory.mktemp("seven")
     code, errors = run(folder, inputs, {"global_batch_size": 7})
