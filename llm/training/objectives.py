@@ -117,8 +117,24 @@ class ModelWithObjective(nn.Module):
         return self.objective.loss(self.model, batch)
 
 
+class _TokenLoss:
+    """The loss of both objectives here: -log p(target), summed over all target tokens, in nats."""
+
+    __slots__ = ()
+
+    def count_targets(self, batch: Batch) -> Tensor:
+        """Return the number of target tokens of each sequence, (B,)."""
+        return (batch.targets != IGNORED).sum(dim=1)  # (B, T) -> (B,)
+
+    def loss(self, model: ModelWithLoss, batch: Batch) -> Tensor:
+        """Return the sum of the losses of all target tokens."""
+        # The gradient of a plain sum is one number for all positions. The chunked loss relies on
+        # it: it computes the gradient of the logits in its forward pass, once.
+        return model(batch.inputs, batch.targets, batch.document_ids).sum()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NextToken:
+class NextToken(_TokenLoss):
     """Causal language modeling: each position's target is the token after it."""
 
     document_mask: bool
@@ -135,14 +151,6 @@ class NextToken:
             document_ids=documents if self.document_mask else None,
         )
 
-    def count_targets(self, batch: Batch) -> Tensor:
-        """Return the number of target tokens of each sequence, (B,)."""
-        return _num_target_tokens(batch)
-
-    def loss(self, model: ModelWithLoss, batch: Batch) -> Tensor:
-        """Return the sum of -log p(target), in nats."""
-        return _sum_of_token_losses(model, batch)
-
     def measure(self, model: ModelWithLoss, batch: Batch, token_bytes: Tensor) -> Tensor:
         """Return nats, targets, nats of the text targets and the bytes of these, (4,)."""
         losses = model(batch.inputs, batch.targets, batch.document_ids)  # (B, T)
@@ -157,7 +165,7 @@ class NextToken:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MaskedTokens:
+class MaskedTokens(_TokenLoss):
     """Masked language modeling (BERT): the target is the position's own, perhaps hidden, token."""
 
     document_mask: bool
@@ -175,14 +183,6 @@ class MaskedTokens:
             targets=torch.from_numpy(targets),
             document_ids=torch.from_numpy(ids),
         )
-
-    def count_targets(self, batch: Batch) -> Tensor:
-        """Return the number of masked tokens of each sequence, (B,)."""
-        return _num_target_tokens(batch)
-
-    def loss(self, model: ModelWithLoss, batch: Batch) -> Tensor:
-        """Return the sum of -log p(masked token), in nats."""
-        return _sum_of_token_losses(model, batch)
 
     def measure(self, model: ModelWithLoss, batch: Batch, token_bytes: Tensor) -> Tensor:
         """Return nats, targets, targets ranked first and targets again, (4,)."""
@@ -210,16 +210,6 @@ def language_modeling(
         is_text=tokenizer.token_bytes > 0,  # control tokens stand for no bytes
     )
     return MaskedTokens(document_mask=config.document_mask, masking=masking)
-
-
-def _num_target_tokens(batch: Batch) -> Tensor:
-    return (batch.targets != IGNORED).sum(dim=1)  # (B, T) -> (B,)
-
-
-def _sum_of_token_losses(model: ModelWithLoss, batch: Batch) -> Tensor:
-    # The gradient of a plain sum is one number for all positions. The chunked loss relies on it:
-    # it computes the gradient of the logits in its forward pass, once.
-    return model(batch.inputs, batch.targets, batch.document_ids).sum()
 
 
 def _sums(*parts: Tensor) -> Tensor:
