@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-INITIAL_LOSS_SCALE = 2.0**16
+INITIAL_LOSS_SCALE = 2.0**16  # GradScaler's too; one that is too large halves in a few steps
 STEPS_TO_DOUBLE = 2000  # without an overflow; arXiv 1710.03740, section 3.2
 
 
