@@ -14,7 +14,8 @@ from llm.config import OptimizationConfig
 from llm.data.packed import PackedLayout, PackedSequences, shard_prefix, write_pack_json
 from llm.data.packed_writer import Documents, EncodedDocument, write_shard
 from llm.data.packing import pack_best_fit
-from llm.training.batches import NextToken, batches_of_steps
+from llm.training.batches import batches_of_steps
+from llm.training.objectives import NextToken
 
 SEQ_LEN, VOCAB_SIZE = 2048, 50_257
 MEAN_DOCUMENT_TOKENS = 700

@@ -37,8 +37,8 @@ from llm.model.loss import ModelWithLoss
 from llm.model.precision import Precision, autocast, fp32_products
 from llm.model.transformer import Transformer
 from llm.monitoring.throughput import TERA, flops_per_token, peak_flops
-from llm.training.batches import NextToken
-from llm.training.loop import Training, TrainState, training_steps
+from llm.training.loop import TrainingSetup, TrainState, training_steps
+from llm.training.objectives import ModelWithObjective, NextToken
 from llm.training.optimizers import make_optimizer
 from llm.training.processes import make_accelerator
 
@@ -167,13 +167,14 @@ def project_steps(
     module = ModelWithLoss(model)
     if rung.is_compiled:
         module.compile()
-    prepared = accelerator.prepare_model(module)
-    training = Training(
+    objective = NextToken(document_mask=False)
+    prepared = accelerator.prepare_model(ModelWithObjective(module, objective))
+    training = TrainingSetup(
         accelerator=accelerator,
         model=prepared,
         optimizer=make_optimizer(model, config),
-        rows=rows,
-        objective=NextToken(document_mask=False),
+        sequences=rows,
+        objective=objective,
         config=config,
         stage="pretrain",
         seed=1,
@@ -183,7 +184,7 @@ def project_steps(
         training,
         TrainState(),
         is_stopping=lambda: False,
-        is_looked_at=lambda step: False,
+        needs_weights=lambda step: False,
     )
     for step in steps:
         yield step.loss

@@ -36,10 +36,11 @@ from llm.data.packed import PackedSequences
 from llm.model.loss import ModelWithLoss
 from llm.model.transformer import Transformer
 from llm.model.weights import load_model
-from llm.runtime.job import METRICS, Job, write_job
+from llm.monitoring.metrics import METRICS_FILE
+from llm.runtime.job import Job, write_job
 from llm.tokenizer.load import load_tokenizer
-from llm.training.batches import NextToken
-from llm.training.loop import Training, TrainState, training_steps
+from llm.training.loop import TrainingSetup, TrainState, training_steps
+from llm.training.objectives import ModelWithObjective, NextToken
 from llm.training.optimizers import make_optimizer
 from llm.training.processes import make_accelerator
 
@@ -211,7 +212,7 @@ class Ours:
         command = [sys.executable, "-m", "llm.pretrain", str(folder / "job.json")]
         environment = {**os.environ, "GOMP_SPINCOUNT": "3000"}  # as tasks/launch.py has it
         subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
-        curve = [json.loads(line) for line in (folder / "work" / METRICS).open()]
+        curve = [json.loads(line) for line in (folder / "work" / METRICS_FILE).open()]
         model = load_model(folder / "out")
         return Result(
             loss=whole_loss(model, validation),
@@ -226,12 +227,13 @@ class Ours:
         model = Transformer(config.model, self.tokenizer.vocab_size, CONTEXT)
         model.initialize(torch.Generator().manual_seed(1))
         accelerator = make_accelerator(RuntimeConfig(device="cpu"), config)
-        training = Training(
+        objective = NextToken(document_mask=config.document_mask)
+        training = TrainingSetup(
             accelerator=accelerator,
-            model=accelerator.prepare_model(ModelWithLoss(model)),
+            model=accelerator.prepare_model(ModelWithObjective(ModelWithLoss(model), objective)),
             optimizer=make_optimizer(model, config),
-            rows=rows,
-            objective=NextToken(document_mask=config.document_mask),
+            sequences=rows,
+            objective=objective,
             config=config,
             stage="pretrain",
             seed=1,

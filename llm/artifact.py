@@ -1,8 +1,8 @@
-"""What a stage leaves behind: a folder of files, its manifest written last, published by a rename.
+"""Artifacts: a stage's output folder, its manifest written last, published by a rename.
 
-Readers see a whole artifact or none. The digest of an artifact is over the bytes of its files
-alone: the same bytes have the same digest wherever, whenever and by whatever key they were made.
-Logs (times, rates) lie beside the files, are checked like them, and are not part of the digest.
+Readers see a whole artifact or none. Its digest covers the bytes of its files only, so equal bytes
+have equal digests whenever and wherever they were made. Logs (times, rates) are stored and verified
+with the files, and are not part of the digest.
 """
 
 import hashlib
@@ -39,9 +39,7 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Artifact:
-    """A published artifact. `digest` is of the files' bytes; `summary` is what the stage says of
-    them.
-    """
+    """A published artifact: `digest` of its files, `summary` by the stage."""
 
     stage: str
     digest: str
@@ -51,7 +49,7 @@ class Artifact:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """The content of `manifest.json`: what lies in the folder, and what it was made from and by."""
+    """The content of `manifest.json`: the files, what they were made from, and by what code."""
 
     stage: str
     digest: str
@@ -65,11 +63,11 @@ class Manifest:
 
 
 def canonical(value: object, where: str = "value") -> Json:
-    """Return `value` as plain JSON types, or raise on anything without one canonical form.
+    """Return `value` as plain JSON types in one canonical form.
 
     Raises:
-        TypeError: paths, sets, callables, bytes and other objects; mappings with keys that are not
-        strings. ValueError: floats that are not finite.
+        TypeError: another type, or a mapping key that is not a string.
+        ValueError: a float that is not finite.
     """
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -85,7 +83,7 @@ def canonical(value: object, where: str = "value") -> Json:
         result: dict[str, Json] = {}
         for key, item in cast(Mapping[object, object], value).items():
             if not isinstance(key, str):
-                raise TypeError(f"{where}: mapping key {key!r} is no string")
+                raise TypeError(f"{where}: mapping key {key!r} is not a string")
             result[key] = canonical(item, f"{where}.{key}")
         return result
     if isinstance(value, list | tuple):
@@ -95,19 +93,17 @@ def canonical(value: object, where: str = "value") -> Json:
 
 
 def canonical_json(value: object) -> str:
-    """Encode `value` so that equal values give equal text: sorted keys, no spaces."""
+    """Encode `value` as JSON with sorted keys and no spaces: equal values, equal text."""
     return json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def digest(value: object) -> str:
-    """Return the digest, 32 hexadecimal characters, of `value`'s canonical JSON."""
+    """Return the digest of `value`'s canonical JSON, 32 hexadecimal characters."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:DIGEST_HEX_CHARACTERS]
 
 
 class HashingFile(io.RawIOBase):
-    """A binary file that hashes what is written through it, so the bytes are never read back to be
-    blessed.
-    """
+    """A binary file that hashes the bytes written to it, so they need not be read back."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -115,7 +111,7 @@ class HashingFile(io.RawIOBase):
         self._sha256 = hashlib.sha256()
         self.size_bytes = 0
         self.pending_bytes = 0
-        """Of the write that is being done, or that failed."""
+        """Of the current write, or of the one that failed."""
 
     def writable(self) -> bool:
         return True
@@ -129,7 +125,7 @@ class HashingFile(io.RawIOBase):
         return len(view)
 
     def finish(self) -> str:
-        """Flush to the disk itself, close, and return the sha256 of all that was written."""
+        """Flush and fsync, close, and return the sha256 of all bytes."""
         self._file.flush()
         failpoint("file.sync")
         os.fsync(self._file.fileno())
@@ -143,7 +139,7 @@ class HashingFile(io.RawIOBase):
 
 
 class ArtifactWriter:
-    """Fills a staging folder with files and ends it with a manifest.
+    """Writes files to a staging folder and completes it with a manifest.
 
     with writer.open("train.jsonl") as file: file.write(b"...")
     writer.write_bytes("tokenizer.json", data)
@@ -151,7 +147,7 @@ class ArtifactWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Start afresh: whatever an earlier, killed attempt left in `folder` is removed."""
+        """Create `folder`; files of an earlier, killed attempt are removed."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.folder = folder
@@ -169,7 +165,7 @@ class ArtifactWriter:
             buffered.flush()
             record = FileRecord(path=name, sha256=raw.finish(), size_bytes=raw.size_bytes)
         except BaseException as error:
-            with suppress(OSError):  # of closing, where the first one counts
+            with suppress(OSError):  # the first error counts, not that of closing
                 raw.close()
             if isinstance(error, OSError):
                 raise disk_full(error, path, raw.pending_bytes or None) or error from error
@@ -187,9 +183,7 @@ class ArtifactWriter:
         self.write_bytes(name, text.encode() + b"\n", is_log=is_log)
 
     def adopt(self, path: Path, record: FileRecord, name: str) -> None:
-        """Make a finished file, which `record` describes, the file `name`, without copying it
-        where the file system allows.
-        """
+        """Add a finished file as `name`: by a hard link where possible, else by a copy."""
         target = self._new_path(name)
         try:
             os.link(path, target)
@@ -201,9 +195,7 @@ class ArtifactWriter:
         self._files[name] = replace(record, path=name)
 
     def _folders(self) -> set[Path]:
-        """Return every folder between a file and the artifact's own, which is left to the
-        manifest.
-        """
+        # all subfolders; the artifact's own is synced with the manifest
         names = (Path(name) for name in (*self._files, *self._logs))
         return {self.folder / parent for name in names for parent in name.parents} - {self.folder}
 
@@ -224,9 +216,7 @@ class ArtifactWriter:
         code: Mapping[str, str] | None = None,
         provenance: Mapping[str, Json] | None = None,
     ) -> Manifest:
-        """Write `manifest.json` last, durably, and return it. The folder is whole from this moment
-        on.
-        """
+        """Write `manifest.json` durably, which completes the artifact, and return it."""
         files = [self._files[name] for name in sorted(self._files)]
         manifest = Manifest(
             stage=stage,
@@ -249,7 +239,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of the artifact in `folder`.
 
     Raises:
-        ArtifactError: no manifest there, or one that is damaged.
+        ArtifactError: the manifest is missing or damaged.
     """
     path = folder / MANIFEST
     try:
@@ -273,7 +263,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def load_artifact(folder: Path) -> Artifact:
-    """Open the artifact in `folder` by its manifest; the bytes of its files are not read."""
+    """Open the artifact in `folder` by its manifest, without reading its files."""
     manifest = read_manifest(folder)
     return Artifact(
         stage=manifest.stage, digest=manifest.digest, path=folder, summary=manifest.summary
@@ -281,13 +271,13 @@ def load_artifact(folder: Path) -> Artifact:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's bytes, read in pieces of 1 MiB."""
+    """Return the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder` and those above it that are missing, so that their names are durable."""
+    """Make `folder` and its missing parents durably."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -295,7 +285,7 @@ def make_folder(folder: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable: a renamed file is safe only when its folder is."""
+    """Make renames in `folder` durable, by an fsync of the folder."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -304,7 +294,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_bytes_atomically(path: Path, data: bytes, *, is_durable: bool = True) -> None:
-    """Write `path` so that a reader sees the old bytes or the new, never a part."""
+    """Write `path` so that a reader sees the old bytes or the new ones, never a part."""
     writer = f"{os.getpid()}.{threading.get_ident()}"  # no two writers share a temporary file
     temporary = path.with_name(f".{path.name}.{writer}.tmp")
     with refuse_full_disk(path, len(data)):
@@ -324,6 +314,6 @@ def write_bytes_atomically(path: Path, data: bytes, *, is_durable: bool = True) 
 
 
 def write_json_atomically(path: Path, value: object, *, is_durable: bool = True) -> None:
-    """Write `value` as indented canonical JSON to `path` in one rename."""
+    """Write `value` as indented canonical JSON, atomically."""
     text = json.dumps(canonical(value), indent=2, sort_keys=True, allow_nan=False)
     write_bytes_atomically(path, text.encode() + b"\n", is_durable=is_durable)

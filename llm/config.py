@@ -398,58 +398,55 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizationConfig:
-    """What pretraining and fine-tuning both need: one loop, one set of settings."""
+    """Settings of the training loop, shared by pretraining and fine-tuning."""
 
     num_steps: Positive = 500
     """Optimizer steps."""
     global_batch_size: Positive = 32
-    """Rows in one optimizer step, over all processes and micro-batches."""
+    """Sequences per optimizer step, over all processes and micro-batches."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices inside the blocks, AdamW for the rest."""
+    """muon: Muon for the matrices of the blocks, AdamW for the rest."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate of AdamW."""
     muon_learning_rate: PositiveFloat = 0.02
     """Peak learning rate of Muon."""
     muon_momentum: Annotated[float, Range(minimum=0, below=1)] = 0.95
-    """Muon's memory of earlier gradients; less suits trainings of a few hundred steps."""
+    """Muon's momentum; lower values suit trainings of a few hundred steps."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
-    """From the peak to the end; wsd stays at the peak and falls over the last `decay_fraction`."""
+    """Decay after warmup; wsd stays at the peak and decays over the last `decay_fraction`."""
     warmup_steps: Count = 20
-    """Steps over which the learning rate rises from zero."""
+    """Steps over which the learning rate rises linearly to its peak."""
     decay_fraction: Annotated[float, Range(above=0, maximum=1)] = 0.3
-    """wsd: share of the steps, at the end, over which the learning rate falls linearly."""
+    """wsd: share of the steps over which the learning rate finally decays, linearly."""
     final_learning_rate_fraction: Fraction = 0.1
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning rate at the last step, as a fraction of the peak."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled decay of matrices; vectors are not decayed."""
+    """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
     beta1: Annotated[float, Range(minimum=0, below=1)] = 0.9
     """AdamW's first-moment decay."""
     beta2: Annotated[float, Range(minimum=0, below=1)] = 0.95
     """AdamW's second-moment decay."""
     max_gradient_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this norm when theirs is larger."""
+    """Clip the norm of the whole gradient to this value."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
-    """Of matrix products, where the processor has it; weights stay in fp32. fp16 scales the loss.
-    """
+    """Of matrix products, where the hardware has it; weights stay in fp32. fp16 scales the loss."""
     masked_fraction: Annotated[float, Range(above=0, below=1)] = 0.15
-    """A model that is not causal: share of the tokens to be filled in."""
+    """Share of the tokens that are masked, for a model that is not causal."""
     document_mask: bool = False
-    """Attend within a document only; off, a token also sees the documents before its own in the
-    row.
-    """
+    """Restrict attention to a token's own document; off: also to earlier ones in the sequence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainConfig(OptimizationConfig):
-    """From rows of text to a base model."""
+    """From packed text to a base model."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The shape of what is trained."""
+    """The shape of the model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneConfig(OptimizationConfig):
-    """From a base model and rows of chats to a chat model; only the answers are learned."""
+    """From a base model and packed chats to a chat model; only the answers are targets."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -487,50 +484,49 @@ class RuntimeConfig:
     for all the rows it reads, since they come in one shuffled order.
     """
     project: str = "fromscratch"
-    """First part of the MLflow experiments' names."""
+    """First part of the names of MLflow experiments."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: every visible GPU, else the CPU."""
     num_processes: Count = 0
-    """Training processes; 0 is one per visible GPU, or one on a machine without any. Where they do
-    not divide global_batch_size, some learn from a row less in each step.
+    """Training processes; 0: one per visible GPU, or one without a GPU. Best a divisor of
+    global_batch_size; otherwise some processes wait for others in each step.
     """
     micro_batch_size: Count = 0
-    """At most so many rows in one forward pass of one process; 0: as many as there is memory for.
-    Where that does not divide a process's rows, its passes are of a smaller, equal size.
+    """Upper limit of sequences per forward pass of one process; 0: as many as memory allows. The
+    size used divides a process's share as evenly as possible.
     """
     compile: Literal["auto", "always", "never"] = "auto"
-    """torch.compile: auto compiles on a GPU, where minutes of training win back its start-up."""
+    """torch.compile; auto: on a GPU, where minutes of training win back the compile time."""
     deterministic: Literal["auto", "always", "never"] = "auto"
-    """Use only kernels that add in a fixed order, so that the same training, resumed or not, gives
-    the same bits on the same kind of device. auto: on a CPU, where it costs nothing, not on a GPU.
+    """Use deterministic kernels only, so that a training, resumed or not, gives the same bits on
+    the same kind of device. auto: on a CPU, where it costs nothing, not on a GPU.
     """
     activation_checkpointing: bool = False
-    """Keep only what enters each block and compute the rest again: less memory, a third slower."""
+    """Keep only the input of each block and recompute the rest: less memory, a third slower."""
     num_threads: Count = 0
-    """CPU threads of one process; 0 divides the cores among the processes."""
+    """CPU threads per process; 0 divides the cores among the processes."""
     shard_runner: Literal["processes", "dask", "ray"] = "processes"
-    """Where the shards of clean and pack are done: in processes here, or on a cluster."""
+    """Where the shards of clean and pack run: in processes on this machine, or on a cluster."""
     shard_workers: Count = 0
-    """Shards done at the same time; 0 is one for each core, or what the cluster has."""
+    """Shards done in parallel; 0: one per core, or as many as the cluster has workers."""
     cluster_address: str = ""
-    """Of the Dask scheduler or the Ray head; empty starts a cluster on this machine."""
+    """Address of the Dask scheduler or Ray head; empty starts a cluster on this machine."""
     checkpoint_every_steps: Positive = 50
-    """Steps between checkpoints: at most this much work is lost to a kill."""
+    """Steps between checkpoints; a kill loses at most this many."""
     keep_checkpoints: Annotated[int, Range(minimum=2)] = 2
-    """Newest checkpoints kept while a stage runs; at least two, so a damaged one has a predecessor.
-    """
+    """Newest checkpoints kept while a stage runs; at least two, in case one is damaged."""
     validate_every_steps: Positive = 50
-    """Steps between measurements of validation loss."""
+    """Steps between validations."""
     validation_sequences: Positive = 64
-    """Validation rows measured while training; the report measures all."""
+    """Validation sequences measured while training; the report measures all."""
     log_every_steps: Positive = 1
     """Steps between points of the training curves."""
     max_restarts: Count = 1
-    """Times a stage whose process was killed by a signal is started again from its checkpoint."""
+    """How often a stage whose process was killed by a signal is restarted."""
     stall_seconds: Positive = 900
-    """A training that reports nothing for so long is taken for hung, stopped and restarted."""
+    """A training that reports nothing for this long is stopped and restarted."""
     tracking_uri: str = ""
-    """MLflow: empty takes MLFLOW_TRACKING_URI, or else a SQLite file in artifacts_dir."""
+    """MLflow server or file; empty: MLFLOW_TRACKING_URI, or a SQLite file in artifacts_dir."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,8 +1,8 @@
-"""The errors a user can meet: each says what was found, what was expected, what to do."""
+"""User-facing errors: each says what was found, what was expected, and what to do."""
 
 
 class FromscratchError(Exception):
-    """Base of every error whose message is meant for the user, shown without a traceback."""
+    """Base of the errors that are shown to the user without a traceback."""
 
 
 class ConfigError(FromscratchError):
@@ -14,7 +14,7 @@ class DataError(FromscratchError):
 
 
 class ArtifactError(FromscratchError):
-    """An artifact is missing or damaged. The message names its folder and what to run."""
+    """An artifact is missing or damaged. The message names its folder and the remedy."""
 
 
 class PlaceError(FromscratchError):
@@ -22,7 +22,7 @@ class PlaceError(FromscratchError):
 
 
 class DiskFullError(FromscratchError):
-    """A disk is full. The message names the file, and the bytes that are needed and free."""
+    """A disk is full. The message names the file and the bytes needed and free."""
 
 
 class StageError(FromscratchError):
@@ -30,8 +30,8 @@ class StageError(FromscratchError):
 
 
 class TransientError(StageError):
-    """A stage failed for a reason that may pass: the network."""
+    """A stage failed for a passing reason: the network."""
 
 
 class Interrupted(BaseException):
-    """A stage was asked to stop, has saved what it needs to go on, and can be started again."""
+    """A stage stopped on request after saving its work; it can be started again."""

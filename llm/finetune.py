@@ -1,6 +1,4 @@
-"""Teach a base model to answer: train it on rows of chats, where only the assistant's words are
-targets.
-"""
+"""Fine-tune a base model on chats, where only the assistant's tokens are targets."""
 
 from pathlib import Path
 
@@ -13,11 +11,10 @@ from llm.training.run import train
 
 
 def finetune(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
-    """Go on from the base model's weights. The mask comes with the rows, so the loop is
-    pretraining's.
-    """
+    """Train from the base model's weights."""
     config = read_section(FinetuneConfig, job.settings)
     base = Path(job.inputs["base"])
+    # the packed sequences bring the mask of the assistant's tokens; all else is as in pretraining
     return train(job, writer, load_model(base), config, base)
 
 

@@ -1,4 +1,4 @@
-"""Train a base model from random weights on rows of text."""
+"""Train a base model from random weights on packed text."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from llm.training.run import train
 
 
 def pretrain(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
-    """Make a model of the shape in the settings, draw its first weights and train it."""
+    """Initialize a model of the configured shape and train it."""
     config = read_section(PretrainConfig, job.settings)
     layout = PackedSequences(Path(job.inputs["sequences"]), "train").layout
     model = Transformer(config.model, layout.vocab_size, layout.seq_len)
-    # drawn on the CPU whatever trains them, so that a seed means the same weights everywhere
+    # initialized on the CPU, so that a seed gives the same weights on every device
     model.initialize(torch.Generator().manual_seed(derive_seed(job.seed, "weights")))
     return train(job, writer, model, config, Path(job.inputs["tokenizer"]))
 

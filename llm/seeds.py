@@ -1,9 +1,9 @@
-"""One seed, many independent generators: each use derives its own from (seed, purpose)."""
+"""Independent random seeds derived from the run's seed and a purpose."""
 
 import hashlib
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
-    """Return a seed of 63 bits for one purpose: `derive_seed(config.seed, "shuffle", epoch)`."""
+    """Return a 63-bit seed for one purpose: `derive_seed(config.seed, "shuffle", epoch)`."""
     text = "/".join(map(str, (seed, *purpose)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

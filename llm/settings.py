@@ -1,7 +1,7 @@
-"""From plain mappings to typed settings: every problem found at once, each with its dotted key.
+"""Build typed settings from plain mappings; report all problems at once, by dotted key.
 
-A section is a frozen dataclass whose annotations say what is allowed (`Positive`, `Literal[...]`,
-`Annotated[float, Range(above=0)]`); this module reads any of them and knows none.
+A section is any frozen dataclass; its annotations say which values are allowed (`Positive`,
+`Literal[...]`, `Annotated[float, Range(above=0)]`).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Bounds of a number, both included unless `above` or `below` is given."""
+    """Bounds of a number: minimum and maximum inclusive, above and below exclusive."""
 
     minimum: float = -math.inf
     maximum: float = math.inf
@@ -41,7 +41,7 @@ NonNegativeFloat = Annotated[float, Range(minimum=0)]
 
 
 def build(cls: type, tree: Mapping[str, object], prefix: str, problems: list[str]) -> object | None:
-    """Make the dataclass `cls` from a mapping; on any problem say it and return None at the end."""
+    """Build the dataclass `cls` from a mapping; on problems, add them and return None."""
     hints = typing.get_type_hints(cls, include_extras=True)
     known = {f.name: f for f in dataclasses.fields(cls)}
     values: dict[str, object] = {}
@@ -59,7 +59,7 @@ def build(cls: type, tree: Mapping[str, object], prefix: str, problems: list[str
 
 
 def _check(hint: object, value: object, dotted: str, problems: list[str]) -> object:
-    """Return `value` as the type `hint` wants it, or add a problem."""
+    """Return `value` converted to the type `hint`, or add a problem."""
     bounds: Range | None = None
     if typing.get_origin(hint) is Annotated:
         hint, bounds = typing.get_args(hint)
@@ -102,7 +102,7 @@ def _check(hint: object, value: object, dotted: str, problems: list[str]) -> obj
 
 
 def _check_list(hint: object, value: object, dotted: str, problems: list[str]) -> object:
-    """Return `value` as a tuple of sections or of strings; `{"0": ..., "1": ...}` is a list too."""
+    """Return a list, or a mapping `{"0": ..., "1": ...}`, as a tuple of sections or strings."""
     if isinstance(value, Mapping):
         items = typing.cast(Mapping[str, object], value)
         if list(items) == [str(index) for index in range(len(items))]:
@@ -121,7 +121,7 @@ def _check_list(hint: object, value: object, dotted: str, problems: list[str]) -
 
 
 def _coerce(hint: object, value: object) -> object:
-    """Read what YAML leaves as text or int: `1e-3` is no float in YAML 1.1, 1 is a fine float."""
+    """Convert what YAML reads as another type: `1e-3` is text in YAML 1.1, and 1 is an int."""
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):
@@ -137,13 +137,13 @@ def _coerce(hint: object, value: object) -> object:
 
 
 def _did_you_mean_deeper(cls: type, name: str, prefix: str) -> str:
-    """Suggest the settings of this name in the sections below `cls`."""
+    """Suggest settings of this name in the sections below `cls`."""
     found = [f"{prefix}{dotted}" for dotted in _settings(cls) if dotted.endswith(f".{name}")]
     return f", did you mean {' or '.join(found)}?" if found else ""
 
 
 def _settings(cls: type) -> Iterator[str]:
-    """Yield the dotted key of every setting of `cls` and of the sections in it."""
+    """Yield the dotted key of every setting of `cls` and its sections."""
     hints = typing.get_type_hints(cls)
     for known in dataclasses.fields(cls):
         yield known.name
@@ -153,5 +153,6 @@ def _settings(cls: type) -> Iterator[str]:
 
 
 def did_you_mean(word: str, known: Sequence[str], prefix: str = "") -> str:
+    """Return a suggestion of the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f", did you mean {prefix}{close[0]}?" if close else ""

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm.errors import Interrupted, StageError
+from llm.monitoring.metrics import METRICS_FILE
 from llm.runtime.failures import OUTPUT, end_of_output, forget_errors, how_it_ended, read_failure
 from llm.runtime.job import (
     EXIT_INTERRUPTED,
-    METRICS,
     PROGRESS,
     Job,
     child_environment,
@@ -177,7 +177,7 @@ class _Watch:
     def __init__(
         self, work: Path, on_progress: Callable[[Progress], None], stall_seconds: int
     ) -> None:
-        self._files = (work / PROGRESS, work / METRICS)
+        self._files = (work / PROGRESS, work / METRICS_FILE)
         self._on_progress = on_progress
         self._stall_seconds = stall_seconds
         self._seen: tuple[int, ...] = ()

@@ -30,9 +30,9 @@ ASK_TORCH = """
 import json, sys
 from llm.config import RuntimeConfig
 from llm.errors import ConfigError
-from llm.training.processes import place
+from llm.training.processes import choose_placement
 try:
-    place(RuntimeConfig(**json.loads(sys.argv[1])))
+    choose_placement(RuntimeConfig(**json.loads(sys.argv[1])))
 except ConfigError as error:
     print(error)
 """

@@ -2,8 +2,8 @@
 
 Weights, gradients, losses and optimizer state are fp32 in every precision.
 
-Source: "Mixed Precision Training" (arXiv 1710.03740) for fp16 and its loss scale; "A Study of
-BFLOAT16 for Deep Learning Training" (arXiv 1905.12322).
+Source: "Mixed Precision Training" (arXiv 1710.03740) for fp16, whose loss scale is in
+llm.training.loss_scale; "A Study of BFLOAT16 for Deep Learning Training" (arXiv 1905.12322).
 """
 
 from collections.abc import Generator
@@ -11,13 +11,9 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-FIRST_LOSS_SCALE = 2.0**16  # of torch's GradScaler too: too large is found within a few steps
-STEPS_TO_DOUBLE = 2000  # without an overflow; arXiv 1710.03740, section 3.2
 
 
 def computed_precision(requested: Precision, device_type: str) -> Precision:
@@ -57,24 +53,4 @@ def fp32_products(requested: Precision, device_type: str) -> Generator[None]:
         yield
     finally:
         products.allow_tf32 = before
-        products.fp32_precision = before_by_name  # the older setting cannot tell "none" from "ieee"
-
-
-class LossScale:
-    """The factor that keeps small fp16 gradients above its smallest number, 6e-8.
-
-    It halves when a gradient overflows, and that step is skipped; it doubles after 2000 steps
-    without. Both numbers live on the device, so that the host never waits for them.
-    """
-
-    def __init__(self, scale: float, num_steps: int, device: torch.device) -> None:
-        self.scale = torch.tensor(scale, device=device)
-        self.num_steps = torch.tensor(float(num_steps), device=device)
-        """Steps since the last change."""
-
-    def update(self, has_overflow: Tensor) -> None:
-        """Update for one step; `has_overflow` is 1 if a gradient was not finite, else 0."""
-        # arithmetic instead of `if`: a branch on a device's number would wait for it
-        is_doubled = (self.num_steps + 1 >= STEPS_TO_DOUBLE).float() * (1 - has_overflow)
-        self.scale = self.scale * (1 - 0.5 * has_overflow) * (1 + is_doubled)
-        self.num_steps = (self.num_steps + 1) * (1 - has_overflow) * (1 - is_doubled)
+        products.fp32_precision = before_by_name  # "none" and "ieee" are one for the older setting

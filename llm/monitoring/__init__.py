@@ -1,1 +1,1 @@
-"""What a training reports: metrics file, throughput. In no code digest: decides no bytes."""
+"""Training metrics: the metrics file, throughput. In no code digest."""

@@ -1,7 +1,7 @@
-"""How well a training uses the machine: floating-point operations, what it could do, memory.
+"""Throughput of training: FLOPs per token, model FLOPs utilization (MFU), peak memory.
 
-Model FLOPs utilization is the operations that the model's mathematics needs in a second, over the
-most that the device could do in the precision asked for:
+MFU is the floating-point operations per second that the model's mathematics needs, over the peak of
+the device in the configured precision:
 
     MFU = tokens/s * flops per token / (peak of a device * devices)
 
@@ -21,9 +21,9 @@ from llm.model.precision import Precision, computed_precision
 from llm.model.transformer import Transformer
 
 TERA = 1e12
-# Dense TFLOP/s (makers advertise twice that, with half of the weights zero), 16 bits summed in
-# fp32. fp32 is that of the ordinary units, tf32 of the tensor cores; a device without a precision
-# has no entry. The first name found in the device's, as a word, counts. Sources: NVIDIA's data
+# Dense TFLOP/s (the advertised figure is often twice that, for half of the weights zero), 16 bits
+# accumulated in fp32. fp32 is without, tf32 with tensor cores; a precision that a device lacks has
+# no entry. The first name that is a word of the device's name counts. Sources: NVIDIA's data
 # sheets of each (H200 and H100 NVL: h200-tensor-core-gpu-datasheet, h100-datasheet; Ada and Ampere:
 # the GeForce and RTX architecture white papers, appendix A; V100 and T4: their data sheets).
 PEAKS: dict[str, dict[Precision, float]] = {
@@ -48,22 +48,20 @@ PEAKS: dict[str, dict[Precision, float]] = {
     "V100": {"fp32": 15.7, "fp16": 125.0},
     "T4": {"fp32": 8.1, "fp16": 65.0},
 }
-# parts of a device, and those with other clocks under the same name
+# parts of a device, and variants with other clocks under the same name
 OTHER_DEVICES = re.compile(r"\b(MIG|Laptop|Max-Q|D)\b")
 
 
 def flops_per_token(model: Transformer) -> float:
-    """Return the operations that learning from one token needs, forward and backward.
+    """Return the operations per token of a training step, forward and backward.
 
         6 * parameters that multiply + 12 * layers * heads * head_dim * attended positions
 
-    A matrix multiplies and adds once forward and twice backward, so 6 for each of its numbers. The
-    head counts, tied or not, without the padding of the vocabulary; looking up an embedding is no
-    product. Attention's two products, of queries with keys and of chances with values, are as
-    large as the positions attended to. By PaLM's convention these are the whole context, causal or
-    not (a kernel that skips the upper half gets the credit), and so figures compare with those
-    published; a layer with a sliding window attends to that, and twice where it also looks ahead.
-    Documents that are masked from each other, and activations computed twice, change nothing.
+    A weight multiplies and adds once forward and twice backward, hence 6. The head counts, tied or
+    not, without the vocabulary's padding; an embedding lookup does not. Attended positions are the
+    whole context, causal or not, by PaLM's convention, so that MFU compares with published values
+    (a kernel that skips the upper triangle gets the credit). A sliding window counts with its size,
+    twice if it also looks ahead. Document masks and activation checkpointing change nothing.
     """
     config = model.config
     products = [part.weight for part in model.modules() if isinstance(part, nn.Linear)]
@@ -80,14 +78,14 @@ def _attended_positions(model: Transformer, layer: int) -> int:
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
-    """Return the operations a second the device could do at most, or None where it is unknown."""
+    """Return the device's peak FLOP/s, None if unknown."""
     if device.type != "cuda":
         return None
     return peak_by_name(torch.cuda.get_device_name(device), computed_precision(precision, "cuda"))
 
 
 def peak_by_name(name: str, precision: Precision) -> float | None:
-    """Return the operations a second of a device of that name, or None where it is unknown."""
+    """Return the peak FLOP/s of a device by its name, None if unknown."""
     if OTHER_DEVICES.search(name):
         return None
     for known, peaks in PEAKS.items():
@@ -97,7 +95,7 @@ def peak_by_name(name: str, precision: Precision) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory held so far: of tensors on a GPU, else of the whole process."""
+    """Return the peak memory so far: of tensors on a GPU, else of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

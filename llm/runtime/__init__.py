@@ -1,1 +1,1 @@
-"""Stages as processes: jobs, shards, code digest, prefetching. In no code digest."""
+"""Stages as processes: jobs, shards, termination, prefetching. In no code digest."""

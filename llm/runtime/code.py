@@ -1,10 +1,9 @@
-"""The code digest: what a stage's code does, whatever its comments, docstrings and layout.
+"""Code digests: a hash of a stage's code, blind to comments, docstrings and layout.
 
-It covers the stage's module and every project module that it imports, transitively, also inside
-functions, up to a wall: packages that decide no bytes of an artifact (`llm.runtime`,
-`llm.monitoring`, `llm.storage`) are never covered, and neither is what only they import. Three
-modules beside them are not: `llm.config` and `llm.settings`, whose values are in the cache key
-themselves, and `llm.errors`, whose texts go to people.
+Covered are the stage's module and the project modules it imports, transitively, also inside
+functions. Never covered are packages that decide no bytes of an artifact, and modules that only
+they import; `llm.config` and `llm.settings`, whose values are in the cache key themselves; and
+`llm.errors`, whose messages are for people.
 """
 
 import ast
@@ -20,17 +19,15 @@ PACKAGE_FOLDER = Path(__file__).parents[1]
 NOT_COVERED = frozenset({"llm.config", "llm.errors", "llm.settings"})
 NOT_COVERED_PACKAGES = frozenset({"llm.runtime", "llm.monitoring", "llm.storage"})
 
-# CPython 3.11 counts the depth of `ast.parse` once for all threads, and raises a SystemError
-# where two are at it; tasks that are submitted together ask for their digests together
+# CPython 3.11 counts the depth of `ast.parse` once for all threads, and raises a SystemError when
+# two threads parse; Prefect tasks submitted together ask for their digests together
 _parsing = threading.Lock()
 
 
 @cache
 def code_digests(stage: str) -> dict[str, str]:
-    """Return `{"llm.pack": digest, "llm.data.packed": digest, ...}` for a stage's modules.
-
-    Taken once in a process: what a run began with is what its results are filed under.
-    """
+    """Return `{"llm.pack": digest, "llm.data.packed": digest, ...}` for a stage's modules."""
+    # cached, since results belong to the code that the run began with, whatever is edited meanwhile
     found: dict[str, str] = {}
     waiting = [f"llm.{stage}"]
     while waiting:
@@ -46,13 +43,13 @@ def code_digests(stage: str) -> dict[str, str]:
 
 
 def is_covered(module: str) -> bool:
-    """Tell whether a module of this project can decide bytes of an artifact."""
+    """Tell whether a project module is part of code digests."""
     package = ".".join(module.split(".")[:2])
     return module not in NOT_COVERED and package not in NOT_COVERED_PACKAGES
 
 
 def module_path(module: str) -> Path | None:
-    """Return the source file of a project module, or None where there is none (a class, say)."""
+    """Return the source file of a project module; None for other names, such as a class."""
     stem = PACKAGE_FOLDER.joinpath(*module.split(".")[1:])
     for path in (stem.with_suffix(".py"), stem / "__init__.py"):
         if path.is_file() and module.split(".")[0] == "llm":
@@ -61,13 +58,13 @@ def module_path(module: str) -> Path | None:
 
 
 def imported_modules(module: str) -> tuple[str, ...]:
-    """Return the names that a project module imports from this project, modules and others."""
+    """Return the names that a project module imports from this project."""
     path = module_path(module)
     return () if path is None else _digest_and_imports(path.read_bytes())[1]
 
 
 def normalized_source(source: bytes) -> str:
-    """Return the code as Python writes it itself: no comments, docstrings or layout."""
+    """Return the code as `ast.unparse` writes it: no comments, docstrings or layout."""
     tree = _parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -101,7 +98,7 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 
 def _is_string(statement: ast.stmt) -> bool:
-    """Tell a bare string, which does nothing: a docstring, or the text under a field."""
+    # a docstring or the text under a field: does nothing
     return (
         isinstance(statement, ast.Expr)
         and isinstance(statement.value, ast.Constant)

@@ -1,4 +1,4 @@
-"""A full disk as one error, which says how many bytes were needed and how many are free."""
+"""A full disk as one error that says how many bytes were needed and how many are free."""
 
 import errno
 import shutil
@@ -16,9 +16,9 @@ REASONS = {
 
 
 def disk_full(error: OSError, path: Path, needed_bytes: int | None = None) -> DiskFullError | None:
-    """Return the error that a full disk is to the user, or None where `error` is another.
+    """Return the error for the user if `error` is of a full disk, else None.
 
-    `needed_bytes` are those that could not be written to `path`; None where nobody counted them.
+    `needed_bytes` could not be written to `path`; None if they are not known.
     """
     if error.errno not in REASONS:
         return None
@@ -34,7 +34,7 @@ def disk_full(error: OSError, path: Path, needed_bytes: int | None = None) -> Di
 
 @contextmanager
 def refuse_full_disk(path: Path, needed_bytes: int | None = None) -> Generator[None]:
-    """Raise DiskFullError for a full disk while `path`, or what lies below it, is written."""
+    """Raise DiskFullError for a full disk while `path` or a file below it is written."""
     try:
         yield
     except OSError as error:

@@ -1,16 +1,16 @@
-"""Failpoints: named moments at which a test has a process fail, as machines do.
+"""Failpoints: named points in the code where a test makes a process fail, as machines do.
 
     FROMSCRATCH_FAILPOINTS=checkpoint.renamed=kill,file.write:3=torn
 
-kills the process when it first reaches `checkpoint.renamed`, and loses half of what is written when
-`file.write` is reached for the third time; `training.loss:5@1=nan` is for rank 1 alone. Each
-happens once. Without the variable a failpoint returns what it was given and does nothing else.
+kills the process when it first reaches `checkpoint.renamed`, and loses half of the bytes of the
+third `file.write`; `training.loss:5@1=nan` is for rank 1 only. Each happens once. Without the
+variable a failpoint returns its value and does nothing else.
 
-| Action | What happens |
+| Action | Effect |
 |---|---|
 | kill | SIGKILL to this process |
-| raise:ENOSPC | an OSError with that errno, here of a full disk |
-| torn | of the bytes to be written the second half is lost, and nothing says so |
+| raise:ENOSPC | an OSError with that errno, here: disk full |
+| torn | the second half of the bytes to be written is silently lost |
 | nan, inf | the number becomes that |
 """
 
@@ -27,7 +27,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What happens when a failpoint is reached for the `count`-th time."""
+    """An action at the `count`-th time that a failpoint is reached."""
 
     name: str
     count: int
@@ -35,22 +35,22 @@ class _Plan:
 
 
 def arm(text: str) -> None:
-    """Plan what the variable says, in place of what was planned, and count from 0 again.
+    """Plan the actions of `text`, replacing all earlier plans and counts.
 
     Raises:
-        ValueError: the text is no list of `name[:count][@rank]=action`.
+        ValueError: the text is not a list of `name[:count][@rank]=action`.
     """
     _reached.clear()
     _plans[:] = [plan for part in text.split(",") if part and (plan := _parse(part))]
 
 
 def reached() -> dict[str, int]:
-    """Return how often each failpoint was reached since something was planned."""
+    """Return how often each failpoint was reached since `arm`."""
     return dict(_reached)
 
 
 def failpoint(name: str, value: Value = None) -> Value:
-    """Fail here if that is planned; else return `value`, what the failing would change."""
+    """Fail here if planned; else return `value`, which a failure may change."""
     if not _plans:
         return value
     _reached[name] += 1
@@ -70,10 +70,10 @@ def _act(action: str, value: Any) -> Any:
 
 
 def _parse(part: str) -> _Plan | None:
-    """Return the plan, or None when it is for another rank."""
-    place, equals, action = part.partition("=")
-    place, _, rank = place.partition("@")
-    name, _, count = place.partition(":")
+    """Return the plan, None if it is for another rank."""
+    point, equals, action = part.partition("=")
+    point, _, rank = point.partition("@")
+    name, _, count = point.partition(":")
     is_known = action in ("kill", "torn", "nan", "inf") or (
         action.startswith("raise:") and hasattr(errno, action.removeprefix("raise:"))
     )

@@ -1,7 +1,6 @@
-"""How an error crosses from one process to another: its type, message and exit code arrive as they
-were raised.
+"""Errors across process boundaries: type, message and exit code arrive as they were raised.
 
-The process that fails writes `error.json`; whoever started it reads that, and raises the same.
+The process that fails writes `error.json`; its parent reads it and raises the same error.
 """
 
 import json
@@ -22,12 +21,12 @@ from llm.errors import (
     TransientError,
 )
 
-ERROR, OUTPUT = "error.json", "output.log"
+ERROR_FILE, OUTPUT = "error.json", "output.log"
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again, nothing is lost
-EXIT_DISK_FULL = 73  # EX_CANTCREAT of sysexits.h: says so where error.json found no room either
-OUTPUT_CHARACTERS = 2000  # of its end, shown of a process that wrote no error.json
-# the first that an error is an instance of is its type
-KINDS = (
+EXIT_DISK_FULL = 73  # EX_CANTCREAT of sysexits.h, in case there is no room for error.json either
+OUTPUT_CHARACTERS = 2000  # the end of the output, shown of a process that wrote no error.json
+# an error is of the first of these that it is an instance of
+ERROR_TYPES = (
     ConfigError,
     DataError,
     ArtifactError,
@@ -39,9 +38,9 @@ KINDS = (
 
 
 def error_to_json(error: BaseException) -> dict[str, Json]:
-    """Return what `error_from_json` makes the same error from. A bug has its traceback with it."""
+    """Return a description for `error_from_json`; an unexpected error brings its traceback."""
     if isinstance(error, FromscratchError):
-        kind = next((kind for kind in KINDS if isinstance(error, kind)), StageError)
+        kind = next((kind for kind in ERROR_TYPES if isinstance(error, kind)), StageError)
         return {"type": kind.__name__, "message": str(error), "traceback": ""}
     kind = TransientError if isinstance(error, ConnectionError | TimeoutError) else StageError
     return {
@@ -52,36 +51,41 @@ def error_to_json(error: BaseException) -> dict[str, Json]:
 
 
 def error_from_json(data: Mapping[str, Json], what: str, prefix: str = "") -> FromscratchError:
-    """Return the error that `error_to_json` described: a bug of `what`, or the user's error, whose
-    message gets a prefix.
+    """Return the error that `error_to_json` described.
+
+    The user's errors get `prefix` before their message; others name the process `what`.
     """
-    kind = next((kind for kind in KINDS if kind.__name__ == data["type"]), StageError)
+    kind = next((kind for kind in ERROR_TYPES if kind.__name__ == data["type"]), StageError)
     if not data["traceback"]:
         return kind(f"{prefix}{data['message']}")
     return kind(f"{what} failed: {data['message']}\n{data['traceback']}".rstrip())
 
 
+def error_file(rank: int) -> str:
+    """Return the name of the error file of a rank."""
+    return f"rank-{rank}-{ERROR_FILE}" if rank else ERROR_FILE
+
+
 def write_error(work: Path, error: BaseException, rank: int = 0) -> None:
-    """Write why a process fails, which is rank `rank` of its stage, for `read_failure`."""
-    name = f"rank-{rank}-{ERROR}" if rank else ERROR
-    write_json_atomically(work / name, {**error_to_json(error), "rank": rank})
+    """Write why rank `rank` of a stage fails, for `read_failure`."""
+    write_json_atomically(work / error_file(rank), {**error_to_json(error), "rank": rank})
 
 
 def forget_errors(work: Path) -> None:
-    """Remove what an earlier attempt wrote."""
-    for stale in work.glob(f"*{ERROR}"):
+    """Remove the error files of an earlier attempt."""
+    for stale in work.glob(f"*{ERROR_FILE}"):
         stale.unlink(missing_ok=True)
 
 
 def read_failure(
     work: Path, code: int | None, what: str, prefix: str = ""
 ) -> FromscratchError | None:
-    """Return why `what`, which reported in `work`, failed, or None where it did not: it still runs
-    (`code` is None), or was ended by a signal, after which it may be started again.
+    """Return why the process `what`, with work folder `work`, failed.
 
-    Of several ranks the first that failed counts: the others' errors are its consequences.
+    None if it still runs (`code` is None) or was ended by a signal, and so may be started again.
     """
-    paths = sorted(work.glob(f"*{ERROR}"), key=lambda path: path.stat().st_mtime_ns)
+    # of several ranks the first counts: the errors of the others follow from it
+    paths = sorted(work.glob(f"*{ERROR_FILE}"), key=lambda path: path.stat().st_mtime_ns)
     if paths:
         return error_from_json(json.loads(paths[0].read_bytes()), what, prefix)
     if code is None or code < 0 or code == EXIT_INTERRUPTED:
@@ -95,7 +99,7 @@ def read_failure(
 
 
 def how_it_ended(code: int) -> str:
-    """Say how a process ended whose exit code, or minus the signal that killed it, is `code`."""
+    """Describe an exit code; a negative one is the signal that killed the process."""
     if code == EXIT_INTERRUPTED:
         return "was asked to stop by a signal"
     if code >= 0:
@@ -105,7 +109,7 @@ def how_it_ended(code: int) -> str:
 
 
 def end_of_output(work: Path) -> str:
-    """Return the end of what a process printed, where that was kept."""
+    """Return the end of a process's output, if it was kept."""
     try:
         text = (work / OUTPUT).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

@@ -1,21 +1,17 @@
-"""How a stage runs as a process of its own: `python -m llm.<stage> JOB.json`.
+"""A stage as a process of its own: `python -m llm.<stage> JOB.json`.
 
-The job file says what to build and where. The process reports by three files in its work folder,
-which outlives kills: `progress.json` (how far it is), `metrics.jsonl` (the curves) and `error.json`
-(why it failed). It ends with its parent, and on SIGTERM, SIGINT or SIGUSR1 saves what it has and
-exits with EXIT_INTERRUPTED.
+The process writes three files in its work folder, which outlives kills: `progress.json`,
+`metrics.jsonl` (training curves) and `error.json` (why it failed). It ends with its parent, and on
+a stop signal saves its work and exits with EXIT_INTERRUPTED.
 """
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
 import platform
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,26 +26,23 @@ from llm.errors import DiskFullError, Interrupted, StageError
 from llm.runtime.code import code_digests
 from llm.runtime.disk import refuse_full_disk
 from llm.runtime.failures import EXIT_DISK_FULL, EXIT_INTERRUPTED, write_error
+from llm.runtime.termination import PARENT_PID, die_with_parent, on_stop_signal
 
-PROGRESS, METRICS = "progress.json", "metrics.jsonl"
-PARENT_PID = "FROMSCRATCH_PARENT_PID"  # of whoever starts a process that ends with it
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PROGRESS = "progress.json"
 SECONDS_BETWEEN_PROGRESS = 0.2
-SECONDS_BETWEEN_PARENT_LOOKS = 0.5
-SECONDS_TO_SAVE_ALONE = 5.0  # for what is not saved by then, the last checkpoint is there
 
 _is_stopping = False
 
 
 @dataclass(kw_only=True, slots=True)
 class Job:
-    """One stage to run: what decides its bytes, where they go, and what it may say on the way."""
+    """One stage to run: its settings and inputs, where its output goes, and how it reports."""
 
     stage: str
     settings: Mapping[str, Json]
     """The stage's section, as plain JSON types."""
     role: str = ""
-    """`corpus` or `chats` where a stage runs twice."""
+    """`corpus` or `chats`, of a stage that runs twice."""
     seed: int = 0
     """The run's seed; each use derives its own from it."""
     inputs: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -57,21 +50,21 @@ class Job:
     input_digests: Mapping[str, str] = field(default_factory=dict[str, str])
     """Content digest of each input by name."""
     code: Mapping[str, str] = field(default_factory=dict[str, str])
-    """The code the cache key was computed from; empty skips the comparison."""
+    """Code digests that the cache key was computed from; empty: not compared."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """Where and how."""
     out: Path = Path("out")
-    """Folder the finished artifact is made in; emptied at the start."""
+    """Folder to write the artifact in; emptied at the start."""
     work: Path = Path("work")
     """Folder that outlives kills: checkpoints, partial downloads, progress and metrics."""
     shard: Mapping[str, Json] = field(default_factory=dict[str, Json])
-    """Which part of the stage to do alone, as llm.runtime.shards says; empty for the whole."""
+    """The shard to do, as in llm.runtime.shards; empty: the whole stage."""
     report: "Callable[[int, int, str], None] | None" = field(default=None, repr=False)
-    """Takes the progress in place of the file, of a shard done within its stage's process."""
+    """Takes the progress instead of the file, for a shard done in its stage's process."""
     _next_progress_at: float = field(default=0.0, repr=False)
 
     def report_progress(self, done: int, total: int, unit: str) -> None:
-        """Say how far the stage is: `done` of `total` (0: unknown) `unit`s. Call it in every loop.
+        """Report `done` of `total` (0: unknown) `unit`s. Call it in every loop.
 
         Raises:
             Interrupted: the stage was asked to stop.
@@ -107,19 +100,18 @@ def run_job(
     *,
     saves_when_stopped: bool = False,
 ) -> None:
-    """Be the process of one stage: read the job named on the command line and run it.
+    """Run the job named on the command line and exit.
 
-    `function(job, writer)` writes the files and returns the summary; `shard_function` does so for a
-    job that is one shard of a stage. In a distributed stage every rank runs it and only rank 0
-    writes. `saves_when_stopped` gives it time for that when its parent is gone.
+    `function(job, writer)` writes the files and returns the summary; `shard_function` does so for
+    one shard. Every rank of a distributed stage runs it; only rank 0's files are kept.
+    `saves_when_stopped` gives it time to save when its parent is gone.
     """
     if len(sys.argv) != 2:
         sys.exit(
             f"usage: python -m llm.{function.__name__} JOB.json   (`fromscratch run` makes one)"
         )
     die_with_parent(saves_first=saves_when_stopped)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, _stop)
+    on_stop_signal(_request_stop)
     job = read_job(Path(sys.argv[1]))
     rank = int(os.environ.get("RANK", "0"))
     with contextlib.ExitStack() as stack:
@@ -127,23 +119,23 @@ def run_job(
             with refuse_full_disk(job.work):
                 job.work.mkdir(parents=True, exist_ok=True)
                 alive = stack.enter_context((job.work / "alive.lock").open("w"))
-                # kept until this process ends: whoever starts the stage anew waits for it
+                # held until this process ends: the next attempt waits for it
                 fcntl.flock(alive, fcntl.LOCK_SH)
                 _refuse_changed_code(job)
-                _do(job, rank, function, shard_function)
+                _run_function(job, rank, function, shard_function)
         except Interrupted as stop:
             print(f"{stop}; it can go on from here", file=sys.stderr)
             sys.exit(EXIT_INTERRUPTED)
         except DiskFullError as error:
-            _end_of_room(job, error, rank)
+            _exit_disk_full(job, error, rank)
         except BaseException as error:
             write_error(job.work, error, rank)
             raise
 
 
-def _end_of_room(job: Job, error: DiskFullError, rank: int) -> NoReturn:
-    """End with EXIT_DISK_FULL, which says what it can where the message finds no room either."""
-    if rank == 0 and not job.shard:  # the part of an artifact takes the room of error.json
+def _exit_disk_full(job: Job, error: DiskFullError, rank: int) -> NoReturn:
+    """Exit with EXIT_DISK_FULL, since there may be no room for the error file either."""
+    if rank == 0 and not job.shard:  # the unfinished artifact takes the room of error.json
         shutil.rmtree(job.out, ignore_errors=True)
     with contextlib.suppress(DiskFullError):
         write_error(job.work, error, rank)
@@ -153,7 +145,9 @@ def _end_of_room(job: Job, error: DiskFullError, rank: int) -> NoReturn:
     sys.exit(EXIT_DISK_FULL)
 
 
-def _do(job: Job, rank: int, function: StageFunction, shard_function: StageFunction | None) -> None:
+def _run_function(
+    job: Job, rank: int, function: StageFunction, shard_function: StageFunction | None
+) -> None:
     if job.shard and shard_function is not None:
         make_shard(job, shard_function)
     elif rank == 0:
@@ -164,12 +158,12 @@ def _do(job: Job, rank: int, function: StageFunction, shard_function: StageFunct
 
 
 def command(stage: str, job_path: Path) -> list[str]:
-    """Return the command that runs a stage, or one shard of it, by itself."""
+    """Return the command that runs a stage or one of its shards."""
     return [sys.executable, "-m", f"llm.{stage}", str(job_path)]
 
 
 def child_environment() -> dict[str, str]:
-    """Return the environment of a process that finds this `llm` and ends with this process."""
+    """Return the environment of a child that imports this `llm` and ends with this process."""
     source = str(Path(__file__).parents[2])
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {"PYTHONPATH": os.pathsep.join(paths), PARENT_PID: str(os.getpid())}
@@ -177,7 +171,7 @@ def child_environment() -> dict[str, str]:
 
 
 def finish(job: Job, writer: ArtifactWriter, summary: Mapping[str, Json]) -> None:
-    """Write the manifest, which makes the artifact whole."""
+    """Write the manifest, which completes the artifact."""
     writer.finish(
         stage=job.stage,
         summary=summary,
@@ -189,11 +183,9 @@ def finish(job: Job, writer: ArtifactWriter, summary: Mapping[str, Json]) -> Non
 
 
 def make_shard(job: Job, function: StageFunction) -> None:
-    """Do one shard in a folder of this process's own, and give it its name when it is whole.
-
-    Two processes may do the same shard at once, on a cluster that took one for dead: the bytes are
-    the same, and the first to finish names them.
-    """
+    """Make one shard in a folder of this process's own, renamed when it is complete."""
+    # A cluster that takes a worker for dead has a second one do its shard. Their bytes are equal,
+    # and the first to finish publishes them.
     who = f"{platform.node()}-{os.getpid()}"
     folder = job.out.with_name(f".{job.out.name}.{who}")
     try:
@@ -219,7 +211,7 @@ def read_job(path: Path) -> Job:
 
 
 def write_job(path: Path, job: Job) -> None:
-    """Write the job file that `python -m llm.<stage>` takes."""
+    """Write a job file."""
     names = ("stage", "role", "seed", "settings", "inputs", "input_digests", "code", "runtime",
              "shard")  # fmt: skip
     data = {name: getattr(job, name) for name in names}
@@ -229,7 +221,7 @@ def write_job(path: Path, job: Job) -> None:
 
 
 def provenance() -> dict[str, Json]:
-    """Return where and by what an artifact was made. It never enters a digest."""
+    """Return time, host and library versions of an artifact. Never part of a digest."""
     libraries = ("torch", "accelerate", "tokenizers", "safetensors", "numpy", "datasets")
     versions: dict[str, Json] = {}
     for library in libraries:
@@ -246,38 +238,7 @@ def provenance() -> dict[str, Json]:
     }
 
 
-def die_with_parent(*, saves_first: bool = False) -> None:
-    """Have the kernel end this process when its parent is gone (Linux).
-
-    At once: a library's call of minutes would keep a signal handler waiting. With `saves_first` by
-    SIGTERM, whose handler may save, and SECONDS_TO_SAVE_ALONE later whatever is left.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    number = signal.SIGTERM if saves_first else signal.SIGKILL
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
-    if saves_first:
-        watcher = threading.Thread(
-            target=_outlive, args=(parent,), name="parent-watch", daemon=True
-        )
-        watcher.start()
-    expected = os.environ.get(PARENT_PID)
-    if expected is not None and os.getppid() != int(expected):
-        sys.exit(EXIT_INTERRUPTED)  # it was gone before the kernel was asked
-
-
-def _outlive(parent: int) -> None:
-    """End this process, with its group where it leads one, a while after its parent is gone."""
-    while os.getppid() == parent:
-        time.sleep(SECONDS_BETWEEN_PARENT_LOOKS)
-    time.sleep(SECONDS_TO_SAVE_ALONE)
-    if os.getpgrp() == os.getpid():  # its ranks would wait as long again
-        os.killpg(0, signal.SIGKILL)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
+def _request_stop(number: int, frame: FrameType | None) -> None:
     global _is_stopping
     _is_stopping = True
 
@@ -289,10 +250,10 @@ def _refuse_changed_code(job: Job) -> None:
         )
         raise StageError(
             f"the code of {', '.join(changed)} changed after the run began, so its output would be"
-            " filed under the old code; start the run again"
+            " cached under the old code; start the run again"
         )
 
 
 def is_finished(out: Path) -> bool:
-    """Tell whether the artifact in a staging folder got its manifest."""
+    """Tell whether the artifact in a folder is complete: it has its manifest."""
     return (out / MANIFEST).is_file()

@@ -1,4 +1,4 @@
-"""Make things ahead of their use, in a thread."""
+"""Prefetch items of an iterator in a background thread."""
 
 from collections.abc import Generator, Iterator
 from queue import SimpleQueue
@@ -9,13 +9,13 @@ T = TypeVar("T")
 
 
 def prefetch(items: Iterator[T], num_ahead: int) -> Generator[T]:
-    """Yield what `items` yields, in its order, while a thread makes up to `num_ahead` more.
+    """Yield `items` in order, while a thread makes up to `num_ahead` more of them.
 
-    What `items` raises is raised here, after what came before it. When this generator is closed,
-    or dropped, the thread ends first, at the latest with the item that it is making.
+    An error of `items` is raised here, after the items before it. Closing this generator ends the
+    thread first, at the latest with the item that it is making.
     """
     made: SimpleQueue[tuple[T] | BaseException | None] = SimpleQueue()
-    room, is_closing = Semaphore(num_ahead - 1), Event()  # there is room for the first
+    room, is_closing = Semaphore(num_ahead - 1), Event()  # the first needs no permit
 
     def make() -> None:
         try:
@@ -25,7 +25,7 @@ def prefetch(items: Iterator[T], num_ahead: int) -> Generator[T]:
                 if is_closing.is_set():
                     return
             made.put(None)
-        except BaseException as error:  # it is raised where the items are used
+        except BaseException as error:  # raised in the consumer's thread
             made.put(error)
 
     thread = Thread(target=make, name="prefetch", daemon=True)

@@ -1,14 +1,13 @@
-"""Cut the work of a stage into shards: each is done once, by whatever process, and then kept.
+"""Shards: independent parts of a stage's work, each done once by any process and kept.
 
-    work/shards/<name>/           a finished shard: an artifact in small, its manifest written last
-    work/shards/.<name>.<who>/    one being made
-    work/shards/<name>.work/      its job file, and what its process reports
-    work/shards/wanted.json       those left to a cluster: there and touched while the stage waits
+    work/shards/<name>/           a finished shard: a small artifact, its manifest written last
+    work/shards/.<name>.<who>/    a shard being made
+    work/shards/<name>.work/      its job file, progress and errors
+    work/shards/wanted.json       shards left to a cluster; touched while the stage waits
 
 A shard is a job like a stage: `python -m llm.<stage> work/shards/<name>.work/job.json` does it, on
-this machine or on any that sees the same folders. What comes of it depends on its settings and the
-stage's alone, so the bytes are the same whoever does it. A process that is killed loses its shard
-and nothing else; a stage that is killed goes on with the shards that are missing.
+any machine that sees the folders. Its bytes depend on its settings and the stage's only. A killed
+process loses one shard; a killed stage resumes with the shards that are missing.
 """
 
 import json
@@ -40,13 +39,12 @@ from llm.runtime.job import (
     make_shard,
     write_job,
 )
+from llm.runtime.termination import POLL_SECONDS, end_processes
 
 JOB, WANTED = "job.json", "wanted.json"
 MAX_ATTEMPTS = 3
-SECONDS_BETWEEN_SIGNS = 5.0  # that a stage still waits for its shards
-SECONDS_BETWEEN_LOOKS = 0.02
-SECONDS_BETWEEN_LOOKS_AT_CLUSTER = 0.2
-SECONDS_TO_END = 5.0
+HEARTBEAT_SECONDS = 5.0  # how often a waiting stage touches wanted.json
+CLUSTER_POLL_SECONDS = 0.2  # over a network file system
 
 ShardFunction = Callable[[Job, ArtifactWriter], Mapping[str, Json]]
 """Does the shard that `job.shard` describes."""
@@ -57,23 +55,23 @@ class Shard:
     """A part of a stage's work."""
 
     name: str
-    """Its own within the stage, and a file name."""
+    """Unique within the stage; a file name."""
     settings: Mapping[str, Json]
-    """Which part it is; becomes `job.shard`. Never empty."""
+    """Which part it is: `job.shard`. Never empty."""
     size: int
-    """How much work it is, in the unit the stage reports its progress in."""
+    """How much work it is, in the unit of the stage's progress."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinishedShard:
-    """What came of a shard."""
+    """The files and summary of a shard."""
 
     folder: Path
     files: Sequence[FileRecord]
     summary: Mapping[str, Json]
 
     def adopt(self, writer: ArtifactWriter, names: Mapping[str, str]) -> None:
-        """Make files of it part of the stage's artifact; `names` maps their names here to there."""
+        """Make its files part of the stage's artifact; `names` maps old names to new ones."""
         records = {record.path: record for record in self.files}
         for name, new_name in names.items():
             writer.adopt(self.folder / name, records[name], new_name)
@@ -84,32 +82,33 @@ class Wanted:
     """The shards that a stage leaves to a cluster."""
 
     id: str
-    """Of this waiting of this process: what is done for another is in vain."""
+    """New each time a process starts to wait: work for an earlier id is no longer wanted."""
     names: Sequence[str]
 
 
 def do_shards(
     job: Job, function: ShardFunction, shards: Sequence[Shard], unit: str
 ) -> list[FinishedShard]:
-    """Do the shards that are not done yet, and return all, in their order.
+    """Do the shards that are missing; return all in order.
 
     Raises:
-        DataError, ...: what a shard raised for the user.
+        DataError, ...: raised by a shard for the user.
         StageError: a shard failed otherwise, or its process was killed MAX_ATTEMPTS times.
     """
     folder = job.work / "shards"
     folder.mkdir(parents=True, exist_ok=True)
     missing = [shard for shard in shards if not _is_whole(folder / shard.name)]
     for shard in missing:
-        shutil.rmtree(folder / shard.name, ignore_errors=True)  # damaged
+        shutil.rmtree(folder / shard.name, ignore_errors=True)  # it may be there, damaged
     progress = _Progress(job, shards, missing, unit)
-    progress.look([])
+    progress.update([])
     num_workers = job.runtime.shard_workers or len(os.sched_getaffinity(0))
     if len(missing) > 1 and job.runtime.shard_runner != "processes":
         _leave_to_cluster(job, missing, progress)
     elif min(len(missing), num_workers) > 1:
         _do_in_processes(job, missing, num_workers, progress)
     else:
+        # one alone: a process of its own would only cost its start
         for shard in missing:
             make_shard(progress.part_of(_shard_job(job, shard), shard), function)
             progress.finished(shard)
@@ -117,7 +116,7 @@ def do_shards(
 
 
 def read_wanted(folder: Path) -> Wanted | None:
-    """Return the shards that the stage whose shards are in `folder` waits for a cluster to do."""
+    """Return the shards that the stage waits for a cluster to do; `folder` holds its shards."""
     try:
         return Wanted(**json.loads((folder / WANTED).read_bytes()))
     except FileNotFoundError:
@@ -125,29 +124,17 @@ def read_wanted(folder: Path) -> Wanted | None:
 
 
 def shard_work(folder: Path, name: str) -> Path:
-    """Return the folder of the job file and the reports of the shard `name` in `folder`."""
+    """Return the work folder of a shard: job file, progress, errors."""
     return folder / f"{name}.work"
 
 
 def start_shard(work: Path, stage: str, output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
-    """Start the process that does the shard whose job file is in `work`. It ends with this one."""
+    """Start the process of a shard, given its work folder. It ends with this process."""
     one_thread = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # the cores are divided
     environment = child_environment() | one_thread
     return subprocess.Popen(
         command(stage, work / JOB), env=environment, stdout=output, stderr=output
     )
-
-
-def end_processes(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End those that still run: ask all first, then kill."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        try:
-            process.wait(SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _shard_job(job: Job, shard: Shard) -> Job:
@@ -158,14 +145,14 @@ def _shard_job(job: Job, shard: Shard) -> Job:
 
 
 def _prepare(job: Job) -> None:
-    """Write the job file of a shard, and forget what an earlier attempt reported."""
+    """Write the job file of a shard and remove the reports of an earlier attempt."""
     forget_errors(job.work)
     (job.work / PROGRESS).unlink(missing_ok=True)
     write_job(job.work / JOB, job)
 
 
 class _Progress:
-    """Adds up how far the shards are."""
+    """Adds up the progress of the shards."""
 
     def __init__(
         self, job: Job, shards: Sequence[Shard], missing: Sequence[Shard], unit: str
@@ -176,15 +163,15 @@ class _Progress:
         self._most = 0
 
     def part_of(self, job: Job, shard: Shard) -> Job:
-        """Return `job` so that what it reports counts as part of the whole stage."""
+        """Return `job` with its progress reported as part of the stage's."""
 
         def report(done: int, total: int, unit: str) -> None:
             self._report(shard.size * done // max(total, 1))
 
         return replace(job, report=report)
 
-    def look(self, running: Sequence[Shard]) -> None:
-        """Report how far the processes of `running` say they are."""
+    def update(self, running: Sequence[Shard]) -> None:
+        """Report the sum of finished shards and of the progress of those running."""
         self._report(sum(self._reported(shard) for shard in running))
 
     def finished(self, shard: Shard) -> None:
@@ -193,7 +180,9 @@ class _Progress:
         self._report(0)
 
     def _report(self, more: int) -> None:
-        self._most = max(self._most, self._done + more)  # a shard may begin again
+        self._most = max(
+            self._most, self._done + more
+        )  # a shard that starts over does not count back
         self._job.report_progress(self._most, self._total, self._unit)
 
     def _reported(self, shard: Shard) -> int:
@@ -208,7 +197,7 @@ class _Progress:
 def _do_in_processes(
     job: Job, missing: Sequence[Shard], num_workers: int, progress: _Progress
 ) -> None:
-    """Have each shard done by a process of its own, `num_workers` at a time."""
+    """Do each shard in a process of its own, `num_workers` at a time."""
     waiting = [(shard, 1) for shard in reversed(missing)]
     running: dict[subprocess.Popen[bytes], tuple[Shard, int]] = {}
     try:
@@ -216,8 +205,8 @@ def _do_in_processes(
             while waiting and len(running) < num_workers:
                 shard, attempt = waiting.pop()
                 running[_start(_shard_job(job, shard))] = shard, attempt
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-            progress.look([shard for shard, _ in running.values()])
+            time.sleep(POLL_SECONDS)
+            progress.update([shard for shard, _ in running.values()])
             for process in [process for process in running if process.poll() is not None]:
                 shard, attempt = running.pop(process)
                 if is_finished(job.work / "shards" / shard.name):
@@ -240,21 +229,21 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
 
 
 def _leave_to_cluster(job: Job, missing: Sequence[Shard], progress: _Progress) -> None:
-    """Ask whoever follows this process to have the shards done elsewhere, and wait for them."""
+    """Publish `wanted.json`, which the parent process hands to a cluster, and wait."""
     for shard in missing:
         _prepare(_shard_job(job, shard))
     path = job.work / "shards" / WANTED
     who = f"{os.getpid()}-{time.time_ns()}"
     write_json_atomically(path, Wanted(id=who, names=[shard.name for shard in missing]))
-    next_sign_at = time.monotonic() + SECONDS_BETWEEN_SIGNS
+    next_heartbeat_at = time.monotonic() + HEARTBEAT_SECONDS
     try:
         left = list(missing)
         while left:
-            time.sleep(SECONDS_BETWEEN_LOOKS_AT_CLUSTER)
-            if time.monotonic() >= next_sign_at:
-                next_sign_at = time.monotonic() + SECONDS_BETWEEN_SIGNS
+            time.sleep(CLUSTER_POLL_SECONDS)
+            if time.monotonic() >= next_heartbeat_at:
+                next_heartbeat_at = time.monotonic() + HEARTBEAT_SECONDS
                 path.touch()
-            progress.look(left)
+            progress.update(left)
             for shard in list(left):
                 if is_finished(job.work / "shards" / shard.name):
                     left.remove(shard)
@@ -266,7 +255,7 @@ def _leave_to_cluster(job: Job, missing: Sequence[Shard], progress: _Progress) -
 
 
 def _raise_failure(job: Job, shard: Shard, code: int | None = None) -> None:
-    """Raise why a shard failed, if it did; one that a signal ended may be done again."""
+    """Raise the error of a shard that failed; one killed by a signal is done again."""
     work = shard_work(job.work / "shards", shard.name)
     if (failure := read_failure(work, code, f"shard {shard.name}")) is not None:
         raise failure
@@ -278,7 +267,7 @@ def _finished(folder: Path) -> FinishedShard:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Tell whether a shard was finished by an earlier attempt and has its bytes still."""
+    """Tell whether a shard is finished and its files have their recorded bytes."""
     try:
         manifest = read_manifest(folder)
     except ArtifactError:

@@ -1,1 +1,1 @@
-"""Training: the one loop, its batches, optimizers, schedules, checkpoints and metrics."""
+"""Training: objectives, batches, the loop, optimizers, schedules, checkpoints, validation."""

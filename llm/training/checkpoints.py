@@ -1,9 +1,7 @@
-"""Checkpoints: what training needs to go on as if it had never been stopped.
+"""Checkpoints: training resumes from one with the bits of an uninterrupted run.
 
-`checkpoints/step-00000050/` holds the weights and the optimizer's state as safetensors,
-`state.json`, and a manifest with the sha256 of each, written last; the folder gets its name by a
-rename once all of it is on the disk. So a folder of that name is whole, unless something damaged it
-later, which the sums show.
+`checkpoints/step-00000050/` holds weights and optimizer state as safetensors, `state.json`, and a
+manifest with their sha256. It is renamed to that name once all of it is on the disk.
 """
 
 import json
@@ -16,7 +14,7 @@ from typing import cast
 from llm.artifact import ArtifactWriter, file_sha256, fsync_folder, read_manifest
 from llm.errors import ArtifactError, DiskFullError
 from llm.model.transformer import Transformer
-from llm.model.weights import read_tensors, set_weights, weights_of, write_tensors
+from llm.model.weights import WEIGHTS, read_tensors, set_weights, weights_of, write_tensors
 from llm.runtime.disk import disk_full
 from llm.runtime.failpoints import failpoint
 from llm.training.loop import TrainState
@@ -24,57 +22,61 @@ from llm.training.optimizers import Optimizer
 
 PREFIX, DAMAGED_PREFIX = "step-", "damaged-"
 WRITING, REMOVING = ".writing", ".removing"
-WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 
 def save_checkpoint(
     folder: Path, model: Transformer, optimizer: Optimizer, state: TrainState, *, keep: int
 ) -> None:
-    """Publish a checkpoint of `state` in `folder`, then remove all but the newest `keep`.
+    """Write a checkpoint to `folder`, then remove all but the newest `keep`.
 
     Raises:
-        DiskFullError: earlier checkpoints are untouched, and training goes on from the newest.
+        DiskFullError: earlier checkpoints are untouched; training can resume from the newest.
     """
     final = folder / f"{PREFIX}{state.step:08d}"
     if final.exists():
-        return  # saved already: by the same settings and seed, so the same
+        return  # saved before a resume: the same settings and seed give the same bytes
     weights, moments = weights_of(model), optimizer.state_dict()
     try:
         writer = ArtifactWriter(folder / WRITING)
         with writer.open(WEIGHTS) as file:
             write_tensors(file, weights)
+        # two files: exporters and `load_model` read the weights alone
         with writer.open(OPTIMIZER) as file:
             write_tensors(file, moments)
+        # JSON, not pickle: a checkpoint can be read by eye and cannot run code
         writer.write_json(STATE, asdict(state))
         writer.finish(stage="checkpoint", summary={"step": state.step})
     except (OSError, DiskFullError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         needed = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values()))
-        full = disk_full(cast(OSError, cause), folder, needed)  # of the whole, not of one write
+        # with the bytes of the whole checkpoint, not of the one write that failed
+        full = disk_full(cast(OSError, cause), folder, needed)
         shutil.rmtree(folder / WRITING, ignore_errors=True)
         raise full or error from error
+    # a kill before this line leaves no checkpoint, a kill after it a whole one
     failpoint("checkpoint.rename")
     (folder / WRITING).rename(final)
     failpoint("checkpoint.renamed")
-    fsync_folder(folder)
+    fsync_folder(folder)  # the new name must be on the disk before older checkpoints go
     for old in _published(folder)[:-keep]:
         failpoint("checkpoint.remove")
-        old.rename(folder / REMOVING)  # first out of sight: half a folder is no checkpoint
+        old.rename(folder / REMOVING)  # a kill while files are deleted leaves no half checkpoint
         failpoint("checkpoint.removing")
         shutil.rmtree(folder / REMOVING)
         failpoint("checkpoint.removed")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint in `folder`; damaged ones on the way are set aside with
-    the reason.
-    """
+    """Return the newest whole checkpoint; damaged ones are set aside with the reason."""
+    # of a process that was killed while it wrote or removed one
     for leftover in (WRITING, REMOVING):
         shutil.rmtree(folder / leftover, ignore_errors=True)
     for path in reversed(_published(folder)):
         problem = _problem(path)
         if problem is None:
             return path
+        # kept, for whoever wants to know what happened to the disk
         aside = _free_name(folder / f"{DAMAGED_PREFIX}{path.name}")
         path.rename(aside)
         (aside / "reason.txt").write_text(problem + "\n", encoding="utf-8")
@@ -83,32 +85,35 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(path: Path, model: Transformer, optimizer: Optimizer) -> TrainState:
-    """Bring model and optimizer to the checkpoint at `path` and return how far it was.
+    """Load weights and optimizer state from `path`; return the training state.
 
     Raises:
-        ArtifactError: it is of another model, optimizer or version.
+        ArtifactError: it belongs to another model, optimizer or version.
     """
     try:
         state = TrainState(**json.loads((path / STATE).read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise ArtifactError(
-            f"{path / STATE}: of another version ({error}); remove {path.parent}"
+            f"{path / STATE}: written by another version ({error}); remove {path.parent}"
         ) from error
+    # into the existing tensors, which the optimizer and DDP hold
     set_weights(model, read_tensors(path / WEIGHTS), path / WEIGHTS)
     optimizer.load_state_dict(read_tensors(path / OPTIMIZER), path / OPTIMIZER)
     return state
 
 
 def _published(folder: Path) -> list[Path]:
-    """Return the checkpoints by name, oldest first."""
+    # eight digits sort by step as text
     return sorted(folder.glob(f"{PREFIX}*"))
 
 
 def _problem(path: Path) -> str | None:
-    """Say what is damaged in a checkpoint, or None when every byte is as it was written."""
+    """Return what is damaged in a checkpoint, None if nothing is."""
+    # every byte is read: a disk that lost data must not decide how training goes on
     try:
         manifest = read_manifest(path)
         for record in manifest.files:
+            # size first: cheap, and the usual damage is a file cut short
             size = (path / record.path).stat().st_size
             if size != record.size_bytes:
                 return f"{record.path}: found {size} bytes, expected {record.size_bytes}"
@@ -120,7 +125,7 @@ def _problem(path: Path) -> str | None:
 
 
 def _free_name(path: Path) -> Path:
-    number = 0
+    number = 0  # a checkpoint of the same step may have been damaged before
     candidate = path
     while candidate.exists():
         number += 1

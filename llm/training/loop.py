@@ -1,10 +1,9 @@
-"""The one training loop: a generator of steps. What to do with a step is up to who asks for it.
+"""The training loop: a generator of optimizer steps, one step ahead of the GPU.
 
-A GPU is never waited for in vain: while it computes a step, the host gives it the next one, and
-reads the figures of a step when they are there. So a step is yielded while the next one runs,
-unless the caller said that it wants to look at the weights then.
+While the GPU computes a step, the host gives it the next one and reads a step's metrics only when
+they are ready. So a step is yielded while the next one runs, unless the caller needs the weights.
 
-Shapes: B rows in a micro-batch, T positions.
+Shapes: B sequences in a micro-batch, T positions.
 """
 
 import time
@@ -20,101 +19,106 @@ from torch import Tensor, nn
 from llm.config import OptimizationConfig
 from llm.data.packed import PackedSequences
 from llm.errors import StageError
-from llm.model.precision import FIRST_LOSS_SCALE, LossScale, autocast, computed_precision
+from llm.model.precision import autocast, computed_precision
 from llm.runtime.failpoints import failpoint
 from llm.seeds import derive_seed
-from llm.training.batches import Batch, Objective, StepBatches, batches_of_steps
+from llm.training.async_metrics import AsyncMetrics, StepInFlight
+from llm.training.batches import StepBatches, batches_of_steps
+from llm.training.loss_scale import INITIAL_LOSS_SCALE, LossScale, StepGuard
+from llm.training.objectives import Batch, Objective
 from llm.training.optimizers import Optimizer
 from llm.training.processes import sum_on_devices, sum_over_processes
 from llm.training.schedules import learning_rate_factor
 
-UPDATE_NORM_EVERY_STEPS = 10  # it costs a copy of the weights
-STEPS_AHEAD = {"cpu": 0, "cuda": 1}  # given to the device while one is not known to be done
+UPDATE_NORM_EVERY_STEPS = 10  # measuring it takes a copy of the weights
+# Steps in flight beside the one that is awaited. One hides the host's work; more would only make
+# stopping slower. A CPU is the host itself.
+STEPS_AHEAD = {"cpu": 0, "cuda": 1}
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainState:
-    """How far training is: with weights and optimizer, all that a checkpoint needs.
+    """How far training is: with weights and optimizer state, all that a checkpoint needs.
 
-    No generator is here because none is kept: whatever is random is a function of the seed and the
-    step. Neither is the number of processes, which may change between two runs.
+    The names of the fields are those in a checkpoint's state.json.
     """
+
+    # No random generator: everything random is a function of the seed and the step. No number of
+    # processes either: it may change when training resumes.
 
     step: int = 0
     """Steps done."""
     tokens: int = 0
-    """Positions read, padding included: rows times their length."""
+    """Input positions, padding included: sequences times their length."""
     epoch: int = 0
-    """Passes over the training rows completed."""
+    """Completed passes over the training sequences."""
     row: int = 0
-    """Rows read in the epoch under way."""
+    """Sequences read in the current epoch."""
     skipped_steps: int = 0
-    """Steps that changed no weight: their rows, on all processes, held nothing to learn, or their
-    gradient was too large for fp16.
+    """Steps that changed no weight: no targets on any process, or a gradient that overflowed fp16.
     """
     loss: float | None = None
-    """Training loss of the last step that learned, in nats per token."""
-    loss_scale: float = FIRST_LOSS_SCALE
-    """fp16: what losses are multiplied by."""
+    """Training loss of the last step that was not skipped, in nats per target."""
+    loss_scale: float = INITIAL_LOSS_SCALE
+    """fp16: the factor of the loss."""
     loss_scale_steps: int = 0
-    """fp16: steps since that last changed."""
+    """fp16: steps since `loss_scale` last changed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """What one step did, the same on every process."""
+    """Metrics of one step, the same on every process."""
 
     step: int
     """Steps done, this one included."""
     tokens: int
-    """Positions read in this step over all processes, padding included."""
+    """Input positions of this step over all processes, padding included."""
     num_targets: int
-    """Positions learned from, over all processes. 0: the step was skipped."""
+    """Targets over all processes. 0: the step was skipped."""
     loss: float
-    """Mean loss of these targets before the update, in nats per token."""
+    """Mean loss of these targets before the update; in nats for tokens."""
     gradient_norm: float
-    """Norm of the whole gradient before clipping. Not finite: too large for fp16, and skipped."""
+    """Norm of the whole gradient before clipping. Not finite: overflow of fp16, step skipped."""
     learning_rate: float
-    """AdamW's learning rate in this step."""
+    """AdamW's learning rate."""
     loss_scale: float | None
-    """What the loss was multiplied by, under fp16."""
+    """The loss scale, under fp16."""
     update_norm: float | None
-    """Norm of the change of all weights; measured in every tenth step."""
+    """Norm of the change of all weights; measured every tenth step."""
     weight_norm: float | None
     """Norm of all weights after the step; measured with it."""
     seconds: float
-    """How long it took."""
+    """Duration."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Training:
-    """What a training is made of, put together."""
+class TrainingSetup:
+    """The parts of a training."""
 
     accelerator: Accelerator
     model: nn.Module
-    """A ModelWithLoss as Accelerate prepared it."""
+    """A ModelWithObjective as Accelerate prepared it."""
     optimizer: Optimizer
-    rows: PackedSequences
+    sequences: PackedSequences
     objective: Objective
     config: OptimizationConfig
     stage: str
     seed: int
-    """Decides which rows a step reads, and what dropout drops."""
+    """Decides the order of the sequences, and dropout."""
     micro_batch_size: int
 
 
 def training_steps(
-    training: Training,
+    training: TrainingSetup,
     state: TrainState,
     *,
     is_stopping: Callable[[], bool],
-    is_looked_at: Callable[[int], bool] = lambda step: True,
+    needs_weights: Callable[[int], bool] = lambda step: True,
 ) -> Generator[Step]:
-    """Train from `state` to `config.num_steps`; yield every step, `state` brought up to date.
+    """Train from `state` to `config.num_steps`; yield each step with `state` updated to it.
 
-    The weights are those of the yielded step where `is_looked_at` says so of its number; elsewhere
-    a GPU may be a step ahead. Training ends early, between two steps and on all processes alike,
-    when any of them is asked to stop; `state.step` is then below `config.num_steps`.
+    When `needs_weights(step)`, the model holds that step's weights as it is yielded; else a GPU may
+    be a step ahead. Ends early, on all processes at the same step, when `is_stopping` on any.
 
     Raises:
         StageError: loss or gradient is not finite. Weights and optimizer are as before that step.
@@ -122,81 +126,47 @@ def training_steps(
     training.model.train()
     worker = _Worker(training, state)
     num_ahead = STEPS_AHEAD[training.accelerator.device.type]
-    under_way: deque[_StepUnderWay] = deque()
+    in_flight: deque[StepInFlight] = deque()
     last = training.config.num_steps
     with closing(worker.batches()) as batches:
         for number in range(state.step, last):
             started_at = time.perf_counter()
             mine = next(batches)
-            # One message before any work: how many targets to divide by, and whether to stop.
+            # One message before any work: the number of targets to divide by, and whether to stop.
+            # It goes between hosts (gloo), so it does not wait for the GPU either.
             num_targets, num_stopping = sum_over_processes(
                 training.accelerator, mine.num_targets, is_stopping()
             )
             if num_stopping:
                 break
             micro_batches = mine.micro_batches
-            under_way.append(worker.start(number, micro_batches, int(num_targets), started_at))
-            is_awaited = number + 1 == last or is_looked_at(number + 1)
-            while len(under_way) > (0 if is_awaited else num_ahead):
-                yield worker.finish(under_way.popleft(), state)
-    while under_way:
-        yield worker.finish(under_way.popleft(), state)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _StepUnderWay:
-    """A step given to the device, which may not have done it yet."""
-
-    number: int
-    """Steps done before it."""
-    num_targets: int
-    started_at: float
-    figures: "_Figures"
-
-
-class _Figures:
-    """Numbers on their way from the device to the host."""
-
-    def __init__(self, numbers: dict[str, Tensor]) -> None:
-        self._names = list(numbers)
-        self._arrival: torch.cuda.Event | None = None
-        if not numbers:
-            return
-        sent = torch.stack([number.double() for number in numbers.values()])
-        self._numbers = sent.to("cpu", non_blocking=True)
-        if sent.is_cuda:
-            self._arrival = torch.cuda.Event()
-            self._arrival.record()
-
-    def read(self) -> dict[str, float]:
-        """Wait for the numbers, and for nothing that the device was given after them."""
-        if not self._names:
-            return {}
-        if self._arrival is not None:
-            self._arrival.synchronize()
-        return dict(zip(self._names, self._numbers.tolist(), strict=True))
+            in_flight.append(worker.start(number, micro_batches, int(num_targets), started_at))
+            is_awaited = number + 1 == last or needs_weights(number + 1)
+            while len(in_flight) > (0 if is_awaited else num_ahead):
+                yield worker.finish(in_flight.popleft(), state)
+    # after a stop: the steps given to the device are done, and must count
+    while in_flight:
+        yield worker.finish(in_flight.popleft(), state)
 
 
 class _Worker:
-    """Does steps, and holds what lives on the device from one to the next."""
+    """Runs steps, and holds what stays on the device between them."""
 
-    def __init__(self, training: Training, state: TrainState) -> None:
+    def __init__(self, training: TrainingSetup, state: TrainState) -> None:
         self._training, self._first_step = training, state.step
         self._device = device = training.accelerator.device
+        # the order is that of the modules on every process: clipping sums norms in this order
         self._parameters = list(training.model.parameters())
         is_fp16 = computed_precision(training.config.precision, device.type) == "fp16"
-        self._loss_scale = (
-            LossScale(state.loss_scale, state.loss_scale_steps, device) if is_fp16 else None
-        )
-        # 1 once a loss or gradient was not finite: no step changes anything after that
-        self._has_failed = torch.zeros((), device=device)
+        loss_scale = LossScale(state.loss_scale, state.loss_scale_steps, device)
+        self._guard = StepGuard(loss_scale if is_fp16 else None, device)
         self._last_done_at = 0.0
 
     def batches(self) -> Generator[StepBatches]:
-        """Yield what this process learns from, step after step."""
+        """Yield this process's share of each step."""
         training, accelerator = self._training, self._training.accelerator
         return batches_of_steps(
-            training.rows,
+            training.sequences,
             training.objective,
             training.config,
             seed=training.seed,
@@ -209,63 +179,65 @@ class _Worker:
 
     def start(
         self, number: int, batches: Sequence[Batch], num_targets: int, started_at: float
-    ) -> _StepUnderWay:
+    ) -> StepInFlight:
         """Give the device all the work of a step."""
-        figures: dict[str, Tensor] = {}
-        if num_targets:
+        metrics: dict[str, Tensor] = {}
+        if num_targets:  # without any the loss would be 0 / 0: such a step is skipped
             self._seed_dropout(number)
-            figures["loss"] = self._accumulate_gradient(batches, num_targets)
-            figures |= self._update(number, figures["loss"])
-        return _StepUnderWay(
+            metrics["loss"] = self._accumulate_gradient(batches, num_targets)
+            metrics |= self._update(number, metrics["loss"])
+        return StepInFlight(
             number=number,
             num_targets=num_targets,
             started_at=started_at,
-            figures=_Figures(figures),
+            metrics=AsyncMetrics(metrics),
         )
 
-    def finish(self, under_way: _StepUnderWay, state: TrainState) -> Step:
-        """Wait until a step is done and bring `state` up to it.
+    def finish(self, step: StepInFlight, state: TrainState) -> Step:
+        """Wait until a step is done and update `state`.
 
         Raises:
             StageError: its loss or gradient is not finite.
         """
         training, config = self._training, self._training.config
-        figures = under_way.figures.read()
-        loss, norm = figures.get("loss", 0.0), figures.get("gradient_norm", 0.0)
-        if figures.get("has_failed"):
-            training.optimizer.zero_grad()
+        metrics = step.metrics.read()  # only here does the host wait for the device
+        loss, norm = metrics.get("loss", 0.0), metrics.get("gradient_norm", 0.0)
+        if metrics.get("has_failed"):
+            training.optimizer.zero_grad()  # those of a later step in flight
             found = f"a loss of {loss} and a gradient norm of {norm}"
-            raise divergence(training.stage, under_way.number + 1, found, config)
-        if figures.get("is_void", 1.0):
+            raise divergence(training.stage, step.number + 1, found, config)
+        if metrics.get("is_skipped", 1.0):
             state.skipped_steps += 1
         else:
             state.loss = loss
-        state.loss_scale = figures.get("next_loss_scale", state.loss_scale)
-        state.loss_scale_steps = int(figures.get("loss_scale_steps", state.loss_scale_steps))
-        state.step = under_way.number + 1
-        num_tokens = config.global_batch_size * training.rows.seq_len
+        state.loss_scale = metrics.get("next_loss_scale", state.loss_scale)
+        state.loss_scale_steps = int(metrics.get("loss_scale_steps", state.loss_scale_steps))
+        state.step = step.number + 1
+        # padding counts, since the device computes it: the axis is one of computation
+        num_tokens = config.global_batch_size * training.sequences.seq_len
         state.tokens += num_tokens
-        state.epoch, state.row = divmod(
-            state.step * config.global_batch_size, training.rows.num_rows
-        )
+        num_read = state.step * config.global_batch_size
+        state.epoch, state.row = divmod(num_read, training.sequences.num_rows)
         done_at = time.perf_counter()
-        # the device began when it was given the step, or was done with the one before
-        began_at, self._last_done_at = max(under_way.started_at, self._last_done_at), done_at
+        # the device began when it got the step, or after the step before: in flight they overlap
+        began_at, self._last_done_at = max(step.started_at, self._last_done_at), done_at
         return Step(
             step=state.step,
             tokens=num_tokens,
-            num_targets=under_way.num_targets,
+            num_targets=step.num_targets,
             loss=loss,
             gradient_norm=norm,
-            learning_rate=config.learning_rate * learning_rate_factor(under_way.number, config),
-            loss_scale=figures.get("loss_scale"),
-            update_norm=figures.get("update_norm"),
-            weight_norm=figures.get("weight_norm"),
+            # computed again: a later step in flight has already changed the optimizer's
+            learning_rate=config.learning_rate * learning_rate_factor(step.number, config),
+            loss_scale=metrics.get("loss_scale"),
+            update_norm=metrics.get("update_norm"),
+            weight_norm=metrics.get("weight_norm"),
             seconds=done_at - began_at,
         )
 
     def _seed_dropout(self, number: int) -> None:
-        """Make what is dropped a function of the seed, the step and the process."""
+        # A function of seed, step and process: a resumed training drops what an uninterrupted one
+        # would have dropped.
         process = self._training.accelerator.process_index
         seed = derive_seed(self._training.seed, "dropout", number, process)
         torch.default_generator.manual_seed(seed)
@@ -273,73 +245,50 @@ class _Worker:
             torch.cuda.manual_seed(seed)
 
     def _accumulate_gradient(self, batches: Sequence[Batch], num_targets: int) -> Tensor:
-        """Add up the gradient of the mean loss over all micro-batches and processes; return that
-        loss.
-
-        The mean is over all targets, whatever each micro-batch's share of padding: the sum of every
-        token's loss over the number of tokens. DDP averages gradients over the processes, so that
-        each loss is multiplied by their number to give the sum.
+        """Accumulate the gradient of the mean loss over all micro-batches and processes; return
+        that loss.
         """
         accelerator, model = self._training.accelerator, self._training.model
-        factor: float | Tensor = accelerator.num_processes
-        if self._loss_scale is not None:
-            factor = factor * self._loss_scale.scale
+        # DDP averages gradients over processes; times their number, it is the sum over all targets
+        factor = accelerator.num_processes * self._guard.scale
+        # fp64: for display only, but summed over micro-batches and processes
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)  # gradients are exchanged once, in the last backward
             with nullcontext() if is_last else accelerator.no_sync(model):
                 with autocast(self._training.config.precision, self._device.type):
-                    losses = model(batch.inputs, batch.targets, batch.document_ids)  # (B, T)
-                share = failpoint("training.loss", losses.sum() / num_targets)
+                    loss = model(batch)  # the sum over the micro-batch's targets
+                # Divided by all targets of the step. The mean of the micro-batches' means would
+                # weight a target by how much padding surrounds it.
+                share = failpoint("training.loss", loss / num_targets)
                 accelerator.backward(failpoint("training.gradient", share * factor))
             total += share.detach()
         return sum_on_devices(accelerator, total)
 
     @torch.no_grad()
     def _update(self, number: int, loss: Tensor) -> dict[str, Tensor]:
-        """Clip the gradient and take the step, or none where it is not finite, as the device finds.
-
-        Loss and gradient are sums over all processes, so all of them find alike.
-        """
+        """Clip the gradient and apply the step, unless the device finds that it must be skipped."""
         config, optimizer = self._training.config, self._training.optimizer
-        if self._loss_scale is not None:
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    parameter.grad.div_(self._loss_scale.scale)
+        self._guard.unscale(self._parameters)
+        # over all parameters together: clipping each alone would change the gradient's direction
         norm = nn.utils.clip_grad_norm_(self._parameters, config.max_gradient_norm)
-        figures = {"gradient_norm": norm, **self._judge(loss, norm)}
+        metrics = {"gradient_norm": norm, **self._guard.judge(loss, norm)}
         is_measured = (number + 1) % UPDATE_NORM_EVERY_STEPS == 0
         before = [weight.clone() for weight in self._parameters] if is_measured else []
         optimizer.set_learning_rates(learning_rate_factor(number, config))
-        optimizer.step(figures["is_void"])
+        optimizer.step(metrics["is_skipped"])
         optimizer.zero_grad()
         if is_measured:
+            # 0 for a skipped step; relative to the weights it tells whether the rate is sane
             changes = [now - old for now, old in zip(self._parameters, before, strict=True)]
-            figures["update_norm"] = nn.utils.get_total_norm(changes)
-            figures["weight_norm"] = nn.utils.get_total_norm(self._parameters)
-        return figures
-
-    def _judge(self, loss: Tensor, norm: Tensor) -> dict[str, Tensor]:
-        """Decide on the device whether the step counts, and whether training has failed."""
-        is_overflow = 1.0 - torch.isfinite(norm).float()
-        is_failure = 1.0 - torch.isfinite(loss).float()
-        figures: dict[str, Tensor] = {}
-        if self._loss_scale is None:
-            is_failure = torch.maximum(is_failure, is_overflow)
-        else:  # fp16 is expected to overflow now and then, but not unscaled
-            scale = self._loss_scale.scale
-            figures["loss_scale"] = scale
-            is_failure = torch.maximum(is_failure, is_overflow * (scale <= 1.0).float())
-            self._loss_scale.update(is_overflow)
-            figures["next_loss_scale"] = self._loss_scale.scale
-            figures["loss_scale_steps"] = self._loss_scale.num_steps
-        self._has_failed = torch.maximum(self._has_failed, is_failure)
-        is_void = torch.maximum(self._has_failed, is_overflow)
-        return figures | {"has_failed": self._has_failed, "is_void": is_void}
+            metrics["update_norm"] = nn.utils.get_total_norm(changes)
+            metrics["weight_norm"] = nn.utils.get_total_norm(self._parameters)
+        return metrics
 
 
 def divergence(stage: str, step: int, found: str, config: OptimizationConfig) -> StageError:
-    """Return the error that says where training left the numbers, and what to try."""
+    """Return the error for numbers that are not finite, with the settings to try."""
+    # under Muon it is the rate of the matrices, which are most of the weights
     rate = "muon_learning_rate" if config.optimizer == "muon" else "learning_rate"
     advice = f"a lower {stage}.{rate} (now {getattr(config, rate):g})"
     advice += f" or more {stage}.warmup_steps (now {config.warmup_steps})"

@@ -1,9 +1,7 @@
-"""Muon: momentum whose update is made orthogonal, so that every direction a matrix knows is learned
-at one rate.
+"""Muon: momentum with an orthogonalized update, so that a matrix learns all directions at one rate.
 
-The gradient of a matrix is dominated by few directions; AdamW, which looks at each weight alone,
-lets them lead. Muon replaces the singular values of the momentum by (about) one, by an iteration of
-matrix products. Equal shapes go through it as one batch: hundreds of small products are overhead.
+A few directions dominate the gradient of a matrix, and AdamW, which scales each weight by itself,
+follows them. Muon sets the singular values of the momentum to about one (Newton-Schulz iteration).
 
 Source: https://kellerjordan.github.io/posts/muon/; "Muon is Scalable for LLM Training" (arXiv
 2502.16982).
@@ -26,11 +24,7 @@ EPSILON = 1e-7
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, made orthogonal, with decoupled weight decay; for matrices alone.
-
-    The update of an (M, N) matrix is scaled by sqrt(max(1, M / N)), which keeps the size of what it
-    does to a vector independent of the shape.
-    """
+    """Orthogonalized Nesterov momentum with decoupled weight decay; for matrices only."""
 
     def __init__(
         self,
@@ -44,36 +38,38 @@ class Muon(torch.optim.Optimizer):
         super().__init__(list(matrices), defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every matrix that has a gradient; none where `found_inf`, a number on their device
-        that whoever steps may set, is 1. It is torch's name for it in the fused AdamW.
-        """
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, closure: Callable[[], float] | None = None, *, is_skipped: Tensor | None = None
+    ) -> None:
+        """Update every matrix that has a gradient; none where `is_skipped`, on the device, is 1."""
         assert closure is None, "the loop computes the gradient, once"
-        found_inf: Tensor | None = self.__dict__.get("found_inf")
         for group in self.param_groups:
+            # equal shapes as one batch: a product per matrix would leave a GPU idle in between
             by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for matrix in group["params"]:
                 if matrix.grad is not None:
                     by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
             for matrices in by_shape.values():
-                self._update(matrices, group, found_inf)
+                self._update(matrices, group, is_skipped)
 
     def _update(
-        self, matrices: list[nn.Parameter], group: dict[str, Any], found_inf: Tensor | None
+        self, matrices: list[nn.Parameter], group: dict[str, Any], is_skipped: Tensor | None
     ) -> None:
-        """Update matrices that are of one shape, or of that shape transposed."""
+        """Update matrices of one shape or its transpose."""
         rate, decay, share = group["lr"], group["weight_decay"], 1.0
         gradient = _stack([matrix.grad for matrix in matrices if matrix.grad is not None])
         momenta = [self._momentum_of(matrix) for matrix in matrices]
         momentum = _stack(momenta).lerp_(gradient, 1 - group["momentum"])  # (number, M, N)
-        ahead = gradient.lerp_(momentum, group["momentum"])
+        ahead = gradient.lerp_(momentum, group["momentum"])  # Nesterov
         update = orthogonalize(ahead).to(ahead.dtype)
-        if found_inf is not None:  # all or nothing, without waiting to know which
-            share = 1.0 - found_inf
-            momentum = torch.where(found_inf > 0, _stack(momenta), momentum)
-            update = update.nan_to_num_()
+        if is_skipped is not None:  # all or nothing, without waiting for the device to know which
+            share = 1.0 - is_skipped
+            momentum = torch.where(is_skipped > 0, _stack(momenta), momentum)
+            update = update.nan_to_num_()  # times a share of 0, NaN would still be NaN
         for matrix, kept, new, change in zip(matrices, momenta, momentum, update, strict=True):
             rows, columns = matrix.shape
+            # times sqrt(rows / columns) for tall ones: an update then changes the size of outputs
+            # independently of the shape (Keller Jordan's scale, not the 0.2 sqrt(max) of Moonlight)
             kept.copy_(_as(new, matrix))
             matrix.mul_(1 - rate * decay * share)
             matrix.sub_(_as(change, matrix) * (rate * max(1.0, rows / columns) ** 0.5 * share))
@@ -86,9 +82,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Return, for each of (number, M, N) with M <= N, a matrix near U V^T of its singular value
-    decomposition U S V^T; in bfloat16 where the processor computes in it, which is exact enough.
-    """
+    """Return approximately U V^T for each matrix U S V^T of (number, M, N), M <= N."""
+    # bf16 where the hardware has it: the iteration corrects its own rounding, and only singular
+    # values of about one are wanted
     is_bf16 = computed_precision("bf16", matrices.device.type) == "bf16"
     x = matrices.to(torch.bfloat16 if is_bf16 else torch.float32)
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + EPSILON)  # singular values up to 1
@@ -100,10 +96,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def _stack(matrices: Iterable[Tensor]) -> Tensor:
-    """Return all as one (number, M, N) with M <= N, the tall ones transposed."""
+    """Return all as one (number, M, N) with M <= N, tall matrices transposed."""
+    # the Gram matrix of the iteration is (M, M): the shorter side costs less
     return torch.stack([m.mT if m.shape[0] > m.shape[1] else m for m in matrices])
 
 
 def _as(flat: Tensor, matrix: Tensor) -> Tensor:
-    """Return what `_stack` made of a matrix like `matrix` in its own shape."""
+    """Undo the transposition of `_stack` for a matrix shaped like `matrix`."""
     return flat.mT if matrix.shape[0] > matrix.shape[1] else flat

@@ -1,11 +1,11 @@
-"""Optimizers: AdamW for all weights, or Muon for the matrices inside the blocks with AdamW for the
-rest.
+"""Optimizers: AdamW for all weights, or Muon for the matrices of the blocks and AdamW for the rest.
 
-Either way the loop sees one object, and a checkpoint sees plain tensors named after the weights.
+The loop sees one object, a checkpoint sees tensors named after the weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,29 @@ from llm.errors import ArtifactError
 from llm.training.muon import Muon
 
 
+class FusedAdamW(torch.optim.AdamW):
+    """torch's fused AdamW whose step can be skipped on the device."""
+
+    found_inf: Tensor | None = None  # where torch's fused kernel looks for it; GradScaler sets it
+
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, is_skipped: Tensor | None = None
+    ) -> Any:
+        """Update every weight that has a gradient; none where `is_skipped` is 1."""
+        self.found_inf = is_skipped
+        return super().step(closure)
+
+
 class Optimizer:
-    """One or two torch optimizers that step together, each at its own share of its peak rate."""
+    """One or two torch optimizers that step together, each at the same share of its peak rate."""
 
     def __init__(
-        self, parts: Mapping[str, torch.optim.Optimizer], parameters: Mapping[str, nn.Parameter]
+        self, parts: Mapping[str, FusedAdamW | Muon], parameters: Mapping[str, nn.Parameter]
     ) -> None:
+        # the keys are part of the names in a checkpoint
         self._parts = dict(parts)
         self._parameters = dict(parameters)
+        # the peaks are taken now, since the groups hold the scheduled rate from the first step on
         self._peaks = [
             (group, float(group["lr"])) for part in parts.values() for group in part.param_groups
         ]
@@ -32,28 +47,24 @@ class Optimizer:
         for group, peak in self._peaks:
             group["lr"] = peak * factor
 
-    def step(self, is_void: Tensor | None = None) -> None:
-        """Update the weights from their gradients; where `is_void` is 1, leave everything as it is.
-
-        It is a number on the device, and a GPU decides by it without the host waiting to know.
-        """
-        if is_void is not None and is_void.device.type == "cpu":
-            if is_void:
+    def step(self, is_skipped: Tensor | None = None) -> None:
+        """Update the weights from their gradients; change nothing where `is_skipped` is 1."""
+        if is_skipped is not None and is_skipped.device.type == "cpu":
+            # on a CPU the answer is known, and a plain step costs less than a masked one
+            if is_skipped:
                 return
-            is_void = None
+            is_skipped = None
         for part in self._parts.values():
-            part.__dict__["found_inf"] = is_void  # where torch's fused AdamW looks for it, and Muon
-            part.step()
+            part.step(is_skipped=is_skipped)
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Free the gradients."""
         for part in self._parts.values():
-            part.zero_grad(set_to_none=True)
+            part.zero_grad(set_to_none=True)  # saves memory, and a kernel that writes zeros
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the whole state as `{"muon/blocks.0.attention.query.weight/momentum_buffer":
-        tensor}`.
-        """
+        """Return tensors by name: `muon/blocks.0.attention.query.weight/momentum_buffer`."""
+        # by name, not by torch's numbers: those would shift with the order of the parameters
         names: dict[Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}
         return {
             f"{kind}/{names[parameter]}/{key}": tensor
@@ -63,11 +74,13 @@ class Optimizer:
         }
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], source: Path) -> None:
-        """Take the state that `state_dict` gave, onto the device of each weight.
+        """Load what `state_dict` returned, onto the device of each weight.
 
         Raises:
-            ArtifactError: the state is of other weights or of another optimizer.
+            ArtifactError: the state belongs to other weights or to another optimizer.
         """
+        # torch's own `load_state_dict` compares counts only: it would take that of other weights
+        # a weight moves between AdamW and Muon with the setting, so its owner is checked as well
         owner = {
             id(parameter): kind
             for kind, part in self._parts.items()
@@ -83,6 +96,7 @@ class Optimizer:
                 raise ArtifactError(
                     f"{source}: {full_name}: belongs to no weight of this optimizer"
                 )
+            # scalars, such as Adam's step count, have no shape of their weight
             if tensor.ndim and tensor.shape != parameter.shape:
                 raise ArtifactError(
                     f"{source}: {full_name}: found shape {list(tensor.shape)}, expected"
@@ -93,7 +107,7 @@ class Optimizer:
         self._refuse_missing(found, source)
 
     def _refuse_missing(self, found: Mapping[str, set[str]], source: Path) -> None:
-        """Raise if some weights have a state and others do not; before the first step none has."""
+        # before the first step no weight has a state; later, one that lacked it would start over
         for kind, part in self._parts.items():
             expected = sum(len(group["params"]) for group in part.param_groups)
             if any(found.values()) and len(found[kind]) != expected:
@@ -104,12 +118,13 @@ class Optimizer:
 
 
 def make_optimizer(model: nn.Module, config: OptimizationConfig) -> Optimizer:
-    """Make the optimizer that `config` asks for. Matrices decay; vectors, which only scale, do not.
+    """Make the optimizer that `config` asks for.
 
-    Source: "Decoupled Weight Decay Regularization" (arXiv 1711.05101) for AdamW; for which weights
-    Muon takes, "Muon is Scalable for LLM Training" (arXiv 2502.16982).
+    Source: "Decoupled Weight Decay Regularization" (arXiv 1711.05101) for AdamW.
     """
     parameters = dict(model.named_parameters())
+    # Muon for matrices inside the blocks only: embedding and head stay with AdamW, as in "Muon is
+    # Scalable for LLM Training" (arXiv 2502.16982)
     for_muon = (
         [p for name, p in parameters.items() if name.startswith("blocks.") and p.ndim == 2]
         if config.optimizer == "muon"
@@ -117,13 +132,15 @@ def make_optimizer(model: nn.Module, config: OptimizationConfig) -> Optimizer:
     )
     taken = {id(parameter) for parameter in for_muon}
     rest = [parameter for parameter in parameters.values() if id(parameter) not in taken]
-    parts: dict[str, torch.optim.Optimizer] = {
-        "adamw": torch.optim.AdamW(
+    parts: dict[str, FusedAdamW | Muon] = {
+        "adamw": FusedAdamW(
             [
                 {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+                # norms and biases only scale and shift; decay would pull them to 0 to no use
                 {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
             ],
             lr=config.learning_rate,
+            # eps stays at torch's 1e-8; beta2 is 0.95 by default, as in GPT-3 and Llama
             betas=(config.beta1, config.beta2),
             fused=True,  # one pass over memory instead of a dozen, on CPU and GPU alike
         )

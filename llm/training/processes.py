@@ -1,9 +1,8 @@
-"""The processes of a training: `python -m llm.pretrain JOB.json` is one, or starts one per device.
+"""Distributed training: launch one rank per device, join them, sum over them.
 
-Each rank is the same command with RANK and WORLD_SIZE in its environment, so any launcher that sets
-these, on many nodes too, does as well as the one here. This one is for a single machine and opens
-no port to others: ranks find each other by a file (`FileStore`) and talk over the loopback
-interface.
+Each rank is `python -m llm.pretrain JOB.json` with RANK and WORLD_SIZE set, so any launcher that
+sets these works, also on several nodes. The one here is for a single machine and opens no port to
+others: ranks meet through a file (`FileStore`) and talk over the loopback interface.
 """
 
 import contextlib
@@ -27,81 +26,78 @@ from torch import Tensor
 
 from llm.config import OptimizationConfig, RuntimeConfig
 from llm.errors import ConfigError, StageError
-from llm.runtime.failures import ERROR, forget_errors
-from llm.runtime.job import (
-    EXIT_INTERRUPTED,
+from llm.runtime.failures import EXIT_INTERRUPTED, error_file, forget_errors
+from llm.runtime.job import Job, StageFunction, read_job, run_job
+from llm.runtime.termination import (
     PARENT_PID,
-    Job,
-    StageFunction,
+    POLL_SECONDS,
     die_with_parent,
-    read_job,
-    run_job,
+    end_processes,
+    on_stop_signal,
 )
 
 RENDEZVOUS = "FROMSCRATCH_RENDEZVOUS"
 LOOPBACK = "lo" if sys.platform.startswith("linux") else "lo0"
-SECONDS_BETWEEN_LOOKS = 0.05
-SECONDS_TO_END = 20.0  # ranks of a failed group get this long before they are killed
+SECONDS_TO_FAIL = 20.0  # for the ranks left of a failed group, before they are killed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """Where a training runs: on what, and in how many processes."""
+    """Device and number of processes of a training."""
 
     device: Literal["cpu", "cuda"]
     num_processes: int
 
 
 def run_training_job(function: StageFunction) -> None:
-    """Be the process of a training stage, or, when it wants several and none is started, their
-    launcher.
-    """
+    """Run a training stage: as a rank, as the only process, or as the launcher of several ranks."""
+    # a launcher, torchrun or Slurm as well as the one here, sets RANK
     if "RANK" not in os.environ and len(sys.argv) == 2:
         job = read_job(Path(sys.argv[1]))
         with contextlib.suppress(ConfigError):  # the stage itself reports it
-            if (num_processes := place(job.runtime).num_processes) > 1:
-                _end_like(_launch(job, num_processes))
+            if (num_processes := choose_placement(job.runtime).num_processes) > 1:
+                _exit_like(_launch(job, num_processes))
     try:
         run_job(function, saves_when_stopped=True)
     except SystemExit as end:
-        _end_rank(end.code if isinstance(end.code, int) else 1)
+        _exit_rank(end.code if isinstance(end.code, int) else 1)
         raise
     except BaseException:
         if torch.distributed.is_initialized():
-            traceback.print_exc()
-        _end_rank(1)
+            traceback.print_exc()  # `_exit_rank` leaves no one else to print it
+        _exit_rank(1)
         raise
-    _end_rank(0)
+    _exit_rank(0)
 
 
-def _end_rank(code: int) -> None:
-    """End a rank at once, when this process is one; all it has to leave is on the disk.
-
-    Gloo's threads abort a process that ends in the ordinary way, now and then, even after the
-    group was destroyed: "terminate called without an active exception".
-    """
+def _exit_rank(code: int) -> None:
+    """Exit at once, if this process is a rank; all its results are on the disk."""
+    # Gloo's threads now and then abort a process that exits the ordinary way, even after the group
+    # was destroyed: "terminate called without an active exception".
     if torch.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def _end_like(code: int) -> NoReturn:
-    """End this process as a rank ended: who started it sees a kill as one, and may try again."""
+def _exit_like(code: int) -> NoReturn:
+    """Exit as a rank did, or by the signal that killed it: the parent then starts a new attempt."""
     sys.stderr.flush()
     if code < 0:
+        # the handlers of this process would swallow the signal; SIGKILL has none
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
 
 
-def place(runtime: RuntimeConfig) -> Placement:
-    """Decide device and number of processes.
+def choose_placement(runtime: RuntimeConfig) -> Placement:
+    """Choose device and number of processes.
 
     Raises:
-        ConfigError: GPUs are asked for that are not there.
+        ConfigError: more GPUs than there are.
     """
+    # counting does not initialize CUDA, which the launcher must not: the ranks need the memory
     num_gpus = torch.cuda.device_count() if runtime.device != "cpu" else 0
     if runtime.device == "cuda" and not num_gpus:
         raise ConfigError("runtime.device: found cuda, but torch sees no GPU; use cpu or auto")
@@ -110,6 +106,7 @@ def place(runtime: RuntimeConfig) -> Placement:
             f"runtime.num_processes: found {runtime.num_processes}, expected at most {num_gpus},"
             " the number of visible GPUs"
         )
+    # under a launcher its number of processes counts, which may span several machines
     return Placement(
         device="cuda" if num_gpus else "cpu",
         num_processes=int(os.environ.get("WORLD_SIZE", 0))
@@ -119,35 +116,38 @@ def place(runtime: RuntimeConfig) -> Placement:
 
 
 def make_accelerator(runtime: RuntimeConfig, config: OptimizationConfig) -> Accelerator:
-    """Join the other processes, if any, and say on what and in which precision to train.
+    """Join the other processes, if any, and set up this one's device and threads.
 
     Raises:
-        ConfigError: the machine has not what `runtime` asks for.
-        StageError: Accelerate sees another number of processes than there should be.
+        ConfigError: the machine lacks a device or precision of the settings.
+        StageError: Accelerate found another number of processes.
     """
-    placement = place(runtime)
+    placement = choose_placement(runtime)
     is_cpu = placement.device == "cpu"
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", placement.num_processes))
+    # torch would take all cores in each process, and they would slow each other down
     torch.set_num_threads(runtime.num_threads or _threads_per_process(local_processes))
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-        del os.environ[name]  # they would decide over precision and gradients beside the settings
+        del os.environ[name]  # Accelerate would take precision and accumulation from them
     _use_fixed_order(runtime, placement.device)
     if not is_cpu:
         _prepare_gpu(config)
     if "RANK" in os.environ and not torch.distributed.is_initialized():
-        place_to_meet = os.environ.get(RENDEZVOUS)
+        rendezvous = os.environ.get(RENDEZVOUS)
         torch.distributed.init_process_group(
-            # what the host wants to know of other hosts does not wait for what the GPUs do
+            # gloo beside NCCL: messages between hosts then do not wait for the GPUs' queues
             "gloo" if is_cpu else "cpu:gloo,cuda:nccl",
-            init_method=f"file://{place_to_meet}" if place_to_meet else "env://",
+            init_method=f"file://{rendezvous}" if rendezvous else "env://",
             rank=int(os.environ["RANK"]),
             world_size=placement.num_processes,
         )
     accelerator = Accelerator(
         cpu=is_cpu,
-        mixed_precision="no",  # the loop itself says what is computed in which: llm.model.precision
+        mixed_precision="no",  # the loop sets autocast itself: llm.model.precision
+        # gradients are views of DDP's buckets, which saves a copy of all of them
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    # Accelerate reads the environment too; a launcher that sets half of it must not go unnoticed
     if accelerator.num_processes != placement.num_processes:
         raise StageError(
             f"Accelerate found {accelerator.num_processes} process(es), expected"
@@ -158,58 +158,63 @@ def make_accelerator(runtime: RuntimeConfig, config: OptimizationConfig) -> Acce
 
 
 def sum_over_processes(accelerator: Accelerator, *numbers: float | Tensor) -> list[float]:
-    """Return each number summed over all processes, by one message from host to host."""
+    """Return each number summed over all processes, in one message between hosts."""
+    # no GPU tensor comes here inside the loop: `float` would wait for the device
     known = [float(number) for number in numbers]
     if accelerator.num_processes == 1:
         return known
-    summed = torch.tensor(known, dtype=torch.float64)
+    summed = torch.tensor(known, dtype=torch.float64)  # counts of tokens: exact up to 2^53
     torch.distributed.all_reduce(summed)
     return summed.tolist()
 
 
 def sum_on_devices(accelerator: Accelerator, number: Tensor) -> Tensor:
-    """Return a number on the device summed over all processes, without waiting for it."""
+    """Return a number summed over all processes, on the device, without waiting for it."""
     if accelerator.num_processes == 1:
         return number
     return cast(Tensor, accelerator.reduce(number, reduction="sum"))
 
 
 def _use_fixed_order(runtime: RuntimeConfig, device: Literal["cpu", "cuda"]) -> None:
-    """Have torch take only kernels that add in a fixed order, or any, as the settings say."""
+    """Restrict torch to deterministic kernels, or not, as the settings say."""
     is_on = {"always": True, "never": False, "auto": device == "cpu"}[runtime.deterministic]
     if device == "cuda" or runtime.compile == "always":
-        torch.use_deterministic_algorithms(is_on)  # the compiler's choices as well
-    else:  # the same without importing the compiler, which takes 2 s
+        torch.use_deterministic_algorithms(is_on)  # includes the choices of the compiler
+    else:  # the same, without importing the compiler, which takes 2 s
         torch.set_deterministic_debug_mode("error" if is_on else "default")
     if is_on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        # that would also fill every new tensor, to show bugs, at a kernel each
+        # cuBLAS is deterministic only with a fixed workspace (its manual, Results Reproducibility)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # torch would also fill every new tensor with NaN to expose bugs, at a kernel each
         vars(torch.utils)["deterministic"].fill_uninitialized_memory = False
 
 
 def _prepare_gpu(config: OptimizationConfig) -> None:
-    """Take this process's GPU."""
+    """Select this process's GPU."""
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if config.precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise ConfigError("precision: found bf16, which this GPU does not have; use fp16 or fp32")
 
 
 def _threads_per_process(num_processes: int) -> int:
+    # a container or a batch system often allows fewer cores than the machine has
     has_affinity = hasattr(os, "sched_getaffinity")
     num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return max(1, num_cores // num_processes)
 
 
 def _launch(job: Job, num_processes: int) -> int:
-    """Start the ranks, pass signals on, and return the exit code of the first that failed, or 0.
+    """Run the ranks to their end and return the exit code of the first that failed, or 0.
 
-    All have ended then. The code of one that a signal killed is minus the signal's number.
+    A negative code is the signal that killed the rank. Stop signals are passed on to all ranks.
     """
     die_with_parent(saves_first=True)
     job.work.mkdir(parents=True, exist_ok=True)
+    # an old error would be taken for the reason of the next failure
     forget_errors(job.work)
     for leftover in job.work.glob("rendezvous-*"):
         leftover.unlink()
+    # a new name each time: a FileStore left by a killed group would hang the next one
     rendezvous = job.work.resolve() / f"rendezvous-{uuid.uuid4().hex}"
     ranks: list[subprocess.Popen[bytes]] = []
     is_stopping = False
@@ -220,24 +225,21 @@ def _launch(job: Job, num_processes: int) -> int:
         for process in ranks:
             process.terminate()
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, pass_on)
+    on_stop_signal(pass_on)
     command = [sys.executable, "-m", f"llm.{job.stage}", sys.argv[1]]
     try:
         for rank in range(num_processes):
             environment = _rank_environment(job, rank, num_processes, rendezvous)
+            # the output goes to the launcher's own, which its parent keeps in output.log
             ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
         rank, code = _wait(ranks)
     finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
+        end_processes(ranks, 0.0)
         rendezvous.unlink(missing_ok=True)
     if code == -signal.SIGTERM and is_stopping:
-        return EXIT_INTERRUPTED  # so early that the rank did not listen to signals yet
-    own_error = job.work / (f"rank-{rank}-{ERROR}" if rank else ERROR)
-    if code < 0 and not own_error.exists():
-        forget_errors(job.work)  # the others complain of the one that is gone
+        return EXIT_INTERRUPTED  # so early that the rank had no signal handler yet
+    if code < 0 and not (job.work / error_file(rank)).exists():
+        forget_errors(job.work)  # those of the other ranks: they lost their connection to this one
         name = signal.Signals(-code).name
         print(f"{job.stage}: rank {rank} of {num_processes} was killed by {name}", file=sys.stderr)
     return code
@@ -250,6 +252,7 @@ def _rank_environment(job: Job, rank: int, num_processes: int, rendezvous: Path)
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
+        # read when torch is imported, before the settings are
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": LOOPBACK,
         "NCCL_SOCKET_IFNAME": LOOPBACK,
@@ -259,23 +262,16 @@ def _rank_environment(job: Job, rank: int, num_processes: int, rendezvous: Path)
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
-    """Wait for all ranks and return the first that failed, with its exit code; (0, 0) if none did.
-
-    When one fails the others are ended, since they would wait for it for ever.
-    """
+    """Wait for all ranks; return the first that failed with its exit code, or (0, 0)."""
     while True:
         codes = [process.poll() for process in ranks]
         failed = [(rank, code) for rank, code in enumerate(codes) if code]
         if failed:
             break
-        if None not in codes:
+        if None not in codes:  # all ended, none failed
             return 0, 0
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-    for process in ranks:
-        process.terminate()
-    give_up_at = time.monotonic() + SECONDS_TO_END
-    for process in ranks:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=max(0.0, give_up_at - time.monotonic()))
-    # one that was killed comes before those that failed because it was gone
+        time.sleep(POLL_SECONDS)
+    # the others would wait for the failed one in their next collective, for gloo's 30 minutes
+    end_processes(ranks, SECONDS_TO_FAIL)
+    # one killed by a signal comes first: ranks that exited with an error may have lost it
     return min(failed, key=lambda rank_and_code: rank_and_code[1] > 0)

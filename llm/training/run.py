@@ -1,5 +1,6 @@
-"""From a model to a trained model: what pretraining and fine-tuning do alike around the loop's
-steps.
+"""Run a training stage: resume, train, log, checkpoint, validate, write the model.
+
+Shared by pretraining and fine-tuning; a stage with another loss passes its own objective.
 """
 
 import math
@@ -18,26 +19,26 @@ from llm.config import OptimizationConfig, RuntimeConfig
 from llm.data.packed import PackedSequences
 from llm.errors import DataError, Interrupted
 from llm.model.loss import ModelWithLoss
-from llm.model.masked_lm import Masking
 from llm.model.precision import fp32_products
 from llm.model.transformer import Transformer
 from llm.model.weights import save_model
-from llm.monitoring.metrics import MetricsFile, write_num_parameters
+from llm.monitoring.metrics import METRICS_FILE, MetricsWriter, write_num_parameters
 from llm.monitoring.throughput import TERA, flops_per_token, peak_flops, peak_memory_bytes
-from llm.runtime.job import METRICS, Job
+from llm.runtime.job import Job
 from llm.seeds import derive_seed
 from llm.storage.file_cache import file_cache
 from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.load import load_tokenizer
-from llm.training.batches import MaskedTokens, NextToken, even_size
+from llm.training.batches import even_size
 from llm.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
-from llm.training.loop import Step, Training, TrainState, divergence, training_steps
+from llm.training.loop import Step, TrainingSetup, TrainState, divergence, training_steps
+from llm.training.objectives import MakeObjective, ModelWithObjective, language_modeling
 from llm.training.optimizers import Optimizer, make_optimizer
 from llm.training.processes import make_accelerator
 from llm.training.validation import Validation, validate
 
-# What a micro-batch may keep for its backward pass. On a CPU more does not make a step faster; on a
-# GPU it is a share of the memory.
+# Memory for the activations of a micro-batch. On a CPU more does not make a step faster; on a GPU
+# it is a share of the memory, and the rest is for weights, gradients and optimizer.
 ACTIVATION_BYTES = 512 << 20
 ACTIVATION_SHARE = 1 / 3
 GIGA = 1e9
@@ -49,28 +50,33 @@ def train(
     model: Transformer,
     config: OptimizationConfig,
     tokenizer_folder: Path,
+    make_objective: MakeObjective = language_modeling,
 ) -> dict[str, Json]:
-    """Train `model` on the job's rows, from its newest checkpoint on, and write it as an artifact.
+    """Train `model` on the job's packed sequences and write it as an artifact.
 
-    A causal model learns to say the next token, another to fill in masked ones.
+    Resumes from the newest checkpoint. Returns the summary.
 
     Raises:
-        ConfigError, DataError: rows, model and settings do not fit together.
+        ConfigError, DataError: sequences, model and settings do not fit together.
         StageError: the loss is not finite.
         Interrupted: asked to stop; the last step is saved.
     """
-    run = _Run(job, model, config, tokenizer_folder)
+    run = _Run(job, model, config, tokenizer_folder, make_objective)
+    # around everything: the backward pass must use the same precision as the forward pass
     with fp32_products(config.precision, run.accelerator.device.type):
         validation = _train(job, run)
     state = run.state
     if state.step < config.num_steps:
-        run.save()
-        run.accelerator.wait_for_everyone()  # a process that ends before the others seems to fail
+        run.save()  # whatever checkpoint_every_steps says: no finished step is lost
+        # the launcher takes a rank that ends before the others for a failed one
+        run.accelerator.wait_for_everyone()
         raise Interrupted(f"{job.stage} was asked to stop after step {state.step}")
     assert validation is not None, "the last step is followed by a validation"
     if run.is_writer:
+        # with its tokenizer, so that a model folder is usable by itself
         save_model(writer, model, run.tokenizer.to_files())
-        writer.write_bytes(METRICS, (job.work / METRICS).read_bytes(), is_log=True)
+        # a log: times differ from run to run, so it is not part of the artifact's digest
+        writer.write_bytes(METRICS_FILE, (job.work / METRICS_FILE).read_bytes(), is_log=True)
     return {
         "num_parameters": model.num_parameters(),
         "num_steps": state.step,
@@ -78,7 +84,7 @@ def train(
         "num_skipped_steps": state.skipped_steps,
         "train_loss": state.loss,
         "val_loss": validation.loss,
-        **{f"val_{name}": value for name, value in validation.figures.items()},
+        **{f"val_{name}": value for name, value in validation.metrics.items()},
         "throughput_device": run.device_name,
         "throughput_processes": run.accelerator.num_processes,
         "throughput_flops_per_token": run.flops_per_token,
@@ -87,10 +93,10 @@ def train(
 
 
 def _train(job: Job, run: "_Run") -> Validation | None:
-    """Take the steps that are left, and do what is due between them; return the last validation."""
+    """Take the remaining steps, with logging, checkpoints and validation; return the last one."""
     runtime = job.runtime
-    # Before training too. At the step of a checkpoint the model is measured again on resuming,
-    # since the kill may have come between the two.
+    # Before training too: the first point of the curve is the loss of random weights. On resuming,
+    # a validation at the checkpoint's step is repeated, since the kill may have come before it.
     is_due = run.is_due(run.state.step, runtime.validate_every_steps)
     validation = run.validate() if is_due else None
     with closing(run.steps()) as steps:
@@ -98,20 +104,26 @@ def _train(job: Job, run: "_Run") -> Validation | None:
             if run.is_due(step.step, runtime.log_every_steps):
                 run.log(run.point(step))
             if run.is_due(step.step, runtime.checkpoint_every_steps):
-                run.save()  # before validation, so that what comes after a step cannot lose it
+                run.save()  # first, so that a failure of validation loses no step
             if run.is_due(step.step, runtime.validate_every_steps):
                 validation = run.validate()
             if run.is_writer:
-                with suppress(Interrupted):  # stopping is agreed on by all processes, in the loop
+                # the loop stops all processes at the same step; this one must not stop alone
+                with suppress(Interrupted):
                     job.report_progress(step.step, run.num_steps, run.unit)
     return validation
 
 
 class _Run:
-    """A training under way: its parts, put together, and what is done with them between steps."""
+    """A training in progress: its parts, and what is done between steps."""
 
     def __init__(
-        self, job: Job, model: Transformer, config: OptimizationConfig, tokenizer_folder: Path
+        self,
+        job: Job,
+        model: Transformer,
+        config: OptimizationConfig,
+        tokenizer_folder: Path,
+        make_objective: MakeObjective,
     ) -> None:
         self._job, self._config, self._model = job, config, model
         self.num_steps = config.num_steps
@@ -119,44 +131,60 @@ class _Run:
         device = self.accelerator.device
         self.is_writer = self.accelerator.is_main_process
         if self.is_writer:
+            # early: the tracker puts it into the name of the running model
             write_num_parameters(job.work, model.num_parameters())
         self.tokenizer = load_tokenizer(tokenizer_folder)
-        rows, self._validation_sequences = _open_rows(job, model, self.tokenizer)
-        rows.fetch(self._report_fetching)
+        sequences, self._validation_sequences = _open_sequences(job, model, self.tokenizer)
+        sequences.fetch(self._report_fetching)
         self.flops_per_token = flops_per_token(model)
         self.peak = peak_flops(device, config.precision)
         is_gpu = device.type == "cuda"
         self.device_name = torch.cuda.get_device_name(device) if is_gpu else device.type
+        # Validation calls this module, not the one in DDP, which synchronizes its buffers in each
+        # forward pass: the processes may validate unequal numbers of batches.
         self._model_with_loss = ModelWithLoss(model)
-        self._training = Training(
+        # masks differ by stage: fine-tuning would otherwise hide the positions of pretraining
+        seed = derive_seed(job.seed, job.stage, "masks")
+        objective = make_objective(model, config, self.tokenizer, seed)
+        # Validation has its own masks, the same in pretraining and in fine-tuning, so that the
+        # losses of the two compare.
+        seed = derive_seed(job.seed, "validation masks")
+        self._validation_objective = make_objective(model, config, self.tokenizer, seed)
+        module = ModelWithObjective(self._model_with_loss, objective)
+        self._training = TrainingSetup(
             accelerator=self.accelerator,
-            model=_prepare(self.accelerator, self._model_with_loss, model, job.runtime),
+            model=_prepare(self.accelerator, module, job.runtime),
+            # after _prepare, which moves the weights: the optimizer holds on to the tensors
             optimizer=make_optimizer(model, config),
-            rows=rows,
-            objective=self._objective(derive_seed(job.seed, job.stage, "masks")),
+            sequences=sequences,
+            objective=objective,
             config=config,
             stage=job.stage,
             seed=derive_seed(job.seed, job.stage, "rows"),
-            micro_batch_size=_micro_batch_rows(
+            micro_batch_size=_micro_batch_size(
                 model, self.accelerator, config, job.runtime.micro_batch_size
             ),
         )
         idle_share = _idle_share(config, self.accelerator.num_processes)
         self.unit = "steps" if not idle_share else f"steps ({idle_share:.0%} of all devices idle)"
-        if self.is_writer and idle_share:
+        if self.is_writer and idle_share:  # a warning only: the result is right, the time wasted
             print(_uneven(job.stage, config, self.accelerator.num_processes), file=sys.stderr)
         self._checkpoints = job.work / "checkpoints"
+        # last: it loads into weights and optimizer state on their device
         self.state = _resume(self.accelerator, self._checkpoints, model, self._training.optimizer)
-        self._metrics = MetricsFile(job.work / METRICS, self.state.step) if self.is_writer else None
+        path = job.work / METRICS_FILE
+        # only now is it known where the curves continue
+        self._metrics = MetricsWriter(path, self.state.step) if self.is_writer else None
 
     def steps(self) -> Generator[Step]:
-        """Train, step by step."""
+        """Yield steps; those of a checkpoint or validation with their own weights."""
         runtime = self._job.runtime
         return training_steps(
             self._training,
             self.state,
+            # this process's own wish; the loop asks for those of the others
             is_stopping=lambda: self._job.is_stopping,
-            is_looked_at=lambda step: (
+            needs_weights=lambda step: (
                 self.is_due(step, runtime.checkpoint_every_steps)
                 or self.is_due(step, runtime.validate_every_steps)
             ),
@@ -168,16 +196,17 @@ class _Run:
         self._job.raise_if_stopping()
 
     def is_due(self, step: int, every_steps: int) -> bool:
-        """Tell whether what happens every so many steps, and after the last, happens at `step`."""
+        """Tell whether something done every so many steps, and after the last, is due."""
         return step % every_steps == 0 or step == self.num_steps
 
     def log(self, values: Mapping[str, float]) -> None:
-        """Add one point to the curves."""
+        """Add a point to the metrics file."""
         if self._metrics:
             self._metrics.append(self.state.step, self.state.tokens, values)
 
     def point(self, step: Step) -> dict[str, float]:
-        """Return what is written of a step; one that learned nothing has no loss."""
+        """Return the metrics of a step; one without targets has no loss."""
+        # of all positions, padding included: the speed of the machine, not of learning
         tokens_per_second = step.tokens / step.seconds
         point = {
             "learning_rate": step.learning_rate,
@@ -185,155 +214,158 @@ class _Run:
         }
         if self.peak:
             num_devices = self.accelerator.num_processes
-            share = tokens_per_second * self.flops_per_token / (self.peak * num_devices)
-            point["throughput/mfu"] = round(share, 4)
+            # PaLM's model FLOPs utilization (arXiv 2204.02311, appendix B)
+            mfu = tokens_per_second * self.flops_per_token / (self.peak * num_devices)
+            point["throughput/mfu"] = round(mfu, 4)
         if step.num_targets:
             point["train/loss"] = step.loss
-        if step.num_targets and math.isfinite(step.gradient_norm):
+        if step.num_targets and math.isfinite(step.gradient_norm):  # JSON has no infinity
             point["gradient_norm"] = step.gradient_norm
         if step.loss_scale is not None:
             point["loss_scale"] = step.loss_scale
         if step.update_norm is not None and step.weight_norm is not None:
             point["update_norm"] = step.update_norm
+            # about 1e-3 is usual; far above, the learning rate is too high
             point["update_norm_relative"] = step.update_norm / step.weight_norm
             point["memory/peak_gb"] = round(peak_memory_bytes(self.accelerator.device) / GIGA, 3)
         return point
 
     def save(self) -> None:
-        """Publish a checkpoint, if there is anything to save."""
+        """Write a checkpoint, from the main process, once a step is done."""
         if self._metrics and self.state.step:
+            # first: resuming cuts the file back to the checkpoint's step, and could not add to it
             self._metrics.make_durable()
             keep = self._job.runtime.keep_checkpoints
             optimizer = self._training.optimizer
             save_checkpoint(self._checkpoints, self._model, optimizer, self.state, keep=keep)
 
     def validate(self) -> Validation:
-        """Measure the model as it is and write the point."""
+        """Measure the current weights and log the result.
+
+        Raises:
+            StageError: the validation loss is not finite.
+        """
         if self._metrics:
-            self._metrics.write()
+            self._metrics.write()  # validation takes long: the curves are shown as they are
         found = validate(
             self.accelerator,
-            self._model,
             self._model_with_loss,
             self._validation_sequences,
-            self._objective(derive_seed(self._job.seed, "validation masks")),
+            self._validation_objective,
             self.tokenizer.token_bytes,
             precision=self._config.precision,
-            num_rows=self._job.runtime.validation_sequences,
-            room=self._training.micro_batch_size,
+            num_sequences=self._job.runtime.validation_sequences,
+            max_batch_size=self._training.micro_batch_size,
         )
+        # the training loss of this step was finite, so the last update broke the weights
         if not math.isfinite(found.loss):
             what = f"a validation loss of {found.loss}"
             raise divergence(self._job.stage, self.state.step, what, self._config)
-        self.log({"val/loss": found.loss} | {f"val/{k}": v for k, v in found.figures.items()})
+        self.log({"val/loss": found.loss} | {f"val/{k}": v for k, v in found.metrics.items()})
         if self._metrics:
-            self._metrics.write()
+            self._metrics.write()  # a rare point: shown at once
         return found
-
-    def _objective(self, seed: int) -> NextToken | MaskedTokens:
-        document_mask = self._config.document_mask
-        if self._model.config.is_causal:
-            return NextToken(document_mask=document_mask)
-        masking = Masking(
-            seed=seed,
-            fraction=self._config.masked_fraction,
-            mask_id=self.tokenizer.mask_id,
-            is_text=self.tokenizer.token_bytes > 0,
-        )
-        return MaskedTokens(document_mask=document_mask, masking=masking)
 
 
 def _prepare(
-    accelerator: Accelerator, module: ModelWithLoss, model: Transformer, runtime: RuntimeConfig
+    accelerator: Accelerator, module: ModelWithObjective, runtime: RuntimeConfig
 ) -> torch.nn.Module:
-    """Put the model on its device, compiled and in DDP where that is wanted."""
+    """Move the model to its device, compiled and wrapped in DDP as the settings say."""
+    model = module.model.model
+    # a third more work, the second forward pass; a layer then keeps one tensor instead of 14
     if runtime.activation_checkpointing:
-        has_dropout = model.config.dropout > 0  # only then is there a generator to wind back
+        # without dropout there is no random state that the second forward pass must repeat
+        has_dropout = model.config.dropout > 0
         for block in model.blocks:
+            # use_reentrant=False is the variant that torch recommends, and that DDP supports
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=has_dropout
             )
+    # a short training on a CPU rarely wins back the time of compiling
     is_compiled = {"always": True, "never": False, "auto": accelerator.device.type == "cuda"}
     if is_compiled[runtime.compile]:
-        module.compile()
+        # model and softmax only: an objective's own few operations stay plain torch
+        module.model.compile()
     return accelerator.prepare_model(module)
 
 
 def _resume(
     accelerator: Accelerator, folder: Path, model: Transformer, optimizer: Optimizer
 ) -> TrainState:
-    """Go on from the newest whole checkpoint, the same on every process, or start."""
+    """Load the newest whole checkpoint, the same on every process, or start from step 0."""
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        newest_checkpoint(folder)  # sets damaged ones aside before the others look
+        newest_checkpoint(folder)  # renames damaged ones before other processes list the folder
     accelerator.wait_for_everyone()
+    # every process reads the same bytes, so nothing is broadcast
     path = newest_checkpoint(folder)
     return load_checkpoint(path, model, optimizer) if path else TrainState()
 
 
-def _open_rows(
+def _open_sequences(
     job: Job, model: Transformer, tokenizer: Tokenizer
 ) -> tuple[PackedSequences, PackedSequences]:
-    """Open the rows of both splits and compare them with the model.
+    """Open the training and validation split and check that they fit the model.
 
     Raises:
-        DataError: they are of another context or vocabulary, or there are none.
+        DataError: another context or vocabulary, or no sequences.
     """
     folder, cache = Path(job.inputs["sequences"]), file_cache(job.runtime)
     splits = PackedSequences(folder, "train", cache), PackedSequences(folder, "validation", cache)
     layout = splits[0].layout
-    problems: list[str] = []
+    problems: list[str] = []  # all at once: each run that fails costs the start of a process
     if layout.seq_len != model.seq_len:
         problems.append(f"seq_len: found {layout.seq_len}, expected the model's {model.seq_len}")
-    for what, found in (("rows", layout.vocab_size), ("tokenizer", tokenizer.vocab_size)):
+    for what, found in (("sequences", layout.vocab_size), ("tokenizer", tokenizer.vocab_size)):
         if found != model.vocab_size:
             problems.append(
                 f"vocab_size: found {found} in the {what}, expected the model's {model.vocab_size}"
             )
-    for name, rows in zip(("train", "validation"), splits, strict=True):
-        if not rows.num_rows or not rows.info.num_target_tokens:
+    for name, split in zip(("train", "validation"), splits, strict=True):
+        if not split.num_rows or not split.info.num_target_tokens:
             problems.append(
-                f"{name}: found {rows.num_rows} rows with {rows.info.num_target_tokens} tokens to"
-                " learn, expected some; give more data or change clean.validation_fraction"
+                f"{name}: found {split.num_rows} sequences with {split.info.num_target_tokens}"
+                " target tokens, expected some; give more data or change clean.validation_fraction"
             )
     if problems:
         raise DataError(
-            f"{folder}: these rows do not fit the model; pack them with its tokenizer and context\n"
-            + "\n".join(f"  {problem}" for problem in problems)
+            f"{folder}: these sequences do not fit the model; pack them with its tokenizer and"
+            " context\n" + "\n".join(f"  {problem}" for problem in problems)
         )
     return splits
 
 
-def _micro_batch_rows(
-    model: Transformer, accelerator: Accelerator, config: OptimizationConfig, room: int = 0
+def _micro_batch_size(
+    model: Transformer, accelerator: Accelerator, config: OptimizationConfig, limit: int = 0
 ) -> int:
-    """Return how many rows each pass takes: at most `room`; 0 is what the memory has room for.
-
-    A layer keeps about 10 tensors of the model's width and 4 of the feed-forward's; what it keeps
-    in 16 bits is taken for 32. Logits do not count: they never stand in memory whole.
-    """
+    """Return the number of sequences of a forward pass: at most `limit`; 0: what memory allows."""
+    # A layer keeps about 10 tensors of d_model and 4 of d_ff, counted as fp32 whatever the
+    # precision. Logits do not count: the chunked loss never holds those of all positions.
     shape = model.config
-    row_bytes = 4 * model.seq_len * shape.num_layers * (10 * shape.d_model + 4 * shape.d_ff)
+    sequence_bytes = 4 * model.seq_len * shape.num_layers * (10 * shape.d_model + 4 * shape.d_ff)
     room_bytes = ACTIVATION_BYTES
     if accelerator.device.type == "cuda":
         memory_bytes = torch.cuda.get_device_properties(accelerator.device).total_memory
         room_bytes = int(ACTIVATION_SHARE * memory_bytes)
+    # of the process with the most sequences: all use the same size, hence the same shape
     largest_share = -(-config.global_batch_size // accelerator.num_processes)
-    return even_size(largest_share, room or max(1, room_bytes // row_bytes))
+    return even_size(largest_share, limit or max(1, room_bytes // sequence_bytes))
 
 
 def _idle_share(config: OptimizationConfig, num_processes: int) -> float:
-    """Return the share of all processes' time in which some wait for those with a row more."""
+    """Return the share of all processes' time spent waiting for those with a sequence more."""
     largest_share = -(-config.global_batch_size // num_processes)
     return 1 - config.global_batch_size / (largest_share * num_processes)
 
 
 def _uneven(stage: str, config: OptimizationConfig, num_processes: int) -> str:
-    """Say what shares that differ cost, and how to avoid it."""
+    """Return the warning about shares of different sizes, with a number of processes that avoids
+    them.
+    """
     largest_share = -(-config.global_batch_size // num_processes)
     return (
         f"{stage}.global_batch_size: {config.global_batch_size} sequences among {num_processes}"
-        f" processes: some learn from {largest_share} in each step, some from fewer and wait,"
-        f" which is {_idle_share(config, num_processes):.0%} of the time of all. As fast:"
+        f" processes: some train on {largest_share} in each step, the others on fewer and wait,"
+        f" {_idle_share(config, num_processes):.0%} of all time. As fast:"
         f" runtime.num_processes={-(-config.global_batch_size // largest_share)}"
     )

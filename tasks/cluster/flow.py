@@ -41,8 +41,9 @@ from llm.artifact import write_json_atomically
 from llm.config import RuntimeConfig
 from llm.errors import StageError
 from llm.runtime.failures import error_to_json
-from llm.runtime.job import Job, die_with_parent, is_finished, read_job
+from llm.runtime.job import Job, is_finished, read_job
 from llm.runtime.shards import MAX_ATTEMPTS, Wanted, read_wanted
+from llm.runtime.termination import die_with_parent
 from tasks.cluster.runner import ERROR
 from tasks.cluster.worker import Lease, ShardKilledError, do_shard
 

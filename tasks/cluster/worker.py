@@ -11,7 +11,8 @@ from pathlib import Path
 from llm.errors import StageError
 from llm.runtime.failures import OUTPUT, how_it_ended, read_failure
 from llm.runtime.job import is_finished, read_job
-from llm.runtime.shards import JOB, WANTED, end_processes, read_wanted, shard_work, start_shard
+from llm.runtime.shards import JOB, WANTED, read_wanted, shard_work, start_shard
+from llm.runtime.termination import end_processes
 
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_SEE = 15.0  # for a file that another machine wrote

@@ -5,14 +5,11 @@ an outage, or when a training goes on in another process. So there is no second 
 and a step that a resumed training repeats is not drawn twice.
 """
 
-import json
 import math
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from llm.monitoring.metrics import MetricsReader, Point
 from tasks.tracking.client import MlflowStore
 
 if TYPE_CHECKING:
@@ -21,54 +18,6 @@ if TYPE_CHECKING:
 
 METRICS_PER_BATCH = 900  # MLflow takes 1000 entities in a call
 TOKENS_AXIS, SECONDS_AXIS = "x-axis/tokens", "x-axis/seconds"  # listed after the curves
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
-    """One line of `metrics.jsonl`: what was measured at a step."""
-
-    step: int
-    tokens: int
-    seconds: float
-    metrics: Mapping[str, float]
-
-    def values(self) -> dict[str, float]:
-        """Return the metrics with the two other axes one may want to see them over."""
-        return {**self.metrics, TOKENS_AXIS: self.tokens, SECONDS_AXIS: self.seconds}
-
-
-class PointFile:
-    """Reads a growing `metrics.jsonl`; a training that resumes may cut it and write on."""
-
-    def __init__(self, path: Path) -> None:
-        """Start at the beginning of a file that need not exist yet."""
-        self.path = path
-        self.started_at_ms = 0
-        """When second zero was, told by the last line and by when the file was last written."""
-        self._offset_bytes = 0
-        self._last_line = b""
-
-    def read_new(self) -> list[Point]:
-        """Return the points of all whole lines not returned yet; all, if the file was rewritten."""
-        try:
-            file = self.path.open("rb")
-        except FileNotFoundError:
-            return []
-        with file:
-            start = self._offset_bytes - len(self._last_line)
-            file.seek(start)
-            if file.read(len(self._last_line)) != self._last_line:
-                self._offset_bytes = 0
-                file.seek(0)
-            lines = [line for line in file if line.endswith(b"\n")]
-            written_at_ms = os.fstat(file.fileno()).st_mtime_ns // 1_000_000
-        points = [point for point in map(_point, lines) if point is not None]
-        if lines:
-            self._offset_bytes += sum(map(len, lines))
-            self._last_line = lines[-1]
-        if points:
-            self.started_at_ms = written_at_ms - int(points[-1].seconds * 1000)
-        return points
 
 
 class Curves:
@@ -82,7 +31,7 @@ class Curves:
         self._is_certain = is_new
         self._pending: list[Point] = []
 
-    def send_new(self, file: PointFile) -> None:
+    def send_new(self, file: MetricsReader) -> None:
         """Send what `file` has and the run has not. After an error, call it again."""
         self._pending += file.read_new()
         try:
@@ -106,7 +55,7 @@ class Curves:
 
         at_ms = started_at_ms + int(point.seconds * 1000)
         missing: list[Metric] = []
-        for key, value in point.values().items():
+        for key, value in _with_axes(point).items():
             if key not in self._last_step:
                 self._last_step[key] = -1 if self._is_certain else self._last_delivered_step(key)
             if point.step > self._last_step[key]:
@@ -138,15 +87,6 @@ def draw_losses(points: Sequence[Point], title: str) -> "Figure":
     return figure
 
 
-def _point(line: bytes) -> Point | None:
-    """Read one line; one that a kill tore apart is no point."""
-    try:
-        data = cast(dict[str, Any], json.loads(line))
-        return Point(
-            step=int(data["step"]),
-            tokens=int(data["tokens"]),
-            seconds=float(data["seconds"]),
-            metrics={key: float(value) for key, value in data["metrics"].items()},
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
+def _with_axes(point: Point) -> dict[str, float]:
+    """Return the metrics with the two other axes one may want to see them over."""
+    return {**point.metrics, TOKENS_AXIS: point.tokens, SECONDS_AXIS: point.seconds}

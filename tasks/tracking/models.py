@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from llm.artifact import Json, write_json_atomically
-from llm.monitoring.metrics import read_num_parameters
+from llm.monitoring.metrics import METRICS_FILE, MetricsReader, read_num_parameters
 from tasks.tracking.client import (
     DIGEST_TAG,
     KEY_TAG,
@@ -23,7 +23,7 @@ from tasks.tracking.client import (
     one_line,
     split_summary,
 )
-from tasks.tracking.curves import Curves, PointFile, draw_losses
+from tasks.tracking.curves import Curves, draw_losses
 from tasks.tracking.journal import Dataset, ModelFinished, ModelStarted, ReportFinished, StageCached
 from tasks.tracking.logged_model import log_model, logged_model_id
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
 
 MODEL_NAMES: Mapping[str, str] = {"pretrain": "base", "finetune": "chat"}
-METRICS_FILE = "metrics.jsonl"
 RUN_FILE, LOCK_FILE = "tracking.json", ".tracking.lock"
 SAMPLE_TABLE = "samples.json"
 OTHER_COLUMNS = ("expected", "kind")
@@ -43,7 +42,7 @@ class Training:
     """A model in training, whose curves this process alone follows while it holds the lock."""
 
     pipeline_title: str
-    file: PointFile
+    file: MetricsReader
     curves: Curves
     lock: IO[bytes] | None
 
@@ -84,7 +83,7 @@ class ModelRuns:
             write_json_atomically(work_folder / RUN_FILE, known, is_durable=False)
         self._trainings[event.stage] = Training(
             pipeline_title=pipeline_title,
-            file=PointFile(work_folder / METRICS_FILE),
+            file=MetricsReader(work_folder / METRICS_FILE),
             curves=Curves(self._store, run_id, is_new=is_new),
             lock=lock,
         )
@@ -114,7 +113,7 @@ class ModelRuns:
         training.curves.send_new(training.file)
         name = f"model/{event.stage}"
         if event.status == "FINISHED":
-            training.curves.send_new(PointFile(self._store.path(event.folder) / METRICS_FILE))
+            training.curves.send_new(MetricsReader(self._store.path(event.folder) / METRICS_FILE))
             title = _title(
                 training.pipeline_title, event.stage, event.summary.get("num_parameters")
             )
@@ -197,7 +196,7 @@ class ModelRuns:
         self._store.set_tags(run_id, {**texts, DIGEST_TAG: event.digest, NOTE: note})
         for file in (folder / "model.json", *sorted(folder.glob("tokenizer.*"))):
             client.log_artifact(run_id, str(file))
-        points = PointFile(folder / METRICS_FILE).read_new()
+        points = MetricsReader(folder / METRICS_FILE).read_new()
         client.log_figure(run_id, draw_losses(points, title), "loss.png")
         last_step = points[-1].step if points else 0
         is_chat = event.stage == "finetune"

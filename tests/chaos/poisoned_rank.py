@@ -27,8 +27,8 @@ from llm.model.loss import ModelWithLoss
 from llm.model.transformer import Transformer
 from llm.runtime import failpoints
 from llm.tokenizer.bpe import ByteLevelBPE
-from llm.training.batches import NextToken
-from llm.training.loop import Training, TrainState, training_steps
+from llm.training.loop import TrainingSetup, TrainState, training_steps
+from llm.training.objectives import ModelWithObjective, NextToken
 from llm.training.optimizers import Optimizer, make_optimizer
 from llm.training.processes import RENDEZVOUS, make_accelerator
 from tests.chaos.counting import Figure
@@ -147,12 +147,13 @@ def _train(poison: Poison, rows: PackedSequences, rank: int) -> dict[str, Any]:
     accelerator = make_accelerator(runtime, config)
     model = tiny_model()
     optimizer = make_optimizer(model, config)
-    training = Training(
+    objective = NextToken(document_mask=False)
+    training = TrainingSetup(
         accelerator=accelerator,
-        model=accelerator.prepare_model(ModelWithLoss(model)),
+        model=accelerator.prepare_model(ModelWithObjective(ModelWithLoss(model), objective)),
         optimizer=optimizer,
-        rows=rows,
-        objective=NextToken(document_mask=False),
+        sequences=rows,
+        objective=objective,
         config=config,
         stage="pretrain",
         seed=3,

@@ -1,4 +1,4 @@
-"""Which rows a step learns from: slices of one sequence, however many read it and how."""
+"""Batches of steps: slices of one endless sequence, however many processes read it."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from llm.config import OptimizationConfig, load_config, recipe_names
 from llm.data.packed import PackedArrays, PackedSequences, sequence_order
-from llm.training.batches import NextToken, batches_of_steps, even_size, share_of
+from llm.training.batches import batches_of_steps, even_size, share_of
+from llm.training.objectives import NextToken
 
 
-class NumberedRows:
-    """Rows of five tokens, each of which says which row it is; odd rows end in padding."""
+class NumberedSequences:
+    """Sequences of five tokens that encode their own number; odd ones end in padding."""
 
     seq_len = 4
 
@@ -24,7 +25,7 @@ class NumberedRows:
         self.num_rows = num_rows
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> PackedArrays:
-        """Return the rows as `PackedSequences` does."""
+        """Return sequences as `PackedSequences` does."""
         numbers = np.asarray(indices)[:, None]
         tokens = numbers * 10 + np.arange(5)
         mask = (np.arange(5) < 5 - numbers % 2) & (np.arange(5) > 0)
@@ -46,16 +47,16 @@ def test_steps_are_the_slices_of_one_sequence_however_they_are_read(
     config = OptimizationConfig(num_steps=9, global_batch_size=6)
     epochs = [sequence_order(7, epoch, np.arange(num_rows), num_rows) for epoch in range(9 * 6)]
     expected = np.concatenate(epochs)[: 9 * 6].reshape(9, 6)[first_step:]
-    rows = NumberedRows(num_rows)
+    sequences = NumberedSequences(num_rows)
     size = even_size(-(-6 // num_processes), room)
     found: list[list[list[int]]] = [[] for _ in expected]
     num_targets = [0 for _ in expected]
     shapes: set[tuple[int, int]] = set()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llm.training.batches.TOKENS_AT_ONCE", tokens_at_once)
+        patch.setattr("llm.training.batches.READ_TOKENS", tokens_at_once)
         for process in range(num_processes):
             steps = batches_of_steps(
-                cast(PackedSequences, rows),
+                cast(PackedSequences, sequences),
                 NextToken(document_mask=False),
                 config,
                 seed=7,
@@ -69,13 +70,13 @@ def test_steps_are_the_slices_of_one_sequence_however_they_are_read(
                 shapes |= {(len(step.micro_batches), len(b.inputs)) for b in step.micro_batches}
                 inputs = torch.cat([batch.inputs for batch in step.micro_batches])
                 targets = torch.cat([batch.targets for batch in step.micro_batches])
-                is_learned = (targets != -100).any(dim=1)  # each of these rows has a target
+                is_learned = (targets != -100).any(dim=1)  # each of these sequences has a target
                 found[number] += inputs[is_learned].tolist()
                 num_targets[number] += step.num_targets
                 assert step.num_targets == int((targets != -100).sum())
-    assert found == [rows.read(numbers).tokens[:, :-1].tolist() for numbers in expected]
-    assert num_targets == [int(rows.read(numbers).mask.sum()) for numbers in expected]
-    assert len(shapes) == min(1, len(expected)), "as many passes everywhere, all of one shape"
+    assert found == [sequences.read(numbers).tokens[:, :-1].tolist() for numbers in expected]
+    assert num_targets == [int(sequences.read(numbers).mask.sum()) for numbers in expected]
+    assert len(shapes) == min(1, len(expected)), "equal numbers of forward passes, of one shape"
     assert all(height <= room for _, height in shapes)
 
 

@@ -27,13 +27,13 @@ from tests.llm.training_setup import (
 
 @pytest.fixture
 def inputs(tmp_path: Path, tokenizer: ByteLevelBPE) -> dict[str, Path]:
-    """A base model and rows of chats."""
+    """A base model and packed chats."""
     writer = ArtifactWriter(tmp_path / "base")
     save_model(writer, tiny_model(vocab_size=tokenizer.vocab_size), tokenizer.to_files())
     writer.finish(stage="pretrain", summary={})
     return {
         "base": tmp_path / "base",
-        "sequences": write_chat_sequences(tmp_path / "rows", tokenizer, 50),
+        "sequences": write_chat_sequences(tmp_path / "sequences", tokenizer, 50),
     }
 
 
@@ -43,8 +43,8 @@ def test_it_starts_from_the_base_and_learns_the_masked_targets_alone(
     settings = tiny_finetune(num_steps=30, learning_rate=1e-2)
     run_inside(finetune, write_job_file(tmp_path, "finetune", settings, inputs))
     base, chat = load_model(inputs["base"]), load_model(tmp_path / "out")
-    rows = PackedSequences(inputs["sequences"], "validation")
-    arrays = rows.read(range(8))
+    sequences = PackedSequences(inputs["sequences"], "validation")
+    arrays = sequences.read(range(8))
     tokens, mask = torch.from_numpy(arrays.tokens), torch.from_numpy(arrays.mask)[:, 1:]
     with torch.no_grad():
         before = token_losses(base(tokens[:, :-1]), tokens[:, 1:])
@@ -63,8 +63,8 @@ def test_it_starts_from_the_base_and_learns_the_masked_targets_alone(
 def test_rows_of_another_context_than_the_base_are_refused_with_both_numbers(
     tmp_path: Path, inputs: dict[str, Path], tokenizer: ByteLevelBPE
 ) -> None:
-    rows = write_chat_sequences(tmp_path / "longer", tokenizer, 50, seq_len=48)
-    job = write_job_file(tmp_path, "finetune", tiny_finetune(), {**inputs, "sequences": rows})
+    sequences = write_chat_sequences(tmp_path / "longer", tokenizer, 50, seq_len=48)
+    job = write_job_file(tmp_path, "finetune", tiny_finetune(), {**inputs, "sequences": sequences})
     with pytest.raises(DataError, match="seq_len: found 48, expected the model's 32"):
         run_inside(finetune, job)
 

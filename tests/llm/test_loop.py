@@ -21,8 +21,9 @@ from llm.model.masked_lm import Masking
 from llm.model.transformer import Transformer
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.training import loop
-from llm.training.batches import MaskedTokens, NextToken, batches_of_steps, sample_sequences
-from llm.training.loop import Step, Training, TrainState, training_steps
+from llm.training.batches import batches_of_steps, sample_sequences
+from llm.training.loop import Step, TrainingSetup, TrainState, training_steps
+from llm.training.objectives import MaskedTokens, ModelWithObjective, NextToken
 from llm.training.optimizers import make_optimizer
 from llm.training.validation import Validation, validate
 from tests.llm.training_setup import (
@@ -37,23 +38,23 @@ CONFIG = OptimizationConfig(num_steps=6, global_batch_size=8, warmup_steps=2, le
 
 
 class NoTargets(PackedSequences):
-    """Rows of which nothing is to be learned."""
+    """Sequences of which nothing is to be learned."""
 
     def read(self, indices: npt.ArrayLike) -> PackedArrays:
-        """Return the rows at `indices`."""
+        """Return the sequences at `indices`."""
         found = super().read(indices)
         return found._replace(mask=np.zeros_like(found.mask))
 
 
 @pytest.fixture
 def text(tmp_path: Path, tokenizer: ByteLevelBPE, corpus: list[str]) -> Path:
-    """Rows of text."""
+    """Sequences of text."""
     return write_text_sequences(tmp_path / "text", tokenizer, corpus[:40])
 
 
 @pytest.fixture
 def chats(tmp_path: Path, tokenizer: ByteLevelBPE) -> Path:
-    """Rows of chats, most of each row padding."""
+    """Sequences of chats, mostly padding."""
     return write_chat_sequences(tmp_path / "chats", tokenizer, 60)
 
 
@@ -62,7 +63,7 @@ NEXT_TOKEN = NextToken(document_mask=False)
 
 def run(
     model: Transformer,
-    rows: PackedSequences,
+    sequences: PackedSequences,
     config: OptimizationConfig = CONFIG,
     micro_batch_size: int = 8,
     state: TrainState | None = None,
@@ -70,12 +71,14 @@ def run(
 ) -> Iterator[Step]:
     """Train `model` in this process."""
     accelerator = fresh_accelerator()
-    training = Training(
+    objective = more.pop("objective", NextToken(document_mask=config.document_mask))
+    module = ModelWithObjective(ModelWithLoss(model), objective)
+    training = TrainingSetup(
         accelerator=accelerator,
-        model=accelerator.prepare_model(ModelWithLoss(model)),
+        model=accelerator.prepare_model(module),
         optimizer=more.pop("optimizer", None) or make_optimizer(model, config),
-        rows=rows,
-        objective=more.pop("objective", NextToken(document_mask=config.document_mask)),
+        sequences=sequences,
+        objective=objective,
         config=config,
         stage="pretrain",
         seed=3,
@@ -94,19 +97,18 @@ def masked_tokens(tokenizer: ByteLevelBPE) -> MaskedTokens:
 
 
 def check(
-    model: Transformer, rows: PackedSequences, tokenizer: ByteLevelBPE, **more: Any
+    model: Transformer, sequences: PackedSequences, tokenizer: ByteLevelBPE, **more: Any
 ) -> Validation:
-    """Validate `model` on five rows in this process."""
+    """Validate `model` on five sequences in this process."""
     return validate(
         fresh_accelerator(),
-        model,
         ModelWithLoss(model),
-        rows,
+        sequences,
         more.get("objective", NEXT_TOKEN),
         tokenizer.token_bytes,
         precision="fp32",
-        num_rows=5,
-        room=more.get("room", 2),
+        num_sequences=5,
+        max_batch_size=more.get("max_batch_size", 2),
     )
 
 
@@ -114,9 +116,9 @@ def check(
 def test_a_training_equals_one_written_with_plain_torch(
     kind: str, request: pytest.FixtureRequest
 ) -> None:
-    rows = PackedSequences(request.getfixturevalue(kind), "train")
+    sequences = PackedSequences(request.getfixturevalue(kind), "train")
     model, reference = tiny_model(), tiny_model()
-    steps = list(run(model, rows, micro_batch_size=3))
+    steps = list(run(model, sequences, micro_batch_size=3))
     matrices = [p for p in reference.parameters() if p.ndim == 2]
     vectors = [p for p in reference.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -125,7 +127,7 @@ def test_a_training_equals_one_written_with_plain_torch(
         betas=(0.9, 0.95),
     )
     for number, step in enumerate(steps):
-        arrays = rows.read(sample_sequences(3, np.arange(8) + number * 8, rows.num_rows))
+        arrays = sequences.read(sample_sequences(3, np.arange(8) + number * 8, sequences.num_rows))
         tokens, mask = torch.from_numpy(arrays.tokens), torch.from_numpy(arrays.mask)
         logits = reference(tokens[:, :-1])
         loss = F.cross_entropy(logits[mask[:, 1:]], tokens[:, 1:][mask[:, 1:]])
@@ -149,9 +151,9 @@ def test_a_training_equals_one_written_with_plain_torch(
 def test_micro_batches_give_the_gradient_of_one_batch(
     kind: str, request: pytest.FixtureRequest
 ) -> None:
-    rows = PackedSequences(request.getfixturevalue(kind), "train")
+    sequences = PackedSequences(request.getfixturevalue(kind), "train")
     found = [
-        next(run(tiny_model(), rows, micro_batch_size=micro_batch_size))
+        next(run(tiny_model(), sequences, micro_batch_size=micro_batch_size))
         for micro_batch_size in (8, 4, 3, 1)
     ]
     for step in found[1:]:
@@ -164,12 +166,12 @@ def test_micro_batches_give_the_gradient_of_one_batch(
 def test_training_in_micro_batches_gives_the_weights_of_whole_batches(
     chats: Path, tokenizer: ByteLevelBPE, objective: str, optimizer_name: Any
 ) -> None:
-    rows = PackedSequences(chats, "train")
+    sequences = PackedSequences(chats, "train")
     config = replace(CONFIG, optimizer=optimizer_name)
     learned = NEXT_TOKEN if objective == "next" else masked_tokens(tokenizer)
     models = [tiny_model(is_causal=objective == "next") for _ in range(3)]
     for model, micro_batch_size in zip(models, (8, 4, 1), strict=True):
-        for _ in run(model, rows, config, micro_batch_size, objective=learned):
+        for _ in run(model, sequences, config, micro_batch_size, objective=learned):
             pass
     whole, *others = (
         torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models
@@ -184,12 +186,12 @@ def test_training_in_micro_batches_gives_the_weights_of_whole_batches(
 def test_a_masked_training_equals_one_written_with_plain_torch(
     text: Path, tokenizer: ByteLevelBPE
 ) -> None:
-    rows, objective = PackedSequences(text, "train"), masked_tokens(tokenizer)
+    sequences, objective = PackedSequences(text, "train"), masked_tokens(tokenizer)
     model, reference = tiny_model(is_causal=False), tiny_model(is_causal=False)
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.0)
-    first = next(run(model, rows, micro_batch_size=3, objective=objective))
+    first = next(run(model, sequences, micro_batch_size=3, objective=objective))
     samples = np.arange(8)
-    arrays = rows.read(sample_sequences(3, samples, rows.num_rows))
+    arrays = sequences.read(sample_sequences(3, samples, sequences.num_rows))
     tokens = arrays.tokens[:, :-1]
     inputs, targets = objective.masking.hide(tokens, arrays.mask[:, :-1], samples)
     is_target = targets != -100
@@ -207,11 +209,11 @@ def test_a_masked_training_equals_one_written_with_plain_torch(
 def test_what_is_masked_does_not_depend_on_the_number_of_processes(
     text: Path, tokenizer: ByteLevelBPE
 ) -> None:
-    rows, objective = PackedSequences(text, "train"), masked_tokens(tokenizer)
+    sequences, objective = PackedSequences(text, "train"), masked_tokens(tokenizer)
 
     def read(process: int, num_processes: int, first_step: int) -> list[torch.Tensor]:
         batches = batches_of_steps(
-            rows,
+            sequences,
             objective,
             CONFIG,
             seed=3,
@@ -248,43 +250,45 @@ def test_norms_of_update_and_weights_are_those_of_the_tenth_step(
 
 
 def test_dropout_drops_the_same_after_a_resume_and_other_things_in_other_steps(text: Path) -> None:
-    rows = PackedSequences(text, "train")
+    sequences = PackedSequences(text, "train")
     model, resumed = tiny_model(dropout=0.3), tiny_model(dropout=0.3)
     optimizer = make_optimizer(resumed, CONFIG)
-    whole = [step.loss for step in run(model, rows, micro_batch_size=3)]
+    whole = [step.loss for step in run(model, sequences, micro_batch_size=3)]
     state = TrainState()
-    first = run(resumed, rows, micro_batch_size=3, state=state, optimizer=optimizer)
+    first = run(resumed, sequences, micro_batch_size=3, state=state, optimizer=optimizer)
     losses = [next(first).loss for _ in range(2)]
     torch.manual_seed(99)  # whatever the generators did meanwhile
-    rest = run(resumed, rows, micro_batch_size=3, state=state, optimizer=optimizer)
+    rest = run(resumed, sequences, micro_batch_size=3, state=state, optimizer=optimizer)
     losses += [step.loss for step in rest]
     assert losses == whole
     assert all(map(torch.equal, model.parameters(), resumed.parameters()))
-    still = replace(CONFIG, learning_rate=1e-30, global_batch_size=rows.num_rows)
-    every_row = [step.loss for step in run(tiny_model(dropout=0.3), rows, still, 100)]
-    assert len(set(every_row)) == len(every_row), "the same rows and weights, dropped differently"
+    still = replace(CONFIG, learning_rate=1e-30, global_batch_size=sequences.num_rows)
+    every_row = [step.loss for step in run(tiny_model(dropout=0.3), sequences, still, 100)]
+    assert len(set(every_row)) == len(every_row), (
+        "the same sequences and weights, dropped differently"
+    )
 
 
 def test_a_step_ahead_gives_the_same_steps_and_the_state_of_the_step_yielded(
     text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = PackedSequences(text, "train")
+    sequences = PackedSequences(text, "train")
     model, ahead = tiny_model(), tiny_model()
     states: list[tuple[int, float | None, torch.Tensor]] = []
-    for step in run(model, rows):
+    for step in run(model, sequences):
         states.append((step.step, step.loss, model.norm.weight.detach().clone()))
     monkeypatch.setitem(loop.STEPS_AHEAD, "cpu", 1)
-    state, looked_at = TrainState(), {3, 6}
-    for step in run(ahead, rows, state=state, is_looked_at=looked_at.__contains__):
+    state, awaited = TrainState(), {3, 6}
+    for step in run(ahead, sequences, state=state, needs_weights=awaited.__contains__):
         expected_step, loss, weight = states[step.step - 1]
         assert (state.step, state.loss) == (step.step, step.loss) == (expected_step, loss)
-        place = step.step - (step.step in looked_at)  # elsewhere the weights are a step further
+        place = step.step - (step.step in awaited)  # elsewhere the weights are a step further
         assert torch.equal(ahead.norm.weight, states[place][2])
-        assert torch.equal(weight, ahead.norm.weight) == (step.step in looked_at)
+        assert torch.equal(weight, ahead.norm.weight) == (step.step in awaited)
     assert state.step == 6
 
 
-def test_a_stop_while_a_step_is_under_way_yields_that_step(
+def test_a_stop_while_a_step_is_in_flight_yields_that_step(
     text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(loop.STEPS_AHEAD, "cpu", 1)
@@ -294,7 +298,7 @@ def test_a_stop_while_a_step_is_under_way_yields_that_step(
         tiny_model(),
         PackedSequences(text, "train"),
         state=state,
-        is_looked_at=lambda step: False,
+        needs_weights=lambda step: False,
         is_stopping=lambda: asked.append(1) or len(asked) > 4,
     )
     assert [step.step for step in steps] == [1, 2, 3, 4]
@@ -314,7 +318,7 @@ def test_a_failure_found_a_step_later_leaves_weights_and_optimizer_as_before_it(
         PackedSequences(text, "train"),
         config,
         optimizer=optimizer,
-        is_looked_at=lambda step: step == 2,
+        needs_weights=lambda step: step == 2,
     )
     next(steps), next(steps)
     weights = [parameter.clone() for parameter in model.parameters()]
@@ -343,12 +347,12 @@ def fp16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fp16_skips_what_overflows_halves_its_scale_and_learns(
     text: Path, fp16_on_a_cpu: None
 ) -> None:
-    rows, config = PackedSequences(text, "train"), replace(CONFIG, precision="fp16")
+    sequences, config = PackedSequences(text, "train"), replace(CONFIG, precision="fp16")
     state = TrainState(loss_scale=2.0**40)
     model = tiny_model()
     steps: list[Step] = []
     weights = [parameter.clone() for parameter in model.parameters()]
-    for step in run(model, rows, replace(config, num_steps=40), state=state):
+    for step in run(model, sequences, replace(config, num_steps=40), state=state):
         steps.append(step)
         if math.isfinite(step.gradient_norm):
             break
@@ -360,9 +364,9 @@ def test_fp16_skips_what_overflows_halves_its_scale_and_learns(
 
 
 def test_fp16_learns_what_fp32_learns(text: Path, fp16_on_a_cpu: None) -> None:
-    rows = PackedSequences(text, "train")
-    wide = list(run(tiny_model(), rows))
-    narrow = list(run(tiny_model(), rows, replace(CONFIG, precision="fp16")))
+    sequences = PackedSequences(text, "train")
+    wide = list(run(tiny_model(), sequences))
+    narrow = list(run(tiny_model(), sequences, replace(CONFIG, precision="fp16")))
     for mine, theirs in zip(narrow, wide, strict=True):
         assert mine.loss == pytest.approx(theirs.loss, rel=5e-3)  # 10 bits of fraction
         assert mine.gradient_norm == pytest.approx(theirs.gradient_norm, rel=3e-2)
@@ -395,25 +399,12 @@ def test_a_step_larger_than_an_epoch_reads_several(text: Path) -> None:
 
 
 def test_the_state_counts_steps_tokens_epochs_and_rows(text: Path) -> None:
-    rows = PackedSequences(text, "train")
+    sequences = PackedSequences(text, "train")
     state = TrainState()
-    for step in run(tiny_model(), rows, state=state):
+    for step in run(tiny_model(), sequences, state=state):
         assert (state.step, state.tokens) == (step.step, step.step * 8 * SEQ_LEN)
-        assert state.epoch * rows.num_rows + state.row == step.step * 8
+        assert state.epoch * sequences.num_rows + state.row == step.step * 8
         assert state.loss == step.loss
-
-
-def test_a_target_is_the_next_token_and_padding_is_none(chats: Path) -> None:
-    rows = PackedSequences(chats, "train")
-    arrays = rows.read([0, 1])
-    batch = NEXT_TOKEN(arrays, np.arange(2))
-    mask = arrays.mask[:, 1:]
-    assert np.array_equal(
-        batch.inputs.numpy()[:, 1:][mask[:, :-1]], arrays.tokens[:, 1:-1][mask[:, :-1]]
-    )
-    assert np.array_equal(batch.targets.numpy()[mask], arrays.tokens[:, 1:][mask])
-    assert (batch.targets.numpy()[~mask] == -100).all()
-    assert (batch.targets != -100).sum() == mask.sum() > 0
 
 
 @pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
@@ -421,11 +412,11 @@ def test_a_target_is_the_next_token_and_padding_is_none(chats: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_with_weights_and_optimizer_unchanged(
     text: Path, optimizer_name: Any, poison: float
 ) -> None:
-    rows = PackedSequences(text, "train")
+    sequences = PackedSequences(text, "train")
     config = replace(CONFIG, optimizer=optimizer_name)
     model = tiny_model()
     optimizer = make_optimizer(model, config)
-    steps = run(model, rows, config, optimizer=optimizer)
+    steps = run(model, sequences, config, optimizer=optimizer)
     next(steps), next(steps)
     # a gradient, and so a loss, that is not finite, from a hook as a fault of the hardware would
     model.norm.register_forward_hook(lambda module, inputs, output: output * poison)
@@ -454,11 +445,11 @@ def test_a_gradient_that_is_not_finite_stops_too(text: Path) -> None:
 def test_a_step_without_a_target_changes_nothing_and_is_counted(
     chats: Path, tokenizer: ByteLevelBPE
 ) -> None:
-    rows = NoTargets(chats, "train")
+    sequences = NoTargets(chats, "train")
     model = tiny_model()
     weights = [parameter.clone() for parameter in model.parameters()]
     state = TrainState()
-    steps = list(run(model, rows, state=state))
+    steps = list(run(model, sequences, state=state))
     assert [(step.num_targets, step.loss, step.gradient_norm) for step in steps] == [(0, 0, 0)] * 6
     assert (state.skipped_steps, state.step, state.loss) == (6, 6, None)
     assert all(map(torch.equal, weights, model.parameters()))
@@ -467,7 +458,7 @@ def test_a_step_without_a_target_changes_nothing_and_is_counted(
 def test_a_stop_ends_between_two_steps_and_leaves_no_thread(
     text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.training.batches.TOKENS_AT_ONCE", 1)  # each step is a read of its own
+    monkeypatch.setattr("llm.training.batches.READ_TOKENS", 1)  # each step is a read of its own
     state = TrainState()
     done: list[Step] = []
     for step in run(
@@ -483,11 +474,13 @@ def test_a_stop_ends_between_two_steps_and_leaves_no_thread(
 
 
 def test_what_fails_in_reading_ahead_is_raised_in_the_loop(text: Path) -> None:
-    def fail(*_: Any) -> None:
-        raise DataError("cannot be read")
+    class Failing(NextToken):
+        def make_batch(self, *_: Any) -> Any:
+            raise DataError("cannot be read")
 
+    objective = Failing(document_mask=False)
     with pytest.raises(DataError, match="cannot be read"):
-        list(run(tiny_model(), PackedSequences(text, "train"), objective=fail))
+        list(run(tiny_model(), PackedSequences(text, "train"), objective=objective))
     assert "prefetch" not in [thread.name for thread in threading.enumerate()]
 
 
@@ -495,40 +488,40 @@ def test_masking_documents_changes_what_is_learned(
     tmp_path: Path, tokenizer: ByteLevelBPE, corpus: list[str]
 ) -> None:
     short = [text[start : start + 40] for text in corpus[:40] for start in range(0, 400, 40)]
-    rows = PackedSequences(write_text_sequences(tmp_path, tokenizer, short), "train")
-    plain = list(run(tiny_model(), rows))
-    masked = list(run(tiny_model(), rows, replace(CONFIG, document_mask=True)))
+    sequences = PackedSequences(write_text_sequences(tmp_path, tokenizer, short), "train")
+    plain = list(run(tiny_model(), sequences))
+    masked = list(run(tiny_model(), sequences, replace(CONFIG, document_mask=True)))
     assert [step.loss for step in plain] != [step.loss for step in masked]
     assert [step.num_targets for step in plain] == [step.num_targets for step in masked]
 
 
 @pytest.mark.parametrize("kind", ["text", "chats"])
-@pytest.mark.parametrize("room", [2, 3, 100])
+@pytest.mark.parametrize("max_batch_size", [2, 3, 100])
 def test_validation_equals_sums_by_hand(
-    kind: str, room: int, request: pytest.FixtureRequest, tokenizer: ByteLevelBPE
+    kind: str, max_batch_size: int, request: pytest.FixtureRequest, tokenizer: ByteLevelBPE
 ) -> None:
-    rows = PackedSequences(request.getfixturevalue(kind), "validation")
+    sequences = PackedSequences(request.getfixturevalue(kind), "validation")
     model = tiny_model()
-    found = check(model, rows, tokenizer, room=room)
+    found = check(model, sequences, tokenizer, max_batch_size=max_batch_size)
     nats, text_nats, num_targets, num_bytes = 0.0, 0.0, 0, 0
     for row in range(5):
-        arrays = rows.read([row])
+        arrays = sequences.read([row])
         with torch.no_grad():
-            chances = model(torch.from_numpy(arrays.tokens[:, :-1]))[0].log_softmax(-1)
+            log_probs = model(torch.from_numpy(arrays.tokens[:, :-1]))[0].log_softmax(-1)
         for position in range(SEQ_LEN):
             if arrays.mask[0, position + 1]:
                 target = int(arrays.tokens[0, position + 1])
-                cost = -float(chances[position, target])
+                cost = -float(log_probs[position, target])
                 nats, num_targets = nats + cost, num_targets + 1
                 if size := len(tokenizer.decode_bytes([target])):
                     text_nats, num_bytes = text_nats + cost, num_bytes + size
     assert found.loss == pytest.approx(nats / num_targets, rel=1e-5)
     bits_per_byte = text_nats / math.log(2) / num_bytes
-    assert found.figures == {"bits_per_byte": pytest.approx(bits_per_byte, rel=1e-5)}
+    assert found.metrics == {"bits_per_byte": pytest.approx(bits_per_byte, rel=1e-5)}
     assert model.training
 
 
 def test_validation_without_text_is_refused(chats: Path, tokenizer: ByteLevelBPE) -> None:
-    rows = NoTargets(chats, "validation")
-    with pytest.raises(DataError, match="the first 5 validation rows hold no text"):
-        check(tiny_model(), rows, tokenizer)
+    sequences = NoTargets(chats, "validation")
+    with pytest.raises(DataError, match="the first 5 validation sequences hold no text"):
+        check(tiny_model(), sequences, tokenizer)

@@ -13,7 +13,7 @@ from llm.evaluation.masked import measure_filled_in, num_pseudo_sequences, pseud
 from llm.model.loss import IGNORED
 from llm.model.masked_lm import Masking, fill_in
 from llm.tokenizer.base import Tokenizer
-from llm.training.batches import MaskedTokens
+from llm.training.objectives import MaskedTokens
 from tests.llm.training_setup import tiny_model, write_chat_sequences, write_text_sequences
 
 VOCAB_SIZE, MASK = 600, 6
@@ -131,7 +131,7 @@ def test_the_measures_of_a_split_equal_sums_by_hand(
     assert found.accuracy.value == pytest.approx(right / count, rel=1e-5)
     assert found.loss.standard_error is not None
     objective = MaskedTokens(document_mask=document_mask, masking=hidden)
-    batch = objective(rows.read(np.arange(rows.num_rows)), np.arange(rows.num_rows))
+    batch = objective.make_batch(rows.read(np.arange(rows.num_rows)), np.arange(rows.num_rows))
     learned, _ = fill_in(model, batch.inputs, batch.targets, batch.document_ids)
     assert float(learned.detach().mean()) == pytest.approx(nats / count, rel=1e-5), "as in training"
 

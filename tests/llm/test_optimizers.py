@@ -11,7 +11,7 @@ from llm.config import OptimizationConfig
 from llm.errors import ArtifactError
 from llm.model.transformer import Transformer
 from llm.training.muon import Muon
-from llm.training.optimizers import Optimizer, make_optimizer
+from llm.training.optimizers import FusedAdamW, Optimizer, make_optimizer
 from tests.llm.training_setup import tiny_model
 
 SOURCE = Path("optimizer.safetensors")
@@ -200,7 +200,19 @@ def test_muon_leaves_all_as_it_is_where_the_gradient_is_not_finite() -> None:
     muon.step()
     weight, momentum = matrix.detach().clone(), muon.state[matrix]["momentum_buffer"].clone()
     matrix.grad = torch.full((8, 4), torch.nan)
-    vars(muon)["found_inf"] = torch.ones(())
-    muon.step()
+    muon.step(is_skipped=torch.ones(()))
     assert torch.equal(matrix, weight)
     assert torch.equal(muon.state[matrix]["momentum_buffer"], momentum)
+
+
+def test_adamw_leaves_all_as_it_is_where_the_step_is_skipped() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(8, 4))
+    adamw = FusedAdamW([weight], lr=0.1, weight_decay=0.1, fused=True)
+    weight.grad = torch.randn(8, 4)
+    adamw.step(is_skipped=torch.zeros(()))
+    before = [weight.detach().clone(), *(t.clone() for t in adamw.state[weight].values())]
+    weight.grad = torch.full((8, 4), torch.nan)
+    adamw.step(is_skipped=torch.ones(()))
+    after = [weight.detach(), *adamw.state[weight].values()]
+    assert all(map(torch.equal, before, after))

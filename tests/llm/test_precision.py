@@ -1,19 +1,11 @@
-"""Mixed precision: fallback to fp32, settings restored on exit, and the loss scale of fp16."""
+"""Mixed precision: fallback to fp32, and settings restored on exit."""
 
-import random
 from typing import Any
 
 import pytest
 import torch
 
-from llm.model.precision import (
-    FIRST_LOSS_SCALE,
-    STEPS_TO_DOUBLE,
-    LossScale,
-    autocast,
-    computed_precision,
-    fp32_products,
-)
+from llm.model.precision import autocast, computed_precision, fp32_products
 
 
 @pytest.mark.parametrize("has_bf16", [False, True])
@@ -52,15 +44,3 @@ def test_fp32_products_are_rounded_as_requested_and_restored(requested: Any) -> 
                 raise RuntimeError("on the way")
             assert found() == outside
     assert found() == before
-
-
-def test_the_loss_scale_moves_as_torchs_scaler_does() -> None:
-    mine = LossScale(FIRST_LOSS_SCALE, STEPS_TO_DOUBLE - 5, torch.device("cpu"))
-    scale, count = torch.tensor(FIRST_LOSS_SCALE), torch.tensor(STEPS_TO_DOUBLE - 5).int()
-    generator = random.Random(1)
-    for step in range(3 * STEPS_TO_DOUBLE):
-        has_overflow = torch.tensor(float(step < 100 and generator.random() < 0.1))
-        mine.update(has_overflow)
-        torch._amp_update_scale_(scale, count, has_overflow, 2.0, 0.5, STEPS_TO_DOUBLE)
-        assert (float(mine.scale), float(mine.num_steps)) == (float(scale), float(count))
-    assert float(scale) != FIRST_LOSS_SCALE

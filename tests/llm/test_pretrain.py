@@ -46,12 +46,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def inputs(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: ByteLevelBPE, corpus: list[str]
 ) -> dict[str, Path]:
-    """Packed rows and the tokenizer they were packed with."""
+    """Packed sequences and their tokenizer."""
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer.to_files()[TOKENIZER_JSON])
-    rows = write_text_sequences(folder / "rows", tokenizer, corpus[:30])
-    return {"sequences": rows, "tokenizer": folder / "tokenizer"}
+    sequences = write_text_sequences(folder / "sequences", tokenizer, corpus[:30])
+    return {"sequences": sequences, "tokenizer": folder / "tokenizer"}
 
 
 def run(
@@ -257,9 +257,9 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_no_bits(
 def test_rows_in_a_store_train_as_rows_here(tmp_path: Path, inputs: dict[str, Path]) -> None:
     config = tiny_pretrain(num_steps=3)
     expected = run_inside(pretrain, write_job_file(tmp_path / "here", "pretrain", config, inputs))
-    rows = Path(shutil.copytree(inputs["sequences"], tmp_path / "rows"))
-    list(spread(rows, ["memory://test_pretrain"]))
-    there, cache = {**inputs, "sequences": rows}, tmp_path / "cache"
+    sequences = Path(shutil.copytree(inputs["sequences"], tmp_path / "sequences"))
+    list(spread(sequences, ["memory://test_pretrain"]))
+    there, cache = {**inputs, "sequences": sequences}, tmp_path / "cache"
     settings = {"cache_dir": str(cache)}
     job = write_job_file(tmp_path / "there", "pretrain", config, there, **settings)
     read_job(job).work.mkdir()  # as the stage's process does
@@ -321,7 +321,7 @@ def test_utilization_is_of_the_peak_of_all_devices_and_memory_and_updates_are_sh
 def test_a_validation_that_is_not_finite_stops_before_it_is_written(
     tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nothing = Validation(loss=float("nan"), figures={})
+    nothing = Validation(loss=float("nan"), metrics={})
     monkeypatch.setattr("llm.training.run.validate", lambda *given, **more: nothing)
     with pytest.raises(StageError, match="step 0 of 8 gave a validation loss of nan"):
         run_inside(pretrain, write_job_file(tmp_path, "pretrain", tiny_pretrain(), inputs))
@@ -357,8 +357,8 @@ def test_rows_of_another_tokenizer_are_refused_before_training(
     tmp_path: Path, inputs: dict[str, Path], corpus: list[str]
 ) -> None:
     other = ByteLevelBPE.train(corpus, 500)
-    rows = write_text_sequences(tmp_path / "rows", other, corpus[:10])
-    job = write_job_file(tmp_path, "pretrain", tiny_pretrain(), {**inputs, "sequences": rows})
+    sequences = write_text_sequences(tmp_path / "sequences", other, corpus[:10])
+    job = write_job_file(tmp_path, "pretrain", tiny_pretrain(), {**inputs, "sequences": sequences})
     expected = r"vocab_size: found 600 in the tokenizer, expected the model's 500"
     with pytest.raises(DataError, match=expected):
         run_inside(pretrain, job)
@@ -467,23 +467,23 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path, inputs: dict[st
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("num_processes", [2, 3, 4])
-def test_rows_that_divide_neither_among_processes_nor_into_passes_train_as_on_one(
-    num_processes: int, tmp_path: Path, inputs: dict[str, Path], of_seven_rows: Path
+def test_sequences_that_divide_neither_among_processes_nor_into_passes_train_as_on_one(
+    num_processes: int, tmp_path: Path, inputs: dict[str, Path], of_seven_sequences: Path
 ) -> None:
     runtime = {"num_processes": num_processes, "micro_batch_size": 2}
     code, errors = run(tmp_path, inputs, {"global_batch_size": 7}, **runtime)
     assert code == 0, errors
-    expected, found = summary(of_seven_rows), summary(tmp_path)
+    expected, found = summary(of_seven_sequences), summary(tmp_path)
     assert found["throughput_processes"] == num_processes
     assert found["num_tokens"] == expected["num_tokens"] == 8 * 7 * SEQ_LEN
     for name in ("train_loss", "val_loss", "val_bits_per_byte"):
         assert found[name] == pytest.approx(expected[name], rel=1e-6)
-    for mine, theirs in zip(points(tmp_path), points(of_seven_rows), strict=True):
+    for mine, theirs in zip(points(tmp_path), points(of_seven_sequences), strict=True):
         assert (mine["step"], mine["tokens"]) == (theirs["step"], theirs["tokens"])
         assert mine["metrics"] == pytest.approx(theirs["metrics"], rel=1e-5)
         for name in mine["metrics"].keys() & {"train/loss", "val/loss"}:
             assert mine["metrics"][name] == pytest.approx(theirs["metrics"][name], rel=1e-6)
-    assert f"pretrain.global_batch_size: 7 rows among {num_processes} processes" in errors
+    assert f"pretrain.global_batch_size: 7 sequences among {num_processes} processes" in errors
 
 
 @pytest.mark.distributed
@@ -500,12 +500,12 @@ def test_a_process_without_a_row_of_its_own_trains_with_the_others(
 
 
 @pytest.fixture(scope="module")
-def of_seven_rows(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Path]) -> Path:
-    """A training of seven rows a step, in one process and one pass."""
+def of_seven_sequences(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Path]) -> Path:
+    """A training of seven sequences per step, in one process and one forward pass."""
     folder = tmp_path_factory.mktemp("seven")
     code, errors = run(folder, inputs, {"global_batch_size": 7})
     assert code == 0, errors
-    assert "rows among" not in errors
+    assert "sequences among" not in errors
     return folder
 
 

@@ -15,7 +15,7 @@ from llm.errors import ConfigError
 from llm.tokenizer.base import TOKENIZER_JSON
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.training import processes
-from llm.training.processes import Placement, make_accelerator, place, sum_over_processes
+from llm.training.processes import Placement, choose_placement, make_accelerator, sum_over_processes
 from tests.llm.training_setup import (
     forget_accelerator,
     fresh_accelerator,
@@ -40,7 +40,7 @@ def test_a_process_per_visible_gpu_or_one_without_any(
     num_gpus: int, settings: dict[str, object], expected: Placement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
-    assert place(RuntimeConfig(**settings)) == expected  # type: ignore[arg-type]
+    assert choose_placement(RuntimeConfig(**settings)) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_gpus_that_are_not_there_are_refused_by_setting(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     with pytest.raises(ConfigError, match=message):
-        place(RuntimeConfig(**settings))  # type: ignore[arg-type]
+        choose_placement(RuntimeConfig(**settings))  # type: ignore[arg-type]
 
 
 def test_the_environment_decides_nothing_that_the_settings_do(
@@ -115,8 +115,8 @@ def test_no_process_of_a_training_listens_to_other_machines(
 ) -> None:
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(tokenizer.to_files()[TOKENIZER_JSON])
-    rows = write_text_sequences(tmp_path / "rows", tokenizer, corpus[:20])
-    inputs = {"sequences": rows, "tokenizer": tmp_path / "tokenizer"}
+    sequences = write_text_sequences(tmp_path / "sequences", tokenizer, corpus[:20])
+    inputs = {"sequences": sequences, "tokenizer": tmp_path / "tokenizer"}
     settings = tiny_pretrain(num_steps=5000)
     process = start(
         write_job_file(tmp_path, "pretrain", settings, inputs, num_processes=2), "pretrain"

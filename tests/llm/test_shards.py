@@ -349,7 +349,7 @@ def left_to_a_cluster(job: Job, errors: list[BaseException]) -> threading.Thread
 def test_stage_that_leaves_its_shards_to_a_cluster_waits_until_all_are_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards_module, "SECONDS_BETWEEN_SIGNS", 0.1)
+    monkeypatch.setattr(shards_module, "HEARTBEAT_SECONDS", 0.1)
     job = a_job(tmp_path, shard_runner="dask")
     do_shards(a_job(tmp_path, shard_workers=1), part, SHARDS[:1], "lines")
     errors: list[BaseException] = []

@@ -1,4 +1,4 @@
-"""What tests of training share: packed rows, small settings, and stages as processes."""
+"""What tests of training share: packed sequences, small settings, and stages as processes."""
 
 import json
 import os
@@ -52,18 +52,18 @@ def tiny_finetune(**settings: Any) -> FinetuneConfig:
 def write_text_sequences(
     folder: Path, tokenizer: ByteLevelBPE, texts: Sequence[str], seq_len: int = SEQ_LEN
 ) -> Path:
-    """Pack texts into rows; every fifth row is for validation."""
+    """Pack texts; every fifth sequence is for validation."""
     stream = [token for ids in tokenizer.encode_batch(texts) for token in (tokenizer.bos_id, *ids)]
     num_rows = (len(stream) - 1) // seq_len
     starts = np.arange(num_rows) * seq_len
     tokens = np.array(stream, dtype=np.uint32)[starts[:, None] + np.arange(seq_len + 1)]
-    return _write_rows(folder, tokenizer, tokens, None)
+    return _write_sequences(folder, tokenizer, tokens, None)
 
 
 def write_chat_sequences(
     folder: Path, tokenizer: ByteLevelBPE, num_chats: int, seq_len: int = SEQ_LEN
 ) -> Path:
-    """Pack short questions and answers, one a row; every fifth row is for validation."""
+    """Pack short questions and answers, one per sequence; every fifth is for validation."""
     chats = [
         [
             {"role": "user", "content": f"what is {number}?"},
@@ -76,7 +76,7 @@ def write_chat_sequences(
     for row, chat in enumerate(render_chats(chats, tokenizer)):
         tokens[row, : len(chat.ids)] = chat.ids[: seq_len + 1]
         mask[row, : len(chat.mask)] = chat.mask[: seq_len + 1]
-    return _write_rows(folder, tokenizer, tokens, mask)
+    return _write_sequences(folder, tokenizer, tokens, mask)
 
 
 def write_job_file(
@@ -148,7 +148,7 @@ def forget_accelerator() -> None:
     GradientState._reset_state()
 
 
-def _write_rows(
+def _write_sequences(
     folder: Path,
     tokenizer: ByteLevelBPE,
     tokens: np.ndarray[Any, np.dtype[np.uint32]],
@@ -169,7 +169,7 @@ def _write_rows(
         for row, (ids, is_target) in enumerate(
             zip(tokens[is_in], tokens[is_in] * 0 if mask is None else mask[is_in], strict=True)
         ):
-            is_first = np.r_[True, ids[1:] == layout.bos_id]  # of a document, or of the row
+            is_first = np.r_[True, ids[1:] == layout.bos_id]  # of a document, or of the sequence
             starts = np.flatnonzero(is_first & (ids != layout.pad_id)).tolist()
             for start, end in pairwise([*starts, int((ids != layout.pad_id).sum())]):
                 pieces.append((len(documents), 0, end - start, row, start))

@@ -57,7 +57,7 @@ def part(job, writer):
 def numbers(job, writer):
     if "seconds between looks" in job.settings:
         seconds = float(job.settings["seconds between looks"])
-        llm.runtime.shards.SECONDS_BETWEEN_LOOKS_AT_CLUSTER = seconds
+        llm.runtime.shards.CLUSTER_POLL_SECONDS = seconds
     shards = [Shard(name=f"part-{k}", settings={"number": k}, size=1) for k in range(NUM_SHARDS)]
     for shard in do_shards(job, part, shards, "parts"):
         shard.adopt(writer, {"number.txt": f"{shard.summary['number']}.txt"})

@@ -6,7 +6,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.tracking.curves import Point, PointFile, draw_losses
+from llm.monitoring.metrics import MetricsReader, Point
+from tasks.tracking.curves import draw_losses
 
 
 def line(step: int) -> bytes:
@@ -24,7 +25,7 @@ def test_a_file_written_in_any_pieces_is_read_once(
 ) -> None:
     path = tmp_path_factory.mktemp("points") / "metrics.jsonl"  # type: ignore[attr-defined]
     whole = b"".join(line(step) for step in range(6))
-    file, found = PointFile(path), list[int]()
+    file, found = MetricsReader(path), list[int]()
     position = 0
     with path.open("wb", buffering=0) as writer:
         for piece in pieces:
@@ -39,7 +40,7 @@ def test_a_file_written_in_any_pieces_is_read_once(
 
 def test_a_file_cut_back_and_written_on_is_read_from_its_beginning(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    file = PointFile(path)
+    file = MetricsReader(path)
     assert file.read_new() == []
     path.write_bytes(line(1) + line(2) + line(3))
     assert steps(file.read_new()) == [1, 2, 3]
@@ -52,13 +53,13 @@ def test_a_file_cut_back_and_written_on_is_read_from_its_beginning(tmp_path: Pat
 def test_a_line_that_is_no_point_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line(1) + b"nonsense\n[]\n{}\n" + line(2))
-    assert steps(PointFile(path).read_new()) == [1, 2]
+    assert steps(MetricsReader(path).read_new()) == [1, 2]
 
 
 def test_second_zero_is_told_by_when_the_file_was_written(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line(10))
-    file = PointFile(path)
+    file = MetricsReader(path)
     file.read_new()
     assert abs(file.started_at_ms + 5000 - path.stat().st_mtime_ns / 1e6) <= 1
 
