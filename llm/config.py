@@ -193,10 +193,8 @@ class NearDuplicatesConfig:
     arXiv:2107.06499) and compared by the Jaccard index of their n-grams of words.
     """
 
-    unit: Literal["none", "document", "paragraph"] = "none"
-    """What is compared: nothing; whole texts and chats; the paragraphs of texts, which are cut out
-    where a like one is kept elsewhere.
-    """
+    unit: Literal["none", "document"] = "none"
+    """document: compare whole texts and chats, and keep one of each cluster."""
     min_jaccard: Annotated[float, Range(minimum=0.5, maximum=1)] = 0.8
     """Share of n-grams that two have in common from which they count as nearly the same."""
     ngram_words: Positive = 5
@@ -218,8 +216,6 @@ class DecontaminationConfig:
     """
     ngram_words: Positive = 13
     """Words in an n-gram that must not be shared."""
-    max_documents: Annotated[int, Range(minimum=0, maximum=254)] = 10
-    """An n-gram in more training documents than this is a common phrase and no sign; 0: all are."""
     texts: tuple[str, ...] = ()
     """More texts to keep out of training: prompts, questions of a test."""
 

@@ -241,20 +241,25 @@ def archive_cases() -> dict[str, Case]:
     add(".tar: sparse by its attributes", "a.tar",
         lambda _: tar(entry("a.txt", b"1\n0\n9\n", **{"GNU.sparse.major": "1"})),
         "archive: no plain file")  # fmt: skip
-    add("bomb: .gz by its ratio", "a.txt.gz", lambda _: gzip_bomb(), "unfold to more than")
-    add("bomb: .zst by its ratio", "a.txt.zst", lambda _: zstd_bomb(), "unfold to more than")
+    add("bomb: .gz by its ratio", "a.txt.gz", lambda _: gzip_bomb(), "decompress to more than")
+    add("bomb: .zst by its ratio", "a.txt.zst", lambda _: zstd_bomb(), "decompress to more than")
     add("bomb: .zip by its ratio", "a.zip", lambda _: deflated(bytes(BOMB_BYTES)),
-        "unfold to more than")  # fmt: skip
+        "decompress to more than")  # fmt: skip
     add("bomb: .gz in .tar by its ratio", "a.tar", lambda _: tar(entry("b.txt.gz", gzip_bomb())),
-        "unfold to more than")  # fmt: skip
+        "decompress to more than")  # fmt: skip
     add("bomb: .tar.gz by its ratio", "a.tgz",
         lambda _: gzip.compress(tar(entry("b.txt", bytes(BOMB_BYTES))), mtime=0),
-        "unfold to more than")  # fmt: skip
+        "decompress to more than")  # fmt: skip
     add("bomb: .bz2 by its bytes", "a.txt.bz2", lambda _: bz2.compress(bytes(2 << 20)),
-        "unfold to more than 1,048,576", **LIMITS)  # fmt: skip
+        "decompress to more than 1,048,576", **LIMITS)  # fmt: skip
     add("bomb: .xz by its bytes", "a.txt.xz", lambda _: lzma.compress(bytes(2 << 20)),
-        "unfold to more than 1,048,576", **LIMITS)  # fmt: skip
-    add("bomb: .parquet by its ratio", "a.parquet", lambda _: parquet_bomb(), "unfold to more than")
+        "decompress to more than 1,048,576", **LIMITS)  # fmt: skip
+    add(
+        "bomb: .parquet by its ratio",
+        "a.parquet",
+        lambda _: parquet_bomb(),
+        "decompress to more than",
+    )
     for path in (
         "/..%2f..%2fevil.txt", "/%2e%2e/%2e%2e%2fevil.txt", "/a/../../../evil.txt", "/.evil.txt",
         "/evil%00.txt", "/%2fetc%2fevil.txt", "/..%5c..%5cevil.txt",

@@ -227,15 +227,15 @@ def try_refused(folder: Path, case: Refused) -> None:
 
 
 def try_bomb(folder: Path) -> None:
-    """Download the right bytes, which unfold to far more when they are cleaned."""
+    """Download the right bytes, which decompress to far more when they are cleaned."""
     bomb = gzip.compress(bytes(BOMB_BYTES), mtime=0)
     run_download(folder, [answer(bomb)], bomb, name="corpus.txt.gz")
     try:
         run_clean(folder / "clean", {"corpus.txt.gz": bomb})
     except DataError as error:
-        assert "unfold to more than" in str(error)
+        assert "decompress to more than" in str(error)
     else:
-        raise AssertionError("it unfolded")
+        raise AssertionError("it was decompressed")
 
 
 def run_download(

@@ -126,11 +126,11 @@ SMALL_DATA_CASES: dict[str, Case] = {
     name: functools.partial(refused, name=file, data=data, saying=saying, **more)
     for name, (file, data, saying, more) in {
         "no file": ("a.jsonl", None, "found nothing at", {}),
-        "an empty corpus": ("a.jsonl", b"", "not one byte", {}),
-        "empty chats": ("chats.jsonl", b"", "not one byte", {}),
+        "an empty corpus": ("a.jsonl", b"", "are empty", {}),
+        "empty chats": ("chats.jsonl", b"", "are empty", {}),
         "a corpus of blanks": ("a.txt", b" \n\n\t\n" * 99, "0 are left", {}),
-        "one document": ("a.jsonl", lines(TEXTS[:1]), "none of them fell to", {}),
-        "one chat": ("chats.jsonl", chats(["Yes."]), "none of them fell to", {}),
+        "one document": ("a.jsonl", lines(TEXTS[:1]), "none of them is in", {}),
+        "one chat": ("chats.jsonl", chats(["Yes."]), "none of them is in", {}),
         "no readable record": ("a.jsonl", b"{\n" * 99, "the first in a.jsonl line 1", {}),
         "empty documents": ("a.jsonl", lines([""] * 99), "99 empty", {}),
         "chats without an answer": ("chats.jsonl", chats([" "] * 99), "99 empty answer", {}),

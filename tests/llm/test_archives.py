@@ -103,7 +103,7 @@ def test_members_that_share_their_bytes_are_a_bomb(monkeypatch: pytest.MonkeyPat
                          5, 0, 0, 0, 0, 0, 0) + b"a.txt"  # fmt: skip
     start = len(local) + 5 + len(body)
     end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 9, 9, 9 * len(listed), start, 0)
-    with pytest.raises(DataError, match=r"unfold to more than|damaged"):  # newer Pythons see it
+    with pytest.raises(DataError, match=r"decompress to more than|damaged"):  # newer Pythons see it
         read(local + b"a.txt" + body + 9 * listed + end, ".zip")
 
 
@@ -117,7 +117,7 @@ def test_a_header_too_long_for_memory_is_an_error() -> None:
 
 @pytest.mark.parametrize("size", ["-1", "x", "99999999999999999999"])
 def test_a_member_that_lies_about_its_size_is_an_error(size: str) -> None:
-    with pytest.raises(DataError, match=r"damaged|cut off"):
+    with pytest.raises(DataError, match=r"damaged|truncated"):
         read(tar(entry("a.txt", b"x", size=size)), ".tar")
 
 
@@ -179,7 +179,7 @@ def test_a_damaged_archive_is_an_error_or_read_and_never_a_traceback(
 def test_a_tar_cut_off_between_members_is_an_error() -> None:
     data = tar(entry("a.txt"), entry("b.txt"))
     for end in (1024, 512, 700, 2048, 0):
-        with pytest.raises(DataError, match="cut off"):
+        with pytest.raises(DataError, match="truncated"):
             read(data[:end], ".tar")
     with pytest.raises(DataError, match="more follows the end"):
         read(data + tar(entry("c.txt")), ".tar")

@@ -56,7 +56,7 @@ def test_local_files_arrive_byte_for_byte_and_their_place_does_not_count(tmp_pat
 
 def test_files_without_a_byte_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
-    with pytest.raises(DataError, match=r"download\.corpus\.path: .* not one byte"):
+    with pytest.raises(DataError, match=r"download\.corpus\.path: .* are empty"):
         run_download(tmp_path, kind="files", path=str(tmp_path / "a.txt"))
 
 
@@ -123,7 +123,9 @@ def test_wrong_bytes_leave_nothing_under_a_final_name(tmp_path: Path) -> None:
 def test_a_url_whose_name_tells_no_format_is_refused_before_a_byte_comes(tmp_path: Path) -> None:
     with (
         HostileServer([answer(BODY)]) as server,
-        pytest.raises(DataError, match=r"download\.corpus\.url: archive\.rar ends in none of"),
+        pytest.raises(
+            DataError, match=r"download\.corpus\.url: the format of archive\.rar is unknown"
+        ),
     ):
         run_download(tmp_path, url=f"{server.url}/archive.rar", **URL_SETTINGS)
     assert server.requests == []

@@ -57,10 +57,10 @@ def test_a_glob_gives_names_below_its_fixed_part(
     ("path", "role", "message"),
     [
         ("missing.txt", "corpus", "found nothing at"),
-        ("*.nothing", "corpus", "holds 0 files"),
-        ("e.png", "corpus", r"e\.png ends in none of \.txt"),
-        ("a.txt", "chats", r"a\.txt ends in none of \.jsonl"),
-        ("*.txt", "chats", "holds 1 files, none of which"),
+        ("*.nothing", "corpus", "none of the 0 files"),
+        ("e.png", "corpus", r"e\.png is unknown, expected \.txt"),
+        ("a.txt", "chats", r"a\.txt is unknown, expected \.jsonl"),
+        ("*.txt", "chats", "none of the 1 files"),
     ],
 )
 def test_what_cannot_be_read_is_an_error_naming_the_setting(

@@ -1,4 +1,4 @@
-"""The steps of cleaning that look at one document alone: write it anew, then judge it."""
+"""The optional cleaning steps on single documents: normalize, mask personal data, filter."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from llm.config import CleanConfig
 from llm.data.cleaning.filters import apply_c4, gopher_reason
 from llm.data.cleaning.normalize import normalize
 from llm.data.cleaning.personal_data import Masked, mask
-from llm.data.raw.parsing import RawDocument
+from llm.data.raw.reading import RawDocument
 
 
 @dataclass(kw_only=True, slots=True)
 class Changes:
-    """What was changed in documents that were kept or dropped later."""
+    """Counts of changes in documents, kept or dropped later."""
 
     masked: Masked = field(default_factory=Masked)
     removed_lines: Counter[str] = field(default_factory=Counter[str])
@@ -23,17 +23,17 @@ class Changes:
 
 
 class DocumentSteps:
-    """Normalizing, masking and the rules of C4 and Gopher, as far as the settings ask for them."""
+    """Normalization, masking and the rules of C4 and Gopher, as enabled by the settings."""
 
     def __init__(self, settings: CleanConfig) -> None:
-        """Prepare what every document goes through."""
+        """Start with no changes."""
         self.changes = Changes()
         self._settings = settings
         self._is_masking = settings.masks_emails or settings.masks_ip_addresses
         self._is_normalizing = settings.line_ends != "as_is" or settings.unicode_form != "as_is"
 
     def apply(self, document: RawDocument) -> str:
-        """Change `document` and return the reason to drop it, or "". Chats are never judged."""
+        """Change `document` and return the reason to drop it, or "". Chats are not filtered."""
         settings, reason = self._settings, ""
         if self._is_normalizing or self._is_masking:
             document.text = self._rewrite(document.text)
@@ -51,7 +51,7 @@ class DocumentSteps:
         return reason
 
     def summary(self) -> dict[str, Json]:
-        """Return the counts of changes, of the steps that are on."""
+        """Return the counts of changes by the enabled steps."""
         settings, changes = self._settings, self.changes
         counts: dict[str, Json] = {}
         if settings.masks_emails:
@@ -77,7 +77,7 @@ class DocumentSteps:
 
 
 def add_changes(total: dict[str, Json], found: Mapping[str, Json]) -> None:
-    """Add the counts of changes in a shard to those of all."""
+    """Add a shard's counts of changes to the total."""
     for name, value in found.items():
         if isinstance(value, dict):
             counts = Counter(cast(dict[str, int], total.get(name, {})))

@@ -18,7 +18,7 @@ from typing import cast
 
 from llm.artifact import digest, file_sha256, write_json_atomically
 from llm.config import SourceConfig
-from llm.data.raw.formats import content_of, endings, is_readable, refuse_name
+from llm.data.raw.formats import content_of, is_readable, readable_suffixes, refuse_name
 from llm.data.sources.hub import resolve_commit
 from llm.data.sources.stdlib import library_files
 from llm.errors import DataError, DiskFullError
@@ -100,8 +100,8 @@ def local_files(source: SourceConfig, role: str) -> LocalFiles:
     known = [entry for entry in every if is_readable(entry[0], role)]
     if not known:
         raise DataError(
-            f"download.{role}.path: {source.path} holds {len(every)} files, none of which ends in"
-            f" {endings(role)}"
+            f"download.{role}.path: none of the {len(every)} files in {source.path} has a known"
+            f" format; expected {readable_suffixes(role)}"
         )
     return LocalFiles(files=known, num_ignored=len(every) - len(known))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from llm.config import SourceConfig
-from llm.data.raw.formats import endings, is_readable
+from llm.data.raw.formats import is_readable, readable_suffixes
 from llm.errors import DataError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -89,8 +89,8 @@ def hub_files(source: SourceConfig, role: str, commit: str) -> list[HubFile]:
         )
     if missing := [path for path in paths if path not in by_path or not is_readable(path, role)]:
         raise DataError(
-            f"download.{role}.hub_name: {source.hub_name} has {missing[0]}, and nothing here reads"
-            f" what ends in none of {endings(role)}"
+            f"download.{role}.hub_name: the format of {missing[0]} in {source.hub_name} is"
+            f" unknown, expected {readable_suffixes(role)}"
         )
     return [
         HubFile(

@@ -1,19 +1,19 @@
-"""Exact duplicates: every hash that came before is found, in however many files they are sorted."""
+"""Staged documents: every repeated hash is found, in however many files they are sorted."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llm.data.cleaning import exact_duplicates
-from llm.data.cleaning.exact_duplicates import find_repeated
+from llm.data.cleaning import staging
+from llm.data.cleaning.staging import find_repeated
 
 
 @pytest.mark.parametrize("hashes_per_file", [1, 7, 1000])
 def test_what_came_before_is_what_a_set_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashes_per_file: int
 ) -> None:
-    monkeypatch.setattr(exact_duplicates, "HASHES_PER_FILE", hashes_per_file)
+    monkeypatch.setattr(staging, "HASHES_PER_FILE", hashes_per_file)
     rng = np.random.default_rng(1)
     distinct = rng.integers(0, 2**64, (40, 2), dtype=np.uint64)
     distinct[20:, 0] = distinct[:20, 0]  # half a hash in common is nothing

@@ -1,4 +1,4 @@
-"""Splitting raw files: nothing is lost, memory is bounded, and cuts depend on the bytes alone."""
+"""Record boundaries: nothing is lost, memory is bounded, cuts depend on the bytes alone."""
 
 import io
 import json
@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.data.raw import splitting
-from llm.data.raw.splitting import cut_text, split_array, split_lines
+from llm.data.raw import records
+from llm.data.raw.records import cut_text, split_array, split_lines
 from llm.errors import DataError
 
 TEXTS = st.lists(
@@ -85,7 +85,7 @@ def test_the_elements_of_an_array_are_those_json_finds(
 @given(st.lists(st.text().filter(lambda text: "\n" not in text)))
 def test_lines_are_found_with_number_and_offset(lines: list[str]) -> None:
     data = "\n".join(lines).encode("utf-8", "surrogatepass")
-    for line, offset_bytes, raw in split_lines(io.BytesIO(data), "f.jsonl"):
+    for line, offset_bytes, raw in split_lines(io.BytesIO(data)):
         assert raw is not None and data[offset_bytes:].startswith(raw)
         assert raw.rstrip(b"\n").decode("utf-8", "surrogatepass") == lines[line - 1]
 
@@ -93,10 +93,10 @@ def test_lines_are_found_with_number_and_offset(lines: list[str]) -> None:
 def test_records_over_the_limit_are_passed_by_and_those_behind_are_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(splitting, "MAX_RECORD_BYTES", 20)
-    monkeypatch.setattr(splitting, "BLOCK_BYTES", 7)
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 20)
+    monkeypatch.setattr(records, "BLOCK_BYTES", 7)
     long = '"' + "x, ]\n" * 20 + '"'
-    assert list(split_lines(io.BytesIO(b"1\n" + b"x" * 100 + b"\n3"), "f")) == [
+    assert list(split_lines(io.BytesIO(b"1\n" + b"x" * 100 + b"\n3"))) == [
         (1, 0, b"1\n"), (2, 2, None), (3, 103, b"3"),
     ]  # fmt: skip
     found = list(split_array(io.BytesIO(f"[1, {long},\n3]".encode()), "f"))
@@ -112,7 +112,7 @@ def test_an_array_that_is_not_closed_is_an_error(data: str) -> None:
 
 
 def test_more_behind_an_array_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"f\.json: more follows"):
+    with pytest.raises(DataError, match=r"f\.json: data after the end"):
         list(split_array(io.BytesIO(b"[1]\n[2]"), "f.json"))
 
 
