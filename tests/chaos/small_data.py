@@ -125,7 +125,7 @@ LONG = [f"Text {number} is far longer than a row. " * 200 for number in range(9)
 SMALL_DATA_CASES: dict[str, Case] = {
     name: functools.partial(refused, name=file, data=data, saying=saying, **more)
     for name, (file, data, saying, more) in {
-        "no file": ("a.jsonl", None, "found nothing at", {}),
+        "no file": ("a.jsonl", None, "does not exist", {}),
         "an empty corpus": ("a.jsonl", b"", "are empty", {}),
         "empty chats": ("chats.jsonl", b"", "are empty", {}),
         "a corpus of blanks": ("a.txt", b" \n\n\t\n" * 99, "0 are left", {}),

@@ -181,7 +181,7 @@ def test_a_tar_cut_off_between_members_is_an_error() -> None:
     for end in (1024, 512, 700, 2048, 0):
         with pytest.raises(DataError, match="truncated"):
             read(data[:end], ".tar")
-    with pytest.raises(DataError, match="more follows the end"):
+    with pytest.raises(DataError, match="data after the end"):
         read(data + tar(entry("c.txt")), ".tar")
 
 

@@ -56,7 +56,7 @@ def test_a_glob_gives_names_below_its_fixed_part(
 @pytest.mark.parametrize(
     ("path", "role", "message"),
     [
-        ("missing.txt", "corpus", "found nothing at"),
+        ("missing.txt", "corpus", "does not exist"),
         ("*.nothing", "corpus", "none of the 0 files"),
         ("e.png", "corpus", r"e\.png is unknown, expected \.txt"),
         ("a.txt", "chats", r"a\.txt is unknown, expected \.jsonl"),

@@ -253,7 +253,7 @@ def test_a_csv_without_good_names_is_an_error_or_empty(tmp_path: Path, data: byt
     if not data:
         assert read(tmp_path, "a.csv", data) == []
     else:
-        with pytest.raises(DataError, match="the first line is to name each column once"):
+        with pytest.raises(DataError, match="the first line must name each column once"):
             read(tmp_path, "a.csv", data)
 
 

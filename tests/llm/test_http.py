@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.data.sources.connections import Names, find_route
+from llm.data.sources.connections import Resolver, find_route
 from llm.data.sources.http import FetchLimits, fetch, file_name, redirect_target
 from llm.errors import DataError, DiskFullError
 from tests.llm.http_server import Answer, HostileServer, answer, drip, redirect, serve_ranges
@@ -159,7 +159,7 @@ def test_redirects_are_followed_but_not_for_ever(tmp_path: Path) -> None:
 def test_this_machine_and_its_network_are_known_however_they_are_written(
     host: str, expected: bool
 ) -> None:
-    assert Names().are_internal(host) == expected
+    assert Resolver().is_internal(host) == expected
 
 
 @pytest.mark.parametrize(
@@ -183,15 +183,15 @@ def test_a_redirect_neither_leaves_https_nor_leads_into_a_private_network(
 ) -> None:
     if is_refused:
         with pytest.raises(DataError, match=rf"{SETTING}: http.* redirects "):
-            redirect_target(url, location, first, SETTING, Names())
+            redirect_target(url, location, first, SETTING, Resolver())
     else:
-        assert redirect_target(url, location, first, SETTING, Names()).startswith("http")
+        assert redirect_target(url, location, first, SETTING, Resolver()).startswith("http")
 
 
 class Network:
-    """Names whose addresses change with each question, and public addresses that are served here.
+    """Host names that resolve differently each time, and public addresses served locally.
 
-    Address and port of a connection that was asked for stand in `connected`.
+    `connected` lists the addresses of the requested connections.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **answers: list[str]) -> None:
@@ -233,7 +233,7 @@ def test_a_name_that_changes_its_address_after_the_check_leads_nowhere_else(
                 list(steps)
                 assert f"Host: second.example:{port}" in public.requests[0]
             else:
-                with pytest.raises(ConnectionError, match="no address of second"):
+                with pytest.raises(ConnectionError, match="cannot resolve second"):
                     list(steps)
     assert private.requests == [] and set(network.connected) <= {"8.8.8.8", "8.8.4.4"}
     assert "Host: first.example\r\n" in first.requests[0]
@@ -284,7 +284,7 @@ def test_tls_names_the_server_and_trusts_no_certificate_of_another(
         network.served = {"8.8.8.8": f":{listener.getsockname()[1]}"}
         thread = threading.Thread(target=serve, args=[listener])
         thread.start()
-        with pytest.raises(ConnectionError, match="no answer"):
+        with pytest.raises(ConnectionError, match="no response"):
             limits = dataclasses.replace(LIMITS, max_tries=1)
             list(fetch("https://first.example/x", sha256(BODY), tmp_path / "p", SETTING, limits))
         thread.join()
@@ -315,7 +315,7 @@ def test_an_endless_body_is_cut_off(tmp_path: Path) -> None:
         for _ in itertools.repeat(None, 1000):
             connection.sendall(bytes(1 << 20))
 
-    with pytest.raises(DataError, match=r"sent more than 3,145,728 bytes"):
+    with pytest.raises(DataError, match=r"and more than 3,145,728 bytes"):
         fetch_all([send], tmp_path / "p")
 
 

@@ -16,7 +16,7 @@ from llm.data.sources import stdlib
 from llm.data.sources.stdlib import (
     MAX_DOCUMENT_BYTES,
     Module,
-    Once,
+    SeenTexts,
     corpus_documents,
     cut_lines,
     library_files,
@@ -85,7 +85,7 @@ def chats() -> list[dict[str, object]]:
 
 
 def test_a_source_loses_its_docstrings_and_nothing_else() -> None:
-    [text] = source_documents(module(), Once(1))
+    [text] = source_documents(module(), SeenTexts(1))
     assert text.startswith("# a/b.py\n")
     assert "Say" not in text and "thing." not in text and "Nothing" not in text
     expected = ast.parse(SOURCE)
@@ -101,7 +101,7 @@ def test_a_source_loses_its_docstrings_and_nothing_else() -> None:
 
 
 def test_a_page_tells_every_docstring_under_its_signature() -> None:
-    [page] = page_documents(module(), Once(1))
+    [page] = page_documents(module(), SeenTexts(1))
     assert page == textwrap.dedent("""\
         Help on module a.b:
 
@@ -131,7 +131,7 @@ def test_a_page_tells_every_docstring_under_its_signature() -> None:
 def test_long_modules_are_cut_between_definitions() -> None:
     function = "# about it\ndef function_{0}(x):\n    return x + {0}\n\n\n"
     source = "".join(function.format(number) for number in range(2000))
-    pieces = list(source_documents(module(source), Once(10**6)))
+    pieces = list(source_documents(module(source), SeenTexts(10**6)))
     assert len(pieces) > 3
     assert all(len(piece.encode()) <= MAX_DOCUMENT_BYTES for piece in pieces)
     assert all(piece.startswith("# a/b.py\n# about it\ndef") for piece in pieces)
@@ -142,10 +142,10 @@ def test_long_modules_are_cut_between_definitions() -> None:
 def test_tables_and_repeated_definitions_are_left_out() -> None:
     function = "def f():\n    return '" + "x" * 300 + "'\n"
     table = "TABLE = {" + ", ".join(f"{key}: 'value'" for key in range(2000)) + "}\n"
-    once = Once(200)
-    [first] = source_documents(module(function + table + "x = 1\n"), once)
+    seen = SeenTexts(200)
+    [first] = source_documents(module(function + table + "x = 1\n"), seen)
     assert first == f"# a/b.py\n{function}x = 1\n"
-    assert list(source_documents(module(function), once)) == []
+    assert list(source_documents(module(function), seen)) == []
 
 
 def test_a_line_longer_than_a_document_is_kept_whole() -> None:

@@ -62,7 +62,7 @@ def _zip_members(file: IO[bytes], name: str, budget: Budget) -> Iterator[Member]
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         raise _damaged(name, error) from error
     for info in archive.infolist():
-        if info.is_dir():
+        if info.filename.endswith("/"):  # is_dir() fails on an empty name before Python 3.12
             continue
         shown, kind = _shown(name, info.filename), stat.S_IFMT(info.external_attr >> 16)
         refusal = (
