@@ -38,7 +38,7 @@ from llm.data.cleaning.decontaminate import (
 from llm.data.cleaning.document_steps import add_changes
 from llm.data.cleaning.input_shards import RawInput
 from llm.data.cleaning.minhash import NearDuplicates
-from llm.data.cleaning.passes import DROPS, map_shard, write_shard
+from llm.data.cleaning.passes import DROPS, map_pass, write_pass
 from llm.data.cleaning.staging import DROP_REASONS, Drops, Staged, StagedShard
 from llm.data.cleaning.stats import MAX_REJECTED_EXAMPLES, CleaningStats
 from llm.data.content import Content
@@ -82,7 +82,7 @@ def clean(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
 
 def clean_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     """Run one shard of a pass."""
-    return {"map": map_shard, "write": write_shard}[cast(str, job.shard["pass"])](job, writer)
+    return {"map": map_pass, "write": write_pass}[cast(str, job.shard["pass"])](job, writer)
 
 
 def find_near_duplicates(

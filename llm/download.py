@@ -17,13 +17,13 @@ from llm.data.raw.formats import content_of, refuse_name
 from llm.data.raw.reading import read_stream
 from llm.data.raw.record_layouts import FirstRecords
 from llm.data.raw.records import ReadOptions, Skip
-from llm.data.sources.fingerprint import files_fingerprint, fingerprint, local_files
-from llm.data.sources.http import fetch, file_name
+from llm.data.sources.fingerprint import files_fingerprint, fingerprint, list_files
+from llm.data.sources.http import fetch_file, file_name
 from llm.data.sources.hub import (
     HubFile,
     authorization,
+    dataset_files,
     digest_of,
-    hub_files,
     open_hub_file,
     resolve_commit,
 )
@@ -75,7 +75,7 @@ def _write_hub(job: Job, source: SourceConfig, writer: ArtifactWriter) -> dict[s
     commit = resolve_commit(source, job.role)
     pinned = dataclasses.replace(source, hub_revision=commit)
     _refuse_change(job, fingerprint(pinned, job.role, None), f"{source.hub_revision} on the hub")
-    files = hub_files(source, job.role, commit)
+    files = dataset_files(source, job.role, commit)
     if source.max_documents == 0 and not source.is_hub_streamed:
         summary = _write_hub_files(job, files, writer)
     else:
@@ -99,7 +99,7 @@ def _write_hub_files(job: Job, files: Sequence[HubFile], writer: ArtifactWriter)
 
 def _fetch_hub_file(job: Job, file: HubFile, before_bytes: int, total_bytes: int) -> Path:
     partial = job.work / f"{file.digest[:40]}.partial"
-    fetching = fetch(
+    fetching = fetch_file(
         file.url,
         file.digest,
         partial,
@@ -146,7 +146,7 @@ def _fetch_url(job: Job, source: SourceConfig, writer: ArtifactWriter) -> dict[s
     name, setting = file_name(source.url), f"download.{job.role}.url"
     refuse_name(name, job.role, "url")
     partial = job.work / f"{source.sha256[:16]}.partial"
-    for done_bytes, total_bytes in fetch(source.url, source.sha256, partial, setting):
+    for done_bytes, total_bytes in fetch_file(source.url, source.sha256, partial, setting):
         job.report_progress(done_bytes, max(done_bytes, total_bytes) if total_bytes else 0, "bytes")
     num_bytes, sha256 = _copy_file(job, partial, f"files/{name}", writer)
     if sha256 != source.sha256:
@@ -176,7 +176,7 @@ def _json_line(record: Mapping[str, Json]) -> bytes:
 
 
 def _copy_files(job: Job, source: SourceConfig, writer: ArtifactWriter) -> dict[str, Json]:
-    found = local_files(source, job.role)
+    found = list_files(source, job.role)
     total_bytes = sum(path.stat().st_size for _, path in found.files)
     if total_bytes == 0:
         raise DataError(

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import SourceConfig
-from llm.data.sources.fingerprint import local_files
+from llm.data.sources.fingerprint import list_files
 from llm.download import download
 from llm.errors import DataError
 from llm.runtime.job import Job
@@ -184,7 +184,7 @@ def by_link(folder: Path, target: str) -> None:
         place.mkdir(parents=True)
         (place / "a.txt").write_text("x")
     (source / "link").symlink_to(target)
-    found = local_files(SourceConfig(kind="files", path=str(source)), "corpus")
+    found = list_files(SourceConfig(kind="files", path=str(source)), "corpus")
     assert [name for name, _ in found.files] == ["inside/a.txt"]
 
 

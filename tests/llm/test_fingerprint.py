@@ -9,7 +9,7 @@ import pytest
 
 from llm.config import SourceConfig
 from llm.data.sources import fingerprint as sources
-from llm.data.sources.fingerprint import fingerprint, local_files
+from llm.data.sources.fingerprint import fingerprint, list_files
 from llm.errors import DataError
 from tests.llm.hub_server import COMMIT, NAME, HubServer
 
@@ -31,10 +31,10 @@ def test_a_folder_is_its_readable_files_by_name(folder: Path) -> None:
     (folder / ".git").mkdir()
     (folder / ".git/x.txt").write_text("hidden")
     (folder / ".y.txt").write_text("hidden")
-    found = local_files(files(folder), "corpus")
+    found = list_files(files(folder), "corpus")
     assert [name for name, _ in found.files] == ["a.txt", "b/c.md", "b/d.jsonl"]
     assert found.num_ignored == 1
-    assert [name for name, _ in local_files(files(folder), "chats").files] == ["b/d.jsonl"]
+    assert [name for name, _ in list_files(files(folder), "chats").files] == ["b/d.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_folder_is_its_readable_files_by_name(folder: Path) -> None:
 def test_a_glob_gives_names_below_its_fixed_part(
     folder: Path, pattern: str, names: list[str]
 ) -> None:
-    found = local_files(files(folder / pattern), "corpus")
+    found = list_files(files(folder / pattern), "corpus")
     assert [name for name, _ in found.files] == names
 
 
@@ -79,7 +79,7 @@ def test_a_link_to_nothing_is_an_error_and_not_left_out(folder: Path) -> None:
 
 def test_what_is_no_file_is_never_opened(folder: Path) -> None:
     os.mkfifo(folder / "pipe.txt")
-    names = [name for name, _ in local_files(files(folder), "corpus").files]
+    names = [name for name, _ in list_files(files(folder), "corpus").files]
     assert names == ["a.txt", "b/c.md", "b/d.jsonl"]
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.data.sources.connections import Resolver, find_route
-from llm.data.sources.http import FetchLimits, fetch, file_name, redirect_target
+from llm.data.sources.http import FetchLimits, fetch_file, file_name, redirect_target
 from llm.errors import DataError, DiskFullError
 from tests.llm.http_server import Answer, HostileServer, answer, drip, redirect, serve_ranges
 
@@ -46,7 +46,7 @@ def fetch_all(
 ) -> list[str]:
     """Fetch from a server that gives `answers`; return the requests it got."""
     with HostileServer(answers) as server:
-        for _ in fetch(server.url + path, sha256(expected), partial, SETTING, LIMITS):
+        for _ in fetch_file(server.url + path, sha256(expected), partial, SETTING, LIMITS):
             pass
     assert partial.read_bytes() == expected
     return server.requests
@@ -54,7 +54,7 @@ def fetch_all(
 
 def test_the_bytes_come_and_progress_is_told(tmp_path: Path) -> None:
     with HostileServer([answer(BODY)]) as server:
-        steps = list(fetch(server.url, sha256(BODY), tmp_path / "p", SETTING, LIMITS))
+        steps = list(fetch_file(server.url, sha256(BODY), tmp_path / "p", SETTING, LIMITS))
     assert (tmp_path / "p").read_bytes() == BODY
     assert steps[-1] == (len(BODY), len(BODY))
     assert steps == sorted(steps)
@@ -73,7 +73,7 @@ def test_a_body_cut_off_is_continued_by_range_and_only_if_it_is_the_same(tmp_pat
 def test_a_killed_fetch_goes_on_where_it_was(tmp_path: Path) -> None:
     partial = tmp_path / "p"
     with HostileServer([serve_ranges(BODY, most_bytes=120_000)]) as server:
-        steps = fetch(server.url, sha256(BODY), partial, SETTING, LIMITS)
+        steps = fetch_file(server.url, sha256(BODY), partial, SETTING, LIMITS)
         while next(steps)[0] < 120_000:
             pass
         del steps
@@ -84,7 +84,7 @@ def test_a_killed_fetch_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_a_whole_partial_file_needs_no_network(tmp_path: Path) -> None:
     (tmp_path / "p").write_bytes(BODY)
     url = "http://127.0.0.1:9/"
-    assert list(fetch(url, sha256(BODY), tmp_path / "p", SETTING, LIMITS)) == []
+    assert list(fetch_file(url, sha256(BODY), tmp_path / "p", SETTING, LIMITS)) == []
 
 
 @pytest.mark.parametrize("is_if_range_obeyed", [True, False])
@@ -227,7 +227,7 @@ def test_a_name_that_changes_its_address_after_the_check_leads_nowhere_else(
         port = private.url.rpartition(":")[2]
         with HostileServer([redirect(f"http://second.example:{port}/x")]) as first:
             network.served = {"8.8.8.8": first.url, "8.8.4.4": public.url}
-            steps = fetch("http://first.example/x", sha256(BODY), tmp_path / "p", SETTING,
+            steps = fetch_file("http://first.example/x", sha256(BODY), tmp_path / "p", SETTING,
                           dataclasses.replace(LIMITS, max_tries=1))  # fmt: skip
             if answers[0]:
                 list(steps)
@@ -248,7 +248,9 @@ def test_a_redirect_to_the_same_name_goes_to_the_same_address(
         away = redirect(f"http://first.example:{port}/x")
         with HostileServer([away, answer(BODY)]) as first:
             network.served = {"8.8.8.8": first.url}
-            list(fetch("http://first.example/x", sha256(BODY), tmp_path / "p", SETTING, LIMITS))
+            list(
+                fetch_file("http://first.example/x", sha256(BODY), tmp_path / "p", SETTING, LIMITS)
+            )
     assert private.requests == [] and set(network.connected) == {"8.8.8.8"}
 
 
@@ -267,7 +269,9 @@ def test_a_name_with_one_private_address_of_two_is_private(
     with HostileServer([redirect("http://two.example/x")]) as first:
         network.served = {"8.8.8.8": first.url}
         with pytest.raises(DataError, match=r"redirects into the private network, to http://two"):
-            list(fetch("http://first.example/x", sha256(BODY), tmp_path / "p", SETTING, LIMITS))
+            list(
+                fetch_file("http://first.example/x", sha256(BODY), tmp_path / "p", SETTING, LIMITS)
+            )
 
 
 def test_tls_names_the_server_and_trusts_no_certificate_of_another(
@@ -286,7 +290,9 @@ def test_tls_names_the_server_and_trusts_no_certificate_of_another(
         thread.start()
         with pytest.raises(ConnectionError, match="no response"):
             limits = dataclasses.replace(LIMITS, max_tries=1)
-            list(fetch("https://first.example/x", sha256(BODY), tmp_path / "p", SETTING, limits))
+            list(
+                fetch_file("https://first.example/x", sha256(BODY), tmp_path / "p", SETTING, limits)
+            )
         thread.join()
     assert b"first.example" in hello[0]  # server_name, RFC 6066, is not encrypted
     route = find_route("https://first.example/x", SETTING, 1.0)
@@ -304,7 +310,11 @@ def test_who_one_is_is_told_to_the_first_server_alone(tmp_path: Path) -> None:
         address = other.url.replace("127.0.0.1", "localhost")
         with HostileServer([redirect("/again"), redirect(f"{address}/x")]) as server:
             url, partial = server.url, tmp_path / "p"
-            list(fetch(url, sha256(BODY), partial, SETTING, LIMITS, authorization="Bearer secret"))
+            list(
+                fetch_file(
+                    url, sha256(BODY), partial, SETTING, LIMITS, authorization="Bearer secret"
+                )
+            )
     assert all("Authorization: Bearer secret" in request for request in server.requests)
     assert "Authorization" not in other.requests[0]
 
@@ -391,7 +401,7 @@ def test_a_chunked_body_is_read(tmp_path: Path) -> None:
 def test_nobody_there_is_a_network_failure_and_the_login_is_not_told(tmp_path: Path) -> None:
     url = "http://me:secret@127.0.0.1:9/x?token=secret"
     with pytest.raises(ConnectionError) as failure:
-        list(fetch(url, sha256(BODY), tmp_path / "p", SETTING, LIMITS))
+        list(fetch_file(url, sha256(BODY), tmp_path / "p", SETTING, LIMITS))
     assert "http://127.0.0.1:9/x:" in str(failure.value)
     assert "secret" not in str(failure.value)
 
@@ -408,7 +418,7 @@ def test_a_proxy_is_asked_for_the_whole_address(
     with HostileServer([answer(BODY)]) as proxy:
         monkeypatch.setenv("http_proxy", proxy.url.replace("//", "//me:pass@"))
         url = "http://example.invalid/corpus.txt"
-        list(fetch(url, sha256(BODY), tmp_path / "p", SETTING, LIMITS))
+        list(fetch_file(url, sha256(BODY), tmp_path / "p", SETTING, LIMITS))
     assert proxy.requests[0].startswith(f"GET {url} HTTP/1.1")
     assert "Proxy-Authorization: Basic bWU6cGFzcw==" in proxy.requests[0]
 

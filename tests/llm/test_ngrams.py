@@ -39,7 +39,7 @@ def test_what_stands_before_changes_nothing(before: str, text: str) -> None:
 def test_blocks_are_cut_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "Some words, é and 漢字, of a long text.\n" * 20
     whole = hash_words(text)
-    monkeypatch.setattr(ngrams, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(ngrams, "TEXT_BLOCK_BYTES", 64)
     assert np.array_equal(hash_words(text), whole)
     assert len(hash_words("é" * 100)) == 4, "longer than a block: cut between characters"
 

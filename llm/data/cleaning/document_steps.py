@@ -9,7 +9,7 @@ from llm.artifact import Json
 from llm.config import CleanConfig
 from llm.data.cleaning.filters import apply_c4, gopher_reason
 from llm.data.cleaning.normalize import normalize
-from llm.data.cleaning.personal_data import Masked, mask
+from llm.data.cleaning.personal_data import MaskCounts, mask
 from llm.data.raw.reading import RawDocument
 
 
@@ -17,7 +17,7 @@ from llm.data.raw.reading import RawDocument
 class Changes:
     """Counts of changes in documents, kept or dropped later."""
 
-    masked: Masked = field(default_factory=Masked)
+    masked: MaskCounts = field(default_factory=MaskCounts)
     removed_lines: Counter[str] = field(default_factory=Counter[str])
     """By reason."""
 

@@ -16,7 +16,7 @@ from llm.seeds import splitmix64
 
 Hashes = npt.NDArray[np.uint64]
 
-BLOCK_BYTES = 1 << 18
+TEXT_BLOCK_BYTES = 1 << 18
 """Texts are hashed in blocks: each byte takes 40 bytes of memory meanwhile."""
 SEPARATORS = re.compile(rb"[^0-9A-Za-z\x80-\xff]")
 FIRST_CODE, PUNCTUATION_CODE, LAST_CODE = 0xE3, 0xE2, 0xED
@@ -92,8 +92,8 @@ def _find_words(
 def _blocks(data: bytes) -> Iterator[bytes]:
     """Cut at the last space or line feed that fits, else between any two characters."""
     start = 0
-    while len(data) - start > BLOCK_BYTES:
-        half, limit = start + BLOCK_BYTES // 2, start + BLOCK_BYTES
+    while len(data) - start > TEXT_BLOCK_BYTES:
+        half, limit = start + TEXT_BLOCK_BYTES // 2, start + TEXT_BLOCK_BYTES
         end = 1 + max(data.rfind(blank, half, limit) for blank in (b" ", b"\n"))
         if not end:
             end = limit
@@ -106,7 +106,7 @@ def _blocks(data: bytes) -> Iterator[bytes]:
 
 def _powers(base: np.uint64) -> Hashes:
     return np.cumprod(
-        np.concatenate([np.ones(1, np.uint64), np.full(BLOCK_BYTES, base, np.uint64)])
+        np.concatenate([np.ones(1, np.uint64), np.full(TEXT_BLOCK_BYTES, base, np.uint64)])
     )
 
 

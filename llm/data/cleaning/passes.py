@@ -29,12 +29,12 @@ from llm.runtime.job import Job
 DROPS = "drops-{:05}.bin"
 """Beside the shards: a byte for each document of one, the index of its drop reason."""
 ID_BYTES = 16
-MAX_REMEMBERED = 1 << 18
+MAX_SEEN = 1 << 18
 """Contents of a shard in memory, 25 MB: an exact duplicate within the shard is not staged."""
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
-def map_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
+def map_pass(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     """Stage the documents of a shard of raw input that pass the steps on single documents."""
     settings = read_section(CleanConfig, job.settings)
     raw, shard = RawInput.of(job.inputs), InputShard.from_json(job.shard)
@@ -45,7 +45,7 @@ def map_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     return {"stats": stager.stats.to_json(), "changes": stager.steps.summary()}
 
 
-def write_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
+def write_pass(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     """Write the kept documents of a staged shard on the sides of `job.shard`.
 
     Training documents that share an n-gram with the protected ones are counted or dropped.
@@ -125,7 +125,7 @@ class _Stager(Closing):
         if sha256 in self._seen:
             self._drop(document, joined_text(fields), "duplicate", "exact duplicates")
             return
-        if self._settings.split == "hash" and len(self._seen) < MAX_REMEMBERED:
+        if self._settings.split == "hash" and len(self._seen) < MAX_SEEN:
             self._seen.add(sha256)  # else the global decision finds it
         for index, (is_validation, part) in enumerate(self._split(document, fields, sha256)):
             identifier = (sha256 if part is fields else _sha256(part))[:ID_BYTES]

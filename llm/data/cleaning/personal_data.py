@@ -29,14 +29,14 @@ NOT_PUBLIC_IPV4 = tuple(  # IANA's special-purpose registry and multicast
 
 
 @dataclass(kw_only=True, slots=True)
-class Masked:
+class MaskCounts:
     """How many addresses were masked."""
 
     num_emails: int = 0
     num_ip_addresses: int = 0
 
 
-def mask(text: str, masked: Masked, *, emails: bool, ip_addresses: bool) -> str:
+def mask(text: str, masked: MaskCounts, *, emails: bool, ip_addresses: bool) -> str:
     """Return `text` with the addresses masked, and count them in `masked`."""
     if emails and "@" in text:
         text, num_found = EMAIL.subn(EMAIL_MASK, text)

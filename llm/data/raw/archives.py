@@ -17,9 +17,9 @@ from typing import IO
 from llm.config import ReadingConfig
 from llm.data.raw.compression import Budget, metered
 from llm.data.raw.formats import format_of
+from llm.data.raw.records import BLOCK_BYTES
 from llm.errors import DataError
 
-BLOCK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 20
 """Size limit of a tar header with a long name or attributes."""
 ZIP_ENTRY_MARK = b"PK\x01\x02"
@@ -30,7 +30,7 @@ SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Member:
+class ArchiveMember:
     """A file in an archive: its printable name, and its bytes or why it is refused."""
 
     name: str
@@ -41,7 +41,7 @@ class Member:
 
 def members(
     file: IO[bytes], suffix: str, name: str, budget: Budget, limits: ReadingConfig
-) -> Iterator[Member]:
+) -> Iterator[ArchiveMember]:
     """Yield the members of an archive in its order, without directories.
 
     Raises:
@@ -56,7 +56,7 @@ def members(
         yield member
 
 
-def _zip_members(file: IO[bytes], name: str, budget: Budget) -> Iterator[Member]:
+def _zip_members(file: IO[bytes], name: str, budget: Budget) -> Iterator[ArchiveMember]:
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
@@ -75,14 +75,14 @@ def _zip_members(file: IO[bytes], name: str, budget: Budget) -> Iterator[Member]
             else _refusal(info.filename)
         )
         if refusal:
-            yield Member(name=shown, refusal=refusal)
+            yield ArchiveMember(name=shown, refusal=refusal)
             continue
         try:
             inner = archive.open(info)
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
             raise _damaged(shown, error) from error
         with inner:
-            yield Member(name=shown, file=metered(inner, shown, budget))
+            yield ArchiveMember(name=shown, file=metered(inner, shown, budget))
 
 
 def _refuse_many_marks(file: IO[bytes], name: str, limits: ReadingConfig) -> None:
@@ -96,7 +96,7 @@ def _refuse_many_marks(file: IO[bytes], name: str, limits: ReadingConfig) -> Non
     file.seek(0)
 
 
-def _tar_members(file: IO[bytes], name: str) -> Iterator[Member]:
+def _tar_members(file: IO[bytes], name: str) -> Iterator[ArchiveMember]:
     """Yield the members, header by header; tarfile would keep all headers in memory."""
     attributes: dict[str, str] = {}  # of the next member, from extended headers
     while (block := _read_exactly(file, tarfile.BLOCKSIZE, name)).strip(b"\0"):
@@ -118,7 +118,7 @@ def _tar_members(file: IO[bytes], name: str) -> Iterator[Member]:
         has_data = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
         window = _Window(file, size_bytes if has_data else 0, name)
         shown = _shown(name, path)
-        yield Member(
+        yield ArchiveMember(
             name=shown, refusal=refusal, file=None if refusal else io.BufferedReader(window)
         )
         window.skip_remainder()

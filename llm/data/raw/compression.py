@@ -14,7 +14,7 @@ from typing import IO, Protocol, cast
 from llm.config import ReadingConfig
 from llm.errors import DataError
 
-BLOCK_BYTES = 1 << 18
+READ_BYTES = 1 << 18
 BUFFER_BYTES = 1 << 18
 FREE_BYTES = 64 << 20
 """Always allowed, whatever the ratio: a small file of repetitive text is not a bomb."""
@@ -138,7 +138,7 @@ class _Streams(io.RawIOBase):
         while not data:
             if self._decompressor.eof:
                 data_left = self._decompressor.unused_data.lstrip(self._padding)
-                while not data_left and (block := self._file.read(BLOCK_BYTES)):
+                while not data_left and (block := self._file.read(READ_BYTES)):
                     data_left = block.lstrip(self._padding)
                 if not data_left:
                     return 0
@@ -146,7 +146,7 @@ class _Streams(io.RawIOBase):
                 data = self._decompressor.decompress(data_left, len(view))
             elif not self._decompressor.needs_input:
                 data = self._decompressor.decompress(b"", len(view))
-            elif block := self._file.read(BLOCK_BYTES):
+            elif block := self._file.read(READ_BYTES):
                 data = self._decompressor.decompress(block, len(view))
             else:
                 raise EOFError("the compressed data ends before its end mark")

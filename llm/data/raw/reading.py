@@ -29,10 +29,10 @@ from llm.data.raw.records import (
     Skip,
     Span,
     Stream,
-    read_json,
-    read_text,
+    read_json_records,
+    read_text_records,
 )
-from llm.data.raw.tables import read_csv, read_parquet
+from llm.data.raw.tables import read_csv_records, read_parquet_records
 from llm.errors import DataError
 
 WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
@@ -109,7 +109,7 @@ def read_stream(
                     if inner is file
                     else make(name=shown, file=seekable, start_bytes=file.tell(), size_bytes=0)
                 )
-                yield from read_parquet(stream, budget)
+                yield from read_parquet_records(stream, budget)
             return
         if span is not None and span.start_bytes:
             start_bytes = inner.seek(span.start_bytes)
@@ -117,11 +117,11 @@ def read_stream(
             start_bytes = _skip_byte_order_mark(inner, shown)
         stream = make(name=shown, file=inner, start_bytes=start_bytes, span=span)
         if found.suffix in TEXT_SUFFIXES:
-            yield from read_text(stream)
+            yield from read_text_records(stream)
         elif found.suffix == ".csv":
-            yield from read_csv(stream)
+            yield from read_csv_records(stream)
         else:
-            yield from read_json(stream, is_array=found.suffix == ".json")
+            yield from read_json_records(stream, is_array=found.suffix == ".json")
 
     def unpacked(inner: IO[bytes], found: Format, shown: str) -> IO[bytes]:
         return decompress(inner, found.compression, shown, budget) if found.compression else inner

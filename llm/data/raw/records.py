@@ -140,7 +140,7 @@ class Stream:
         return text, text.count("\ufffd") - raw.count(b"\xef\xbf\xbd")
 
 
-def read_text(stream: Stream) -> Iterator[Record | Skip]:
+def read_text_records(stream: Stream) -> Iterator[Record | Skip]:
     """Cut text at blank lines into records of about `text_document_bytes`."""
     line, offset_bytes = 1, stream.start_bytes
     for raw in cut_text(stream.file, stream.options.text_document_bytes):
@@ -153,7 +153,7 @@ def read_text(stream: Stream) -> Iterator[Record | Skip]:
         line, offset_bytes = line + raw.count(b"\n"), offset_bytes + len(raw)
 
 
-def read_json(stream: Stream, *, is_array: bool) -> Iterator[Record | Skip]:
+def read_json_records(stream: Stream, *, is_array: bool) -> Iterator[Record | Skip]:
     """Read JSON objects, one per line or the elements of an array."""
     if is_array:
         found = split_array(stream.file, stream.name)

@@ -20,13 +20,13 @@ from llm.data.raw.records import (
 )
 from llm.errors import DataError
 
-BATCH_BYTES = 8 << 20
+PARQUET_BATCH_BYTES = 8 << 20
 MAX_BATCH_ROWS = 32
 """A dictionary-encoded page can expand a few bytes to megabytes in each of its rows."""
 FIELD_END = re.compile(rb"[,\n]")
 
 
-def read_csv(stream: Stream) -> Iterator[Record | Skip]:
+def read_csv_records(stream: Stream) -> Iterator[Record | Skip]:
     """Yield the records of a CSV file (RFC 4180: commas, and quotes that may span lines).
 
     Raises:
@@ -68,7 +68,7 @@ def read_csv(stream: Stream) -> Iterator[Record | Skip]:
             yield Record(location=location, value=value, num_decode_errors=num_errors)
 
 
-def read_parquet(stream: Stream, budget: Budget) -> Iterator[Record | Skip]:
+def read_parquet_records(stream: Stream, budget: Budget) -> Iterator[Record | Skip]:
     """Yield the rows of a Parquet file; only the columns among `stream.options.keys` are read.
 
     Memory holds one page of each column and a few rows. pyarrow's `read_dictionary` would hold a
@@ -97,7 +97,7 @@ def read_parquet(stream: Stream, budget: Budget) -> Iterator[Record | Skip]:
             group = metadata.row_group(index)
             row_bytes = max(1, group.total_byte_size // max(1, group.num_rows))
             batches = table.iter_batches(
-                batch_size=min(MAX_BATCH_ROWS, max(1, BATCH_BYTES // row_bytes)),
+                batch_size=min(MAX_BATCH_ROWS, max(1, PARQUET_BATCH_BYTES // row_bytes)),
                 row_groups=[index],
                 columns=columns,
                 use_threads=False,

@@ -57,7 +57,7 @@ def fingerprint(source: SourceConfig, role: str, cache_file: Path | None) -> str
                 f"{error}; to plan without the hub, set download.{role}.hub_revision to a commit"
             ) from error
     try:
-        files = library_files() if source.kind == "stdlib" else local_files(source, role).files
+        files = library_files() if source.kind == "stdlib" else list_files(source, role).files
         return files_fingerprint(source, role, _hash_files(files, cache_file))
     except OSError as error:
         raise DataError(f"download.{role}.path: {error}; make it readable") from error
@@ -73,7 +73,7 @@ def files_fingerprint(source: SourceConfig, role: str, hashes: Iterable[tuple[st
     return digest([source.kind, content_of(role), made_by, files_sha256.hexdigest()])
 
 
-def local_files(source: SourceConfig, role: str) -> LocalFiles:
+def list_files(source: SourceConfig, role: str) -> LocalFiles:
     """List the files of a `files` source: one file, all below a folder, or the matches of a glob.
 
     Hidden files and folders are left out, as are folders behind symbolic links.

@@ -23,7 +23,7 @@ from llm.data.sources.connections import Resolver, deadline, find_route, shown
 from llm.errors import DataError, DiskFullError
 from llm.runtime.disk import refuse_full_disk
 
-BLOCK_BYTES = 1 << 20
+FETCH_BLOCK_BYTES = 1 << 20
 REDIRECTS = (301, 302, 303, 307, 308)
 RETRYABLE = (408, 425, 429, 500, 502, 503, 504)
 MAX_REDIRECTS = 10
@@ -56,7 +56,7 @@ class _Fault(Exception):
         self.wait_seconds = wait_seconds
 
 
-def fetch(
+def fetch_file(
     url: str,
     sha256: str,
     partial: Path,
@@ -102,7 +102,7 @@ def fetch(
             raise _Fault("the received parts do not make the file")
         except _Fault as fault:
             num_failures += 1
-            if (size_bytes := _size(partial)) >= most_bytes + BLOCK_BYTES:
+            if (size_bytes := _size(partial)) >= most_bytes + FETCH_BLOCK_BYTES:
                 num_failures, most_bytes = 1, size_bytes
             if num_failures >= limits.max_tries:
                 raise ConnectionError(
@@ -173,7 +173,7 @@ def _copy_body(
     done_bytes, window_bytes, window_ends_at = 0, 0, time.monotonic() + limits.slow_seconds
     while declared_bytes is None or done_bytes < declared_bytes:
         try:
-            block = response.read1(BLOCK_BYTES)
+            block = response.read1(FETCH_BLOCK_BYTES)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise _Fault(
                 f"the connection broke after {offset_bytes + done_bytes:,} bytes:"

@@ -20,7 +20,6 @@ from llm.data.raw.formats import is_readable, readable_suffixes
 from llm.errors import DataError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-BLOCK_BYTES = 1 << 20
 STREAM_BLOCK_BYTES = 4 << 20
 
 
@@ -57,7 +56,7 @@ def resolve_commit(source: SourceConfig, role: str) -> str:
     return str(info.sha)
 
 
-def hub_files(source: SourceConfig, role: str, commit: str) -> list[HubFile]:
+def dataset_files(source: SourceConfig, role: str, commit: str) -> list[HubFile]:
     """List the files of the source's configuration and split at `commit`, in their order.
 
     Raises:
@@ -124,14 +123,11 @@ def open_hub_file(
 
 def digest_of(file: HubFile, path: Path) -> str:
     """Return the sha256 of the file at `path`, or its git blob id if the hub knows only that."""
-    if file.sha256:
-        hasher = hashlib.sha256()
-    else:
+    hasher = hashlib.sha256()
+    if not file.sha256:
         hasher = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as opened:
-        while block := opened.read(BLOCK_BYTES):
-            hasher.update(block)
-    return hasher.hexdigest()
+        return hashlib.file_digest(opened, lambda: hasher).hexdigest()
 
 
 def authorization() -> str:
