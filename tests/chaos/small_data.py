@@ -68,7 +68,7 @@ def refused(
     folder: Path, name: str, data: bytes | None, saying: str, error: type = DataError,
     **settings: Json,
 ) -> None:  # fmt: skip
-    """Expect an error of this type that says what was found."""
+    """Expect an error of this type with the found value."""
     try:
         rows_of(folder, name, data, **settings)
     except (DataError, ConfigError) as found:

@@ -1,4 +1,4 @@
-"""Cleaning by shards: the same documents and counts however it is cut, done, or killed."""
+"""Cleaning by shards: the same documents and counts for any division, workers and kills."""
 
 import json
 import os
@@ -32,8 +32,8 @@ def everything(shard_bytes: int) -> dict[str, Json]:
     }  # fmt: skip
 
 
-def texts_with_all_that_happens() -> list[str]:
-    """Documents of which each step drops some, in different shards of a file that is cut."""
+def texts_for_all_steps() -> list[str]:
+    """Return texts such that each step drops some, in several shards of one file."""
     texts = [sentences(number) for number in range(60)]
     texts += [f"{sentences(300 + n)}\n\n{sentences(number)}" for n, number in enumerate(range(9))]
     texts += [*near_copies(500, 4), "x", texts[0], "so {short}", "Two a@b.de", *texts[20:23]]
@@ -46,7 +46,7 @@ def files_of(texts: list[str]) -> dict[str, bytes]:
 
 
 def test_one_digest_whatever_the_number_of_workers(tmp_path: Path) -> None:
-    files, chosen = files_of(texts_with_all_that_happens()), everything(12_000)
+    files, chosen = files_of(texts_for_all_steps()), everything(12_000)
     here = run_clean(tmp_path / "1", files, **chosen)
     there = run_clean(tmp_path / "2", files, num_workers=2, **chosen)
     assert here == there
@@ -66,7 +66,7 @@ RECORDS = st.lists(
 
 @given(RECORDS, st.integers(400, 3000), st.sampled_from(["hash", "tail"]))
 @settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
-def test_documents_counts_and_examples_are_those_of_one_shard(
+def test_documents_counts_and_examples_equal_those_of_one_shard(
     tmp_path_factory: pytest.TempPathFactory,
     texts: list[str],
     shard_bytes: int,
@@ -181,13 +181,13 @@ def child_of(process: subprocess.Popen[bytes]) -> int:
 def test_after_a_kill_of_a_worker_or_the_stage_the_rest_is_done_and_the_digest_the_same(
     tmp_path: Path,
 ) -> None:
-    files = files_of(texts_with_all_that_happens())
+    files = files_of(texts_for_all_steps())
     chosen = everything(12_000)
     expected = run_clean(tmp_path / "whole", files, **chosen)[2]
     job = make_job(tmp_path, files, num_workers=2, **chosen)
     shards = job.work / "shards"
     process = start(job, tmp_path)
-    os.kill(child_of(process), signal.SIGKILL)  # the worker's shard is done again
+    os.kill(child_of(process), signal.SIGKILL)  # its shard is done again
     wait_for(shards, "drops-*.bin")
     process.kill()
     assert process.wait() == -signal.SIGKILL and not is_finished(job.out)
@@ -201,7 +201,7 @@ def test_after_a_kill_of_a_worker_or_the_stage_the_rest_is_done_and_the_digest_t
 
 
 def test_a_stage_asked_to_stop_stops_and_goes_on_later(tmp_path: Path) -> None:
-    files = files_of(texts_with_all_that_happens())
+    files = files_of(texts_for_all_steps())
     job = make_job(tmp_path, files, num_workers=2, shard_bytes=12_000)
     process = start(job, tmp_path)
     child_of(process)

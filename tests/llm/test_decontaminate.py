@@ -16,7 +16,7 @@ from llm.data.cleaning.decontaminate import Protected, ngrams_of, write_protecte
 def judge(
     folder: Path, num_words: int, protected: Sequence[str], texts: Sequence[str]
 ) -> list[bool]:
-    """Judge as the stage does."""
+    """Return which texts share an n-gram with the protected ones."""
     parts = [np.frombuffer(ngrams_of(text, num_words), dtype="<u8") for text in protected]
     write_protected(parts, sum(map(len, parts)), folder / "all")
     judged = Protected(folder / "all", num_words)
@@ -33,7 +33,7 @@ SENTENCES = st.lists(st.sampled_from("abcd"), max_size=12).map(" ".join)
 
 @given(st.lists(SENTENCES, max_size=5), st.lists(SENTENCES, max_size=8), st.integers(1, 4))
 @settings(deadline=None)
-def test_the_judgement_is_that_of_brute_force(
+def test_shared_ngrams_equal_brute_force(
     protected: list[str], texts: list[str], num_words: int
 ) -> None:
     known = {ngram for text in protected for ngram in ngrams(text, num_words)}

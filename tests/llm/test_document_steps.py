@@ -1,4 +1,4 @@
-"""The optional steps of cleaning together: counted, in any order the same, done once for all."""
+"""The optional steps of cleaning together: counted, independent of order, idempotent."""
 
 import random
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def kept(outputs: Mapping[str, Any]) -> set[str]:
     return texts_of(outputs["train"] + outputs["validation"])
 
 
-def test_every_step_has_its_place_in_the_funnel(tmp_path: Path) -> None:
+def test_every_step_is_a_row_of_the_funnel(tmp_path: Path) -> None:
     texts = [sentences(number) for number in range(100)]
     texts += ["so {short}", "Two a@b.de", "x", texts[0], *near_copies(500, 4)]
     summary, outputs, _ = run_clean(
@@ -120,7 +120,7 @@ DOCUMENTS = st.lists(PARTS | st.text(max_size=30), max_size=12)
 
 @given(DOCUMENTS, st.randoms(use_true_random=False))
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_what_survives_is_the_same_in_any_order_and_when_cleaned_again(
+def test_kept_documents_do_not_depend_on_order_and_cleaning_is_idempotent(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], rng: random.Random
 ) -> None:
     folder, chosen = tmp_path_factory.mktemp("any"), EVERYTHING

@@ -1,4 +1,4 @@
-"""Reading raw files: every format gives the same records; no damage or bomb passes in silence."""
+"""Reading raw files: every format gives the same records; damage and bombs raise errors."""
 
 import bz2
 import csv
@@ -271,7 +271,7 @@ def test_csv_is_split_as_the_standard_library_reads_it(
     assert len(found) == len(rows)
 
 
-def test_parquet_of_wrong_types_and_broken_text_is_told(tmp_path: Path) -> None:
+def test_parquet_of_wrong_types_and_invalid_text_is_reported(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = importlib.import_module("pyarrow.parquet")
     broken = pyarrow.array([b"good", b"b\xffd", None]).cast(pyarrow.binary())

@@ -1,4 +1,4 @@
-"""Fetching: the right bytes or a typed failure, whatever the server does. All on 127.0.0.1."""
+"""Downloads over HTTP: the right bytes or a typed error, whatever the server does."""
 
 import dataclasses
 import hashlib
@@ -44,7 +44,7 @@ def sha256(data: bytes) -> str:
 def fetch_all(
     answers: list[Answer], partial: Path, expected: bytes = BODY, path: str = "/corpus.txt"
 ) -> list[str]:
-    """Fetch from a server that gives `answers`; return the requests it got."""
+    """Fetch from a server with the given `answers`; return its requests."""
     with HostileServer(answers) as server:
         for _ in fetch_file(server.url + path, sha256(expected), partial, SETTING, LIMITS):
             pass
@@ -52,7 +52,7 @@ def fetch_all(
     return server.requests
 
 
-def test_the_bytes_come_and_progress_is_told(tmp_path: Path) -> None:
+def test_the_bytes_arrive_and_progress_is_reported(tmp_path: Path) -> None:
     with HostileServer([answer(BODY)]) as server:
         steps = list(fetch_file(server.url, sha256(BODY), tmp_path / "p", SETTING, LIMITS))
     assert (tmp_path / "p").read_bytes() == BODY
@@ -121,7 +121,7 @@ def test_a_body_always_shorter_than_declared_is_a_network_failure(tmp_path: Path
 
 
 def test_tries_are_not_used_up_while_the_body_grows(tmp_path: Path) -> None:
-    body = BODY * 30  # 9 MB in pieces of 1.1 MB: more pieces than tries
+    body = BODY * 30  # 9 MB in parts of 1.1 MB: more parts than tries
     requests = fetch_all([serve_ranges(body, most_bytes=1_100_000)], tmp_path / "p", body)
     assert len(requests) == 9
 
@@ -305,7 +305,7 @@ def test_an_address_of_ipv6_needs_no_port() -> None:
         assert (connection.host, connection.port) == ("::1", port)
 
 
-def test_who_one_is_is_told_to_the_first_server_alone(tmp_path: Path) -> None:
+def test_authorization_is_sent_to_the_first_server_alone(tmp_path: Path) -> None:
     with HostileServer([answer(BODY)]) as other:
         address = other.url.replace("127.0.0.1", "localhost")
         with HostileServer([redirect("/again"), redirect(f"{address}/x")]) as server:
@@ -398,7 +398,7 @@ def test_a_chunked_body_is_read(tmp_path: Path) -> None:
               tmp_path / "p")  # fmt: skip
 
 
-def test_nobody_there_is_a_network_failure_and_the_login_is_not_told(tmp_path: Path) -> None:
+def test_no_server_is_a_network_failure_and_the_login_is_not_shown(tmp_path: Path) -> None:
     url = "http://me:secret@127.0.0.1:9/x?token=secret"
     with pytest.raises(ConnectionError) as failure:
         list(fetch_file(url, sha256(BODY), tmp_path / "p", SETTING, LIMITS))

@@ -1,4 +1,4 @@
-"""Masking: addresses are found, what only looks like one stays, and a mask is no address."""
+"""Masking: addresses are found, lookalikes stay, and a mask is not an address."""
 
 import pytest
 from hypothesis import given
@@ -48,4 +48,4 @@ def test_a_second_time_changes_nothing(text: str) -> None:
 @pytest.mark.parametrize("piece", ["a", "a.", "@", "a@", "1.", "2000:", "a@a.", "1.1.1.1."])
 def test_long_runs_that_are_no_address_end_and_stay(piece: str) -> None:
     text = piece * (1_000_000 // len(piece))
-    assert masked(text) == text  # in quadratic time this would be hours
+    assert masked(text) == text  # quadratic time would be hours

@@ -24,7 +24,7 @@ VALUES = st.recursive(
 
 
 class Trickle(io.BytesIO):
-    """A file that gives a few bytes at a time, whatever is asked for."""
+    """A file whose reads return a few bytes at a time."""
 
     def __init__(self, data: bytes, most_bytes: int) -> None:
         super().__init__(data)
@@ -35,24 +35,24 @@ class Trickle(io.BytesIO):
 
 
 @given(TEXTS, st.integers(1, 40), st.integers(1, 64))
-def test_pieces_joined_are_the_file_and_do_not_depend_on_how_it_is_read(
+def test_joined_segments_are_the_file_and_do_not_depend_on_read_sizes(
     text: str, target_bytes: int, most_bytes: int
 ) -> None:
     data = text.encode()
-    pieces = list(cut_text(io.BytesIO(data), target_bytes))
-    assert b"".join(pieces) == data
-    assert all(0 < len(piece) <= 2 * target_bytes for piece in pieces)
-    assert pieces == list(cut_text(Trickle(data, most_bytes), target_bytes))
+    segments = list(cut_text(io.BytesIO(data), target_bytes))
+    assert b"".join(segments) == data
+    assert all(0 < len(segment) <= 2 * target_bytes for segment in segments)
+    assert segments == list(cut_text(Trickle(data, most_bytes), target_bytes))
 
 
 @given(TEXTS, st.integers(4, 40))
 def test_no_cut_goes_through_a_character(text: str, target_bytes: int) -> None:
-    pieces = cut_text(io.BytesIO(text.encode()), target_bytes)
-    assert "".join(piece.decode() for piece in pieces) == text
+    segments = cut_text(io.BytesIO(text.encode()), target_bytes)
+    assert "".join(segment.decode() for segment in segments) == text
 
 
 @given(st.binary(), st.integers(1, 40))
-def test_pieces_of_any_bytes_joined_are_the_file(data: bytes, target_bytes: int) -> None:
+def test_joined_segments_of_any_bytes_are_the_file(data: bytes, target_bytes: int) -> None:
     assert b"".join(cut_text(io.BytesIO(data), target_bytes)) == data
 
 
@@ -61,14 +61,14 @@ def test_text_is_cut_after_the_first_blank_lines_past_the_target() -> None:
     assert list(cut_text(io.BytesIO(text), 10)) == [b"one\ntwo\n\nthree\n \t\n\n", b"four\n\nfive"]
 
 
-def test_text_without_blank_lines_is_cut_at_line_ends_and_without_those_anywhere() -> None:
+def test_text_without_blank_lines_is_cut_at_line_ends_else_anywhere() -> None:
     lines = b"0123456\n" * 10
-    assert all(piece.endswith(b"\n") for piece in cut_text(io.BytesIO(lines), 10))
-    assert [len(piece) for piece in cut_text(io.BytesIO(b"x" * 50), 10)] == [20, 20, 10]
+    assert all(segment.endswith(b"\n") for segment in cut_text(io.BytesIO(lines), 10))
+    assert [len(segment) for segment in cut_text(io.BytesIO(b"x" * 50), 10)] == [20, 20, 10]
 
 
 @given(st.lists(VALUES), st.sampled_from([None, 1]), st.integers(1, 64))
-def test_the_elements_of_an_array_are_those_json_finds(
+def test_the_elements_of_an_array_equal_those_of_json(
     values: list[object], indent: int | None, most_bytes: int
 ) -> None:
     data = json.dumps(values, indent=indent, ensure_ascii=False).encode("utf-8", "surrogatepass")
@@ -90,7 +90,7 @@ def test_lines_are_found_with_number_and_offset(lines: list[str]) -> None:
         assert raw.rstrip(b"\n").decode("utf-8", "surrogatepass") == lines[line - 1]
 
 
-def test_records_over_the_limit_are_passed_by_and_those_behind_are_found(
+def test_records_over_the_limit_are_skipped_and_later_ones_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(records, "MAX_RECORD_BYTES", 20)

@@ -1,4 +1,4 @@
-"""The offline source: whole, deterministic, without twins, and never importing what it reads."""
+"""The standard library source: complete, deterministic, without duplicates or imports."""
 
 import ast
 import inspect
@@ -94,7 +94,7 @@ def test_a_source_loses_its_docstrings_and_nothing_else() -> None:
             alone = [] if isinstance(node, ast.Module) else [ast.Pass()]
             node.body = node.body[1:] or alone
             if isinstance(node, ast.AsyncFunctionDef):
-                node.body.insert(0, ast.Pass())  # its docstring shares a line
+                node.body.insert(0, ast.Pass())  # its docstring shared a line
     assert ast.dump(ast.parse(text)) == ast.dump(expected)
     for line in ("# about the table", "@decorated", '    return inner  # "not a docstring"'):
         assert f"\n{line}\n" in text
@@ -227,7 +227,7 @@ def test_chats_are_many_short_and_mostly_answerable(chats: list[dict[str, object
     assert all(0 < len(_answer(chat)) <= MAX_ANSWER_CHARACTERS for chat in chats)
 
 
-def test_answers_are_those_inspect_gives(chats: list[dict[str, object]]) -> None:
+def test_answers_equal_those_of_inspect(chats: list[dict[str, object]]) -> None:
     num_checked = Counter[str]()
     for chat in chats[::7]:
         asked = re.search(r"`((\w+)\(.*\))`", _question(chat))
@@ -251,7 +251,7 @@ def test_answers_are_those_inspect_gives(chats: list[dict[str, object]]) -> None
 
 
 def _parameters(text: str) -> dict[str, object] | None:
-    """Return the defaults by name, starred; None where a default needs its module to be known."""
+    """Return the defaults by name, starred; None where a default needs its module."""
     space: dict[str, Callable[..., object]] = {}
     try:
         exec(f"def {text}: pass", {}, space)

@@ -80,11 +80,11 @@ def _read(
     raw: RawInput, shard: InputShard, settings: CleanConfig, scratch: Path
 ) -> Iterator[tuple[RawDocument | Skip, int]]:
     """Yield the documents of a shard, and how many of its bytes have been read."""
+    options = [raw.read_options(n, settings, scratch) for n in range(len(raw.folders))]
     done_bytes = 0
     for source, name in shard.files:
-        path, options = raw.path(source, name), raw.read_options(source, settings, scratch)
-        shown = f"{source}/{name}" if raw.has_sources else name
-        for document in read_documents(path, shown, options, shard.span):
+        path, shown = raw.path(source, name), f"{source}/{name}" if raw.has_sources else name
+        for document in read_documents(path, shown, options[source], shard.span):
             if isinstance(document, RawDocument):
                 document.source = source
             yield document, done_bytes + document.location.read_bytes - shard.start_bytes
