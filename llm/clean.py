@@ -35,10 +35,9 @@ from llm.data.cleaning.decontaminate import (
     ngrams_of,
     write_protected,
 )
-from llm.data.cleaning.document_steps import add_changes
 from llm.data.cleaning.input_shards import RawInput
 from llm.data.cleaning.minhash import NearDuplicates
-from llm.data.cleaning.passes import DROPS, map_pass, write_pass
+from llm.data.cleaning.passes import DROPS, add_changes, map_pass, write_pass
 from llm.data.cleaning.staging import DROP_REASONS, Drops, Staged, StagedShard
 from llm.data.cleaning.stats import MAX_REJECTED_EXAMPLES, CleaningStats
 from llm.data.content import Content

@@ -18,7 +18,7 @@ from llm.artifact import Json, read_manifest
 from llm.errors import DataError
 from llm.runtime.job import EXIT_INTERRUPTED, Job, is_finished, write_job
 from tests.llm.cleaning import TEXTS, corpus, jsonl, lines_of, make_job, run_clean
-from tests.llm.test_document_steps import EVERYTHING, near_copies, sentences
+from tests.llm.test_passes import EVERYTHING, near_copies, sentences
 
 pytest.importorskip("rensa", reason="needs the library that signs texts")
 ROOT = Path(__file__).parents[2]

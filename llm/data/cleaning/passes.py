@@ -5,6 +5,7 @@ The global decision stands between them, in llm/clean.py.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,9 +16,11 @@ import numpy as np
 from llm.artifact import ArtifactWriter, Json
 from llm.config import CleanConfig, read_section
 from llm.data.cleaning.decontaminate import NGRAM_BYTES, NGRAMS, PROTECTED, Protected, ngrams_of
-from llm.data.cleaning.document_steps import DocumentSteps
+from llm.data.cleaning.filters import apply_c4, gopher_reason
 from llm.data.cleaning.input_shards import InputShard, RawInput
 from llm.data.cleaning.minhash import Signer
+from llm.data.cleaning.normalize import normalize
+from llm.data.cleaning.personal_data import MaskCounts, mask
 from llm.data.cleaning.staging import StagedDocument, StagedShard, StagingWriter, joined_text
 from llm.data.cleaning.stats import CleaningStats
 from llm.data.closing import Closing
@@ -42,7 +45,7 @@ def map_pass(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
         for document, done_bytes in _read(raw, shard, settings, job.work):
             stager.add(document)
             job.report_progress(done_bytes, shard.size_bytes, "bytes")
-    return {"stats": stager.stats.to_json(), "changes": stager.steps.summary()}
+    return {"stats": stager.stats.to_json(), "changes": stager.changes()}
 
 
 def write_pass(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
@@ -76,6 +79,17 @@ def write_pass(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     return {"stats": stats.to_json(), "contaminated_documents": num_contaminated}
 
 
+def add_changes(total: dict[str, Json], found: Mapping[str, Json]) -> None:
+    """Add a shard's counts of changes to the total."""
+    for name, value in found.items():
+        if isinstance(value, dict):
+            counts = Counter(cast(dict[str, int], total.get(name, {})))
+            counts.update(cast(dict[str, int], value))
+            total[name] = dict(sorted(counts.items()))
+        else:
+            total[name] = cast(int, total.get(name, 0)) + cast(int, value)
+
+
 def _read(
     raw: RawInput, shard: InputShard, settings: CleanConfig, scratch: Path
 ) -> Iterator[tuple[RawDocument | Skip, int]]:
@@ -100,17 +114,18 @@ class _Stager(Closing):
 
     def __init__(self, writer: ArtifactWriter, settings: CleanConfig, raw: RawInput) -> None:
         super().__init__()
-        self.stats, self.steps = CleaningStats(), DocumentSteps(settings)
+        self.stats = CleaningStats()
+        self._masked, self._removed_lines = MaskCounts(), Counter[str]()
         self._settings, self._content, self._has_sources = settings, raw.content, raw.has_sources
         self._seen = set[bytes]()
-        self._staging = self._stack.enter_context(
-            StagingWriter(writer, has_sources=raw.has_sources)
-        )
         self._signer = self._ngrams = None
         if settings.near_duplicates.unit != "none":
             self._signer = self._stack.enter_context(Signer(writer, settings.near_duplicates))
         if settings.decontamination.action != "none":
             self._ngrams = self._stack.enter_context(writer.open(NGRAMS))
+        self._staging = self._stack.enter_context(
+            StagingWriter(writer, has_sources=raw.has_sources)
+        )
 
     def add(self, document: RawDocument | Skip) -> None:
         """Stage or count the next document."""
@@ -151,10 +166,22 @@ class _Stager(Closing):
             self._staging.add(staged)
             self.stats.keep(staged.side, staged.size_bytes)
 
+    def changes(self) -> dict[str, Json]:
+        """Return the counts of changes by the enabled steps."""
+        counts: dict[str, Json] = {}
+        if self._settings.masks_emails:
+            counts["masked_emails"] = self._masked.num_emails
+        if self._settings.masks_ip_addresses:
+            counts["masked_ip_addresses"] = self._masked.num_ip_addresses
+        if "c4" in self._settings.filters:
+            counts["removed_lines"] = dict(sorted(self._removed_lines.items()))
+        return counts
+
     def _judge(self, document: RawDocument) -> dict[str, Json]:
         """Return the output fields of a document; none, and count why, if it is dropped."""
-        step = "filters"
-        reason, excerpt = self.steps.apply(document), document.text
+        self._rewrite(document)
+        step, reason = "filters", self._filter(document)
+        excerpt = document.text
         fields: dict[str, Json] = {"text": document.text}
         if self._content == "chats":
             fields = {"messages": cast(Json, document.messages), "kind": document.kind}
@@ -168,6 +195,35 @@ class _Stager(Closing):
             return fields
         self._drop(document, excerpt, reason, step)
         return {}
+
+    def _rewrite(self, document: RawDocument) -> None:
+        """Normalize a document and mask personal data, as far as enabled."""
+        settings = self._settings
+        is_masking = settings.masks_emails or settings.masks_ip_addresses
+        if settings.line_ends == settings.unicode_form == "as_is" and not is_masking:
+            return
+
+        def rewrite(text: str) -> str:
+            text = normalize(text, settings.line_ends, settings.unicode_form)
+            emails, ip_addresses = settings.masks_emails, settings.masks_ip_addresses
+            return mask(text, self._masked, emails=emails, ip_addresses=ip_addresses)
+
+        document.text = rewrite(document.text)
+        for message in document.messages:
+            message["content"] = rewrite(message["content"])
+
+    def _filter(self, document: RawDocument) -> str:
+        """Return why the quality filters drop a document, or ""; C4's rules remove lines."""
+        settings, reason = self._settings, ""
+        if settings.filters == "none" or document.messages:
+            return ""
+        if not document.text.strip():
+            return "empty"
+        if "c4" in settings.filters:
+            document.text, reason = apply_c4(document.text, settings.c4, self._removed_lines)
+        if not reason and "gopher" in settings.filters:
+            reason = gopher_reason(document.text, settings.gopher)
+        return reason
 
     def _drop(self, document: RawDocument, text: str, reason: str, step: str) -> None:
         skip = Skip(location=document.location, reason=reason, excerpt=text[:EXCERPT_CHARACTERS])
