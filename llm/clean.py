@@ -97,8 +97,8 @@ def find_near_duplicates(
     is_near_duplicate = np.zeros(len(order), dtype=np.bool_)
     folders = [shard.folder for shard in staged.shards]
     with OpenFiles() as files, NearDuplicates(folders, config) as near:
-        texts = near.find(order, lambda number: staged.document(int(signed[number]), files).text)
-        for band, first in enumerate(texts, start=1):
+        bands = near.find(order, lambda number: staged.text(int(signed[number]), files))
+        for band, first in enumerate(bands, start=1):
             report(band, near.num_bands, "bands")
             is_near_duplicate = first != np.arange(len(first))
     return signed[order[is_near_duplicate]]
@@ -204,15 +204,14 @@ def _write(
     shards: list[Shard] = []
     for number in sides:
         shard = staged.shards[number]
-        chosen: dict[str, Json] = {"number": number, "staged": shard.folder.name}
-        chosen["sides"] = cast(Json, sides[number])
+        chosen = {"number": number, "staged": shard.folder.name, "sides": cast(Json, sides[number])}
         shards.append(_shard("write", number, len(shard), chosen))
     written = dict(zip(sides, do_shards(job, clean_shard, shards, "documents"), strict=True))
     found: dict[str, list[DocumentShard]] = {side: [] for side in SPLITS}
     for number, shard in enumerate(mapped):
         for side in SPLITS:
-            chosen_shard = written[number] if side in sides.get(number, []) else shard
-            _adopt(chosen_shard, side, f"{number:05}", writer, stats, found[side])
+            last = written[number] if side in sides.get(number, []) else shard
+            _adopt(last, side, f"{number:05}", writer, stats, found[side])
     for number, shard in written.items():
         lines_before = staged.shards[number].lines_before
         stats.add(CleaningStats.from_json(shard.summary["stats"]), number, lines_before)

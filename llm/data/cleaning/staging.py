@@ -162,6 +162,14 @@ class StagedShard:
         data = files.read(self._rows, number * ROW.itemsize, ROW.itemsize)
         return self._document(PACKED_ROW.unpack(data), files)
 
+    def text(self, number: int, files: OpenFiles) -> str:
+        """Return the text of one document, without loading the names of raw files."""
+        data = files.read(self._rows, number * ROW.itemsize, ROW.itemsize)
+        row = np.frombuffer(data, dtype=ROW)[0]
+        path = self._paths[int(row["is_validation"])]
+        line = files.read(path, int(row["offset_bytes"]), int(row["line_bytes"]))
+        return joined_text(json.loads(line))
+
     def _document(self, row: Sequence[Any], files: OpenFiles) -> StagedDocument:
         (
             content, identifier, offset_bytes, line_bytes, size_bytes, name, line, record, source,
@@ -223,10 +231,15 @@ class Staged:
         shard, number = self.locate(number)
         return self.shards[shard].document(number, files)
 
+    def text(self, number: int, files: OpenFiles) -> str:
+        """Return the text of one document."""
+        shard, number = self.locate(number)
+        return self.shards[shard].text(number, files)
+
     def find_duplicates(self, scratch: Path) -> npt.NDArray[np.bool_]:
         """Return whether the content of each document occurred before, (documents,).
 
-        A tail shares the fate of the document it was cut from.
+        A tail counts as the document it was cut from.
         """
         is_whole = ~self.column("is_tail")
 
