@@ -1,5 +1,6 @@
 """The optional steps of cleaning together: counted, independent of order, idempotent."""
 
+import hashlib
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,6 +107,21 @@ def test_training_documents_that_give_validation_away_are_dropped_or_counted(
         )
         assert set(summary["skipped"]) == set(contaminated)  # type: ignore[arg-type]
         assert bool(left) == (action == "count")
+
+
+def test_validation_documents_that_are_dropped_protect_nothing(tmp_path: Path) -> None:
+    copies = near_copies(7, 30)
+    variants = (f"{sentences(number)} {' '.join(copies[number % 30].split()[-4:])}"
+                for number in range(900, 1100))  # fmt: skip
+    leaks = [text for text in variants if hashlib.sha256(text.encode()).digest()[0] >= 128]
+    files = {"a.jsonl": corpus([*map(sentences, range(60)), *copies, *leaks])}
+    chosen: dict[str, Json] = {"near_duplicates": dict(NEAR), "validation_fraction": 0.5}
+    _, before, _ = run_clean(tmp_path / "before", files, **chosen)
+    _, after, _ = run_clean(tmp_path / "after", files, **chosen, decontamination=dict(DROP))
+    (survivor,) = texts_of(before["validation"]) & set(copies)
+    assert set(leaks) <= texts_of(before["train"])
+    expected = {leak for leak in leaks if leak.split()[-4:] == survivor.split()[-4:]}
+    assert expected and set(leaks) - texts_of(after["train"]) == expected
 
 
 PARTS = st.lists(
