@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from llm.artifact import digest, file_sha256, write_json_atomically
+from llm.artifact import digest, file_sha256, file_stamp, write_json_atomically
 from llm.config import SourceConfig
 from llm.data.raw.formats import content_of, is_readable, readable_suffixes, refuse_name
 from llm.data.sources.hub import resolve_commit
@@ -136,12 +136,12 @@ def _hash_files(
     is_changed = False
     hashes: list[tuple[str, str]] = []
     for name, path in files:
-        key, stamp = os.path.abspath(path), _stamp(path)  # noqa: PTH100 (resolve() follows links)
+        key, stamp = os.path.abspath(path), file_stamp(path)  # noqa: PTH100 (resolve() follows links)
         record = cached.get(key)
         if record is None or record[:-1] != stamp:
             before = time.time_ns()
             record = [*stamp, file_sha256(path)]
-            if _stamp(path) == stamp and before - path.stat().st_ctime_ns > (
+            if file_stamp(path) == stamp and before - path.stat().st_ctime_ns > (
                 NANOSECONDS_UNTIL_CACHED
             ):
                 cached[key], is_changed = record, True
@@ -152,11 +152,6 @@ def _hash_files(
             cache_file.parent.mkdir(parents=True, exist_ok=True)
             write_json_atomically(cache_file, cached, is_durable=False)
     return hashes
-
-
-def _stamp(path: Path) -> list[int | str]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _read_cache(cache_file: Path | None) -> dict[str, list[int | str]]:
