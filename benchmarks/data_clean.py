@@ -1,4 +1,4 @@
-"""Rows of cleaning: its speed, and near dedup against brute force."""
+"""Benchmarks of cleaning: its speed, and near deduplication against brute force."""
 
 import argparse
 import json
@@ -12,17 +12,16 @@ import numpy as np
 from data_stages import HERE, Figure, StageRun, run_stage, write_corpus
 
 from llm.artifact import ArtifactWriter, Json
+from llm.clean import find_near_duplicates
 from llm.config import NearDuplicatesConfig, RuntimeConfig
-from llm.data.cleaning.decisions import Decisions
-from llm.data.cleaning.deduplicate import UnitWriter, find_near_duplicates
 from llm.data.cleaning.minhash import NearDuplicates, Signer, jaccard
 from llm.data.cleaning.ngrams import hash_distinct_ngrams
 from llm.data.cleaning.staging import Staged, StagedDocument, StagedShard, StagingWriter
-from llm.data.raw.records import Place
+from llm.data.raw.records import Location
 from llm.data.sources.stdlib import library_files
 
-# C4 and Gopher are rules for prose: on code their own limits would drop nearly every document, and
-# later steps would have nothing to do. So every rule is computed and nearly all texts pass.
+# C4 and Gopher are rules for prose: their published limits would drop nearly all code, and leave
+# later steps nothing to do. So every rule is computed and nearly all texts pass.
 FILTERS: dict[str, Json] = {
     "filters": "gopher+c4",
     "c4": {"has_terminal_punctuation": False, "min_words_per_line": 0, "min_sentences": 0,
@@ -42,14 +41,14 @@ ALL_ON: dict[str, Json] = {
 
 
 def measure_clean(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
-    """Speed of cleaning with every optional step off, and with each of them."""
+    """Measure the speed of cleaning with all optional steps off, and with each of them."""
     write_corpus(folder / "corpus.jsonl", options.megabytes * 1_000_000)
     raw = _raw(folder)
-    places = [(HERE, 1), (HERE, 2)] + ([(options.baseline, 1)] if options.baseline else [])
+    variants = [(HERE, 1), (HERE, 2)] + ([(options.baseline, 1)] if options.baseline else [])
     for steps, chosen in (("nothing on", dict[str, Json]()), ("all steps on", ALL_ON)):
-        rates: dict[tuple[Path, int], list[float]] = {place: [] for place in places}
+        rates: dict[tuple[Path, int], list[float]] = {variant: [] for variant in variants}
         for _ in range(options.repeats):
-            for code, num_workers in places:
+            for code, num_workers in variants:
                 seconds = _run_clean(raw, chosen, code, num_workers).seconds
                 rates[code, num_workers].append(options.megabytes / seconds)
         for num_workers in (1, 2):
@@ -68,7 +67,6 @@ def measure_clean(options: argparse.Namespace, folder: Path) -> Iterator[Figure]
         ("c4", {"filters": "c4"}),
         ("gopher and c4, nearly all pass", FILTERS),
         ("near duplicates", {"near_duplicates": ALL_ON["near_duplicates"]}),
-        ("near duplicates, paragraphs", {"near_duplicates": {"unit": "paragraph"}}),
         ("decontamination", {"decontamination": ALL_ON["decontamination"]}),
     ):
         done = _run_clean(raw, settings, HERE)
@@ -79,25 +77,25 @@ def measure_clean(options: argparse.Namespace, folder: Path) -> Iterator[Figure]
 
 
 def measure_near_duplicates(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
-    """Speed of near dedup with everything it reads and writes, and recall against brute force."""
+    """Measure near deduplication: its speed with all I/O, and recall against brute force."""
     texts = _texts_with_near_copies(options.documents)
     config = NearDuplicatesConfig(unit="document")
     started_at = time.monotonic()
     writer, size_bytes = ArtifactWriter(folder / "staged"), 0
-    with StagingWriter(writer, has_sources=False) as staging, UnitWriter(writer, config) as units:
+    with StagingWriter(writer, has_sources=False) as staging, Signer(writer, config) as signer:
         for number, text in enumerate(texts):
-            document = _staged(number, text)
+            document = _staged(number, text, is_signed=signer.add(text))
             size_bytes += document.size_bytes
-            units.add(number, text)
             staging.add(document)
     signed_at = time.monotonic()
     staged = Staged([StagedShard(folder / "staged")])
-    cuts = find_near_duplicates(staged, Decisions.none(len(staged)), config, lambda *_: None)
+    drops = np.zeros(len(staged), dtype=np.uint8)
+    found = find_near_duplicates(staged, drops, config, lambda *_: None)
     ended_at = time.monotonic()
     yield Figure(
         measure=f"near dedup of {options.documents:,} documents, {size_bytes / 1e6:.0f} MB",
         value=f"{ended_at - started_at:.1f} s ({signed_at - started_at:.1f} s to sign),"
-        f" {len(cuts):,} dropped",
+        f" {len(found):,} dropped",
         target="<= 60 s",
     )
     num_pairs, num_found = _recall(list(_texts_with_near_copies(2000)), folder / "recall")
@@ -165,9 +163,16 @@ def _recall(texts: Sequence[str], folder: Path) -> tuple[int, int]:
     return num_pairs, num_found
 
 
-def _staged(number: int, text: str) -> StagedDocument:
+def _staged(number: int, text: str, *, is_signed: bool) -> StagedDocument:
     identifier = random.Random(number).randbytes(16)
     line = json.dumps({"id": identifier.hex(), "text": text}).encode() + b"\n"
-    place = Place(file="a", line=number, offset_bytes=0)
-    return StagedDocument(id=identifier, content=identifier, line=line, record=number, place=place,
-                          size_bytes=len(text.encode()), is_validation=False)  # fmt: skip
+    return StagedDocument(
+        id=identifier,
+        content=identifier,
+        line=line,
+        size_bytes=len(text.encode()),
+        is_validation=False,
+        is_signed=is_signed,
+        location=Location(file="a", line=number, offset_bytes=0),
+        record=number,
+    )

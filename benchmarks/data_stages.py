@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.artifact import ArtifactWriter, Json, load_artifact
-from llm.data.cleaning.staging import ENCODER
+from llm.data.cleaning.passes import ENCODER
 from llm.data.documents import (
     SPLITS,
     DocumentShard,

@@ -276,6 +276,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_stamp(path: Path) -> list[int]:
+    """Return size, times and inode of a file, which change when the file does."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
 def make_folder(folder: Path) -> None:
     """Make `folder` and its missing parents durably."""
     if not folder.is_dir():

@@ -1,54 +1,46 @@
-"""Turn raw files into documents with ids, each once, split into train and validation.
+"""Turn raw files into documents with ids, without duplicates, split into train and validation.
 
-A record of text holds it under `text_key`. A chat holds `messages`, each with `role` (system, user,
-assistant) and `content`, or else `instruction`, `input` and `output`; `kind` may name what it is.
+A map pass over shards judges each document alone, one global decision drops duplicates, and a write
+pass over shards writes the documents that are kept.
 
-The steps, in this order, each off unless a setting turns it on or nothing is said of it here:
-decode; normalize (off); mask personal data (off); the rules of C4 and Gopher (off); length; exact
-duplicates; near duplicates (off); decontamination (off); split. The work is done by shards, each
-with the documents of about `clean.shard_bytes` of raw files: up to the length a document is judged
-alone, in a first look. What must be known of all, ids and signatures, is compared here. The later
-looks, by shards again, write what is left. Texts pass through this process only where two of them
-may be nearly the same.
+Steps run in this order; those marked (off) run only when enabled: decode; normalize (off); mask
+personal data (off); rules of C4 and Gopher (off); length; exact duplicates; near duplicates (off);
+decontamination (off); split. A shard is about `clean.shard_bytes` of raw files. The global decision
+reads ids and signatures of all documents; it reads texts only to compare candidates.
 
-A document's id is the hash of its content, and the hash alone decides its side of the split: adding
-data never moves a document from one side to the other. Chats with the same `group` (questions on
-the same function, say) stay together: for them the hash of the group decides. Of documents nearly
-the same the one of the lowest hash is kept, which is in validation if any of them is. Nothing is
-dropped without being counted.
+A text record holds its text under `text_key`. A chat holds `messages`, each with `role` (system,
+user, assistant) and `content`, or `instruction`, `input` and `output`; `kind` may name a
+category.
+
+A document's id is the hash of its content, which alone decides its side of the split: more data
+never moves a document to the other side. Chats with the same `group` (questions on one function,
+say) stay together: for them the hash of the group decides. Of near duplicates the one of lowest
+hash is kept, one in validation before one in training. Every dropped document is counted.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
-from llm.artifact import ArtifactWriter, Json
-from llm.config import CleanConfig, read_section
-from llm.data.cleaning.counts import MAX_REJECTED_EXAMPLES, Tally
-from llm.data.cleaning.decisions import FATES, Decisions
-from llm.data.cleaning.decontaminate import DocumentCounts, merge_ngrams, ngrams_of, write_uncommon
-from llm.data.cleaning.deduplicate import REST, compares, find_near_duplicates, judge_rests
-from llm.data.cleaning.document_steps import add_changes
-from llm.data.cleaning.exact_duplicates import find_repeated
-from llm.data.cleaning.input_shards import RawInput
-from llm.data.cleaning.map_pass import read_shard
-from llm.data.cleaning.staging import Staged, StagedShard
-from llm.data.cleaning.write_pass import (
-    COUNTS,
-    DECISIONS,
-    JUDGED,
+from llm.artifact import ArtifactWriter, Json, write_bytes_atomically
+from llm.config import CleanConfig, NearDuplicatesConfig, read_section
+from llm.data.cleaning.decontaminate import (
+    NGRAM_BYTES,
     NGRAMS,
     PROTECTED,
-    RESTS,
-    count_shard,
-    protect_shard,
-    rest_shard,
-    write_shard,
+    ngrams_of,
+    write_protected,
 )
+from llm.data.cleaning.input_shards import RawInput
+from llm.data.cleaning.minhash import NearDuplicates
+from llm.data.cleaning.passes import DROPS, add_changes, map_pass, write_pass
+from llm.data.cleaning.staging import DROP_REASONS, Drops, Staged, StagedShard
+from llm.data.cleaning.stats import MAX_REJECTED_EXAMPLES, CleaningStats
+from llm.data.content import Content
 from llm.data.documents import (
     LINES,
     SPLITS,
@@ -57,173 +49,172 @@ from llm.data.documents import (
     DocumentShard,
     write_documents_json,
 )
-from llm.data.raw.formats import Content
-from llm.data.raw.parsing import MISSING_KEY
+from llm.data.open_files import OpenFiles
+from llm.data.raw.reading import MISSING_KEY
 from llm.data.raw.record_layouts import expected_layout
 from llm.errors import DataError
 from llm.runtime.job import Job, run_job
 from llm.runtime.shards import FinishedShard, Shard, do_shards
 
-LOOKS = {
-    "read": read_shard, "rest": rest_shard, "protect": protect_shard, "count": count_shard,
-    "write": write_shard,
-}  # fmt: skip
-
 
 def clean(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
-    """Write the documents of the input `raw` to the files of `train` and `validation`.
+    """Write the documents of the input `raw` to `train/` and `validation/`.
 
-    Of several sources, `raw_0`, `raw_1` and so on, each document says which one it is from.
-    An input `held_out`, documents cleaned before, has a validation side to keep out of training.
+    With several sources, `raw_0`, `raw_1` and so on, each document carries its source. The
+    validation side of an input `held_out`, documents cleaned before, is kept out of training.
 
     Raises:
-        DataError: a side of the split is empty, or a file cannot be read as what its name says.
+        DataError: a side of the split is empty, or a file cannot be read.
     """
     settings = read_section(CleanConfig, job.settings)
     raw = RawInput.of(job.inputs)
-    tally, summary = Tally(), dict[str, Json]()
-    read, staged = _read(job, raw, settings, tally, summary)
-    decisions = Decisions.none(len(staged))
-    _drop_exact_duplicates(job, staged, decisions, tally)
-    if compares(settings, raw.content):
-        _drop_near_duplicates(job, staged, decisions, settings, tally, summary)
-    decisions.write(job.work / "shards" / DECISIONS, staged)
-    if settings.decontamination.action != "none":
-        _protect(job, staged, settings)
-    shards = _write(job, read, staged, decisions, settings, writer, tally, summary)
-    _refuse_empty_side(tally, settings, raw)
-    lines = (json.dumps(example, sort_keys=True) + "\n" for example in tally.rejected())
+    stats, summary = CleaningStats(), dict[str, Json]()
+    mapped, staged = _map(job, raw, settings, stats, summary)
+    drops = _decide(job, staged, settings, stats)
+    shards = _write(job, mapped, staged, drops, settings, writer, stats, summary)
+    _refuse_empty_side(stats, settings, raw, job.work)
+    lines = (json.dumps(example, sort_keys=True) + "\n" for example in stats.rejected())
     writer.write_bytes("rejected.jsonl", "".join(lines).encode())
     write_documents_json(writer, raw.content, shards, len(raw.folders))
-    return _summary(tally, raw.content) | summary
+    return _summary(stats, raw.content) | summary
 
 
 def clean_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
-    """Do one shard of the stage."""
-    return LOOKS[cast(str, job.shard["look"])](job, writer)
+    """Run one shard of a pass."""
+    return {"map": map_pass, "write": write_pass}[cast(str, job.shard["pass"])](job, writer)
 
 
-def _read(
-    job: Job, raw: RawInput, settings: CleanConfig, tally: Tally, summary: dict[str, Json]
+def find_near_duplicates(
+    staged: Staged,
+    drops: Drops,
+    config: NearDuplicatesConfig,
+    report: Callable[[int, int, str], None],
+) -> npt.NDArray[np.int64]:
+    """Return the documents that are nearly the same as one of higher precedence, (found,)."""
+    signed = np.flatnonzero(staged.column("is_signed"))  # the document of each signature
+    order = np.flatnonzero(drops[signed] == 0)
+    order = order[np.argsort(staged.ranks()[signed[order]], kind="stable")]
+    is_near_duplicate = np.zeros(len(order), dtype=np.bool_)
+    folders = [shard.folder for shard in staged.shards]
+    with OpenFiles() as files, NearDuplicates(folders, config) as near:
+        bands = near.find(order, lambda number: staged.text(int(signed[number]), files))
+        for band, first in enumerate(bands, start=1):
+            report(band, near.num_bands, "bands")
+            is_near_duplicate = first != np.arange(len(first))
+    return signed[order[is_near_duplicate]]
+
+
+def _map(
+    job: Job, raw: RawInput, settings: CleanConfig, stats: CleaningStats, summary: dict[str, Json]
 ) -> tuple[list[FinishedShard], Staged]:
-    """Have documents staged that pass the steps up to the length, and count the others."""
+    """Run the map pass: stage the documents that pass every step on single documents."""
     parts = raw.plan(settings.shard_bytes)
     shards = [
-        _shard("read", number, part.size_bytes, part.to_json()) for number, part in enumerate(parts)
+        _shard("map", number, part.size_bytes, part.to_json()) for number, part in enumerate(parts)
     ]
     finished = do_shards(job, clean_shard, shards, "bytes")
     staged: list[StagedShard] = []
     lines_before = 0
     for number, (part, shard) in enumerate(zip(parts, finished, strict=True)):
-        lines_before *= part.goes_on
-        found = Tally.from_json(shard.summary["tally"])
-        tally.add(found, number, lines_before)
+        if not part.start_bytes:  # else it continues the file of the shard before
+            lines_before = 0
+        found = CleaningStats.from_json(shard.summary["stats"])
+        stats.add(found, number, lines_before)
         staged.append(StagedShard(shard.folder, lines_before))
-        lines_before += found.num_read  # of a file that is cut each line is a record
+        lines_before += found.num_read  # in a file that is cut each line is a record
         add_changes(summary, cast(dict[str, Json], shard.summary["changes"]))
     return finished, Staged(staged)
 
 
-def _drop_exact_duplicates(job: Job, staged: Staged, decisions: Decisions, tally: Tally) -> None:
-    """Let the first of the documents with the same content stay."""
-    is_whole = ~staged.column("is_tail")  # a tail goes with the document it was cut from
+def _decide(job: Job, staged: Staged, settings: CleanConfig, stats: CleaningStats) -> Drops:
+    """Decide which documents are dropped, and write that for each shard beside the shards."""
+    drops = np.zeros(len(staged), dtype=np.uint8)
+    drops[staged.find_duplicates(job.work)] = DROP_REASONS.index("duplicate")
+    is_tail = staged.column("is_tail")  # a document and its tail, dropped together, count as one
+    stats.num_read += int((is_tail & (drops == 0)).sum())
+    _count_dropped(staged, (drops != 0) & ~is_tail, "duplicate", "exact duplicates", stats)
+    if settings.near_duplicates.unit != "none":
+        found = find_near_duplicates(staged, drops, settings.near_duplicates, job.report_progress)
+        drops[found] = reason = DROP_REASONS.index("near duplicate")
+        _count_dropped(staged, drops == reason, "near duplicate", "near duplicates", stats)
+    folder = job.work / "shards"
+    for number in range(len(staged.shards)):
+        data = staged.part(drops, number).tobytes()
+        write_bytes_atomically(folder / DROPS.format(number), data, is_durable=False)
+    if settings.decontamination.action != "none":
+        _protect(job, staged, drops, settings, folder / PROTECTED)
+    return drops
 
-    def contents() -> Iterator[npt.NDArray[np.uint64]]:
-        start = 0
-        for block in staged.columns("content"):
-            yield block[is_whole[start : start + len(block)]]
-            start += len(block)
 
-    is_repeated = find_repeated(contents(), int(is_whole.sum()), job.work)
-    goes = is_repeated[np.cumsum(is_whole) - 1]
-    decisions.fates[goes] = FATES.index("duplicate")
-    tally.num_read += int((~is_whole & ~goes).sum())
-    _count(staged, goes & is_whole, "duplicate", "exact duplicates", tally)
-
-
-def _drop_near_duplicates(
-    job: Job,
-    staged: Staged,
-    decisions: Decisions,
-    settings: CleanConfig,
-    tally: Tally,
-    summary: dict[str, Json],
+def _count_dropped(
+    staged: Staged, is_dropped: npt.NDArray[np.bool_], reason: str, step: str, stats: CleaningStats
 ) -> None:
-    """Let the first of each cluster stay, or what is left of a document without the paragraphs
-    that stand elsewhere.
-    """
-    config = settings.near_duplicates
-    cuts = find_near_duplicates(staged, decisions, config, job.report_progress)
-    if config.unit == "document":
-        decisions.fates[cuts["document"]] = FATES.index("near duplicate")
-    else:
-        decisions.cuts = cuts
-        decisions.write(job.work / "shards" / DECISIONS, staged)
-        numbers = np.searchsorted(staged.starts, np.unique(cuts["document"]), side="right") - 1
-        rests: list[npt.NDArray[np.void]] = []
-        for number, shard in _look_again(job, staged, "rest", np.unique(numbers).tolist()):
-            rests.append(np.fromfile(shard.folder / RESTS, dtype=REST))
-            rests[-1]["document"] += staged.starts[number]
-        judge_rests(staged, decisions, rests, job.work)
-        summary["removed_paragraphs"] = len(cuts)
-    for fate in ("near duplicate", "duplicate when cut"):
-        goes = decisions.fates == FATES.index(fate)
-        _count(staged, goes, fate, "near duplicates", tally)
+    """Count dropped documents, and keep the first as examples."""
+    numbers = np.flatnonzero(is_dropped)
+    stats.count(reason, step, len(numbers))
+    with OpenFiles() as files:
+        for number in numbers[:MAX_REJECTED_EXAMPLES].tolist():
+            document = staged.document(number, files)
+            stats.add_example(document.skip(reason), document.record, staged.locate(number)[0])
 
 
-def _protect(job: Job, staged: Staged, settings: CleanConfig) -> None:
-    """Collect the n-grams of all that is measured on, and those by which training is judged."""
-    config = settings.decontamination
-    shared = job.work / "shards"
-    other = shared / "other-ngrams.bin"
+def _protect(job: Job, staged: Staged, drops: Drops, settings: CleanConfig, path: Path) -> None:
+    """Write the n-grams of all evaluation data: validation, held-out documents, `texts`."""
+    num_words = settings.decontamination.ngram_words
+    other = path.with_name("other-ngrams.bin")
     with other.open("wb") as file:
-        for text in config.texts:
-            file.write(ngrams_of(text, config.ngram_words))
+        for text in settings.decontamination.texts:
+            file.write(ngrams_of(text, num_words))
         if "held_out" in job.inputs:
             held_out = DocumentReader(Path(job.inputs["held_out"]), "validation")
             for document in held_out.read(range(len(held_out))):
-                file.write(ngrams_of("\n".join(document.texts), config.ngram_words))
-    numbers = range(len(staged.shards))
-    found = [shard.folder / NGRAMS for _, shard in _look_again(job, staged, "protect", numbers)]
-    if not config.max_documents:
-        merge_ngrams([other, *found], shared / JUDGED)
-        return
-    counts = DocumentCounts(merge_ngrams([other, *found], shared / PROTECTED))
-    for _, shard in _look_again(job, staged, "count", numbers):
-        counts.add_bytes((shard.folder / COUNTS).read_bytes())
-    write_uncommon(shared / PROTECTED, counts, config.max_documents, shared / JUDGED)
+                file.write(ngrams_of("\n".join(document.texts), num_words))
+    counts = staged.column("num_ngrams")
+
+    def parts() -> Iterator[npt.NDArray[np.uint64]]:
+        yield np.fromfile(other, dtype="<u8")
+        for number, shard in enumerate(staged.shards):
+            is_kept = staged.part(drops, number) == 0
+            ngrams = np.fromfile(shard.folder / NGRAMS, dtype="<u8")
+            yield ngrams[np.repeat(is_kept, staged.part(counts, number))]
+
+    num_ngrams = other.stat().st_size // NGRAM_BYTES + int(counts[drops == 0].sum())
+    write_protected(parts(), num_ngrams, path)
 
 
 def _write(
     job: Job,
-    read: Sequence[FinishedShard],
+    mapped: Sequence[FinishedShard],
     staged: Staged,
-    decisions: Decisions,
+    drops: Drops,
     settings: CleanConfig,
     writer: ArtifactWriter,
-    tally: Tally,
+    stats: CleaningStats,
     summary: dict[str, Json],
 ) -> dict[str, list[DocumentShard]]:
-    """Write the sides of each shard from which something goes; those that stay as they are staged
-    are taken as they are.
-    """
+    """Run the write pass; sides of which all documents are kept are taken as staged."""
     is_judging = settings.decontamination.action != "none"
     sides: dict[int, list[str]] = {}
     for number, shard in enumerate(staged.shards):
-        changed = decisions.part(staged, number).changed_sides(shard)
+        changed = shard.changed_sides(staged.part(drops, number))
         if is_judging and len(shard):
             changed.add("train")
         if changed:
             sides[number] = sorted(changed)
-    written = dict(_look_again(job, staged, "write", list(sides), sides))
+    shards: list[Shard] = []
+    for number in sides:
+        shard = staged.shards[number]
+        chosen = {"number": number, "staged": shard.folder.name, "sides": cast(Json, sides[number])}
+        shards.append(_shard("write", number, len(shard), chosen))
+    written = dict(zip(sides, do_shards(job, clean_shard, shards, "documents"), strict=True))
     found: dict[str, list[DocumentShard]] = {side: [] for side in SPLITS}
-    for number, shard in enumerate(read):
+    for number, shard in enumerate(mapped):
         for side in SPLITS:
-            from_shard = written[number] if side in sides.get(number, []) else shard
-            _adopt(from_shard, side, f"{number:05}", writer, tally, found[side])
+            last = written[number] if side in sides.get(number, []) else shard
+            _adopt(last, side, f"{number:05}", writer, stats, found[side])
     for number, shard in written.items():
         lines_before = staged.shards[number].lines_before
-        tally.add(Tally.from_json(shard.summary["tally"]), number, lines_before)
+        stats.add(CleaningStats.from_json(shard.summary["stats"]), number, lines_before)
     if is_judging:
         counts = (shard.summary["contaminated_documents"] for shard in written.values())
         summary["contaminated_documents"] = sum(cast(Iterator[int], counts))
@@ -235,89 +226,59 @@ def _adopt(
     side: str,
     name: str,
     writer: ArtifactWriter,
-    tally: Tally,
+    stats: CleaningStats,
     found: list[DocumentShard],
 ) -> None:
-    """Make the documents of a shard on one side the files `name` of that side, if there are any."""
-    kept = Tally.from_json(shard.summary["tally"])
+    """Make a shard's documents on one side the files `name` of that side, if there are any."""
+    kept = CleaningStats.from_json(shard.summary["stats"])
     if not kept.num_kept[side]:
         return
     sizes = {record.path: record.size_bytes for record in shard.files}
     suffixes = [suffix for suffix in SUFFIXES if side + suffix in sizes]
     shard.adopt(writer, {side + suffix: f"{side}/{name}{suffix}" for suffix in suffixes})
-    tally.keep(side, kept.kept_bytes[side], kept.num_kept[side])
+    stats.keep(side, kept.kept_bytes[side], kept.num_kept[side])
     found.append(DocumentShard(name=name, documents=kept.num_kept[side], bytes=sizes[side + LINES]))
 
 
-def _look_again(
-    job: Job,
-    staged: Staged,
-    look: str,
-    numbers: Iterable[int],
-    sides: Mapping[int, list[str]] | None = None,
-) -> Iterator[tuple[int, FinishedShard]]:
-    """Have another look at some of the staged shards; yield what came of each."""
-    numbers = [number for number in numbers if len(staged.shards[number])]
-    shards: list[Shard] = []
-    for number in numbers:
-        shard = staged.shards[number]
-        more: dict[str, Json] = {} if sides is None else {"sides": cast(Json, sides[number])}
-        settings = {"number": number, "staged": shard.folder.name, **more}
-        shards.append(_shard(look, number, len(shard), settings))
-    yield from zip(numbers, do_shards(job, clean_shard, shards, "documents"), strict=True)
+def _shard(name: str, number: int, size: int, settings: Mapping[str, Json]) -> Shard:
+    return Shard(name=f"{name}-{number:05}", size=size, settings={"pass": name, **settings})
 
 
-def _shard(look: str, number: int, size: int, settings: Mapping[str, Json]) -> Shard:
-    return Shard(name=f"{look}-{number:05}", size=size, settings={"look": look, **settings})
-
-
-def _count(
-    staged: Staged, goes: npt.NDArray[np.bool_], reason: str, step: str, tally: Tally
+def _refuse_empty_side(
+    stats: CleaningStats, settings: CleanConfig, raw: RawInput, scratch: Path
 ) -> None:
-    """Count the documents that go, and show the first."""
-    numbers = np.flatnonzero(goes)
-    tally.count(reason, step, len(numbers))
-    for number in numbers[:MAX_REJECTED_EXAMPLES].tolist():
-        shard, place = staged.locate(number)
-        skip, record = staged.shards[shard].skip(place, reason)
-        tally.show(skip, record, shard)
-
-
-def _refuse_empty_side(tally: Tally, settings: CleanConfig, raw: RawInput) -> None:
-    if tally.num_kept["train"] and tally.num_kept["validation"]:
+    if stats.num_kept["train"] and stats.num_kept["validation"]:
         return
-    counts = [f"{count} {reason}" for reason, count in sorted(tally.skipped.items())]
-    examples = tally.rejected()
+    counts = [f"{count} {reason}" for reason, count in sorted(stats.skipped.items())]
+    examples = stats.rejected()
     first = [f"the first in {example['file']} line {example['line']}" for example in examples[:1]]
     found = (
-        f"of {tally.num_read} documents {tally.num_kept.total()} are left"
+        f"of {stats.num_read} documents {stats.num_kept.total()} are left"
         f" (skipped: {', '.join(counts + first) or 'none'})"
     )
-    if not tally.num_kept.total() and examples and examples[0]["reason"] == MISSING_KEY:
+    if not stats.num_kept.total() and examples and examples[0]["reason"] == MISSING_KEY:
         keys = str(examples[0]["excerpt"]).partition(": {")[0]
-        raise DataError(
-            f"{found}; found {keys}; {expected_layout(raw.content, raw.text_key(), raw.setting())}"
-        )
-    side = "train" if tally.num_kept["validation"] else "validation"
+        expected = expected_layout(raw.read_options(0, settings, scratch))
+        raise DataError(f"{found}; found {keys}; {expected}")
+    side = "train" if stats.num_kept["validation"] else "validation"
     raise DataError(
-        f"{found}, and none of them fell to {side};"
-        f" give more data, change clean.validation_fraction ({settings.validation_fraction:g}), or"
-        f" make clean.text_document_bytes ({settings.text_document_bytes}) smaller, which cuts text"
-        " files into more documents"
+        f"{found}, and none of them is in {side}; add data, change clean.validation_fraction"
+        f" ({settings.validation_fraction:g}), or lower clean.text_document_bytes"
+        f" ({settings.text_document_bytes}), which cuts text files into more documents"
     )
 
 
-def _summary(tally: Tally, content: Content) -> dict[str, Json]:
+def _summary(stats: CleaningStats, content: Content) -> dict[str, Json]:
     return {
         "content": content,
-        "read_documents": tally.num_read,
-        "train_documents": tally.num_kept["train"],
-        "validation_documents": tally.num_kept["validation"],
-        "train_bytes": tally.kept_bytes["train"],
-        "validation_bytes": tally.kept_bytes["validation"],
-        "skipped": dict(sorted(tally.skipped.items())),
-        "num_decode_errors": tally.num_decode_errors,
-        "funnel": tally.funnel(),
+        "read_documents": stats.num_read,
+        "train_documents": stats.num_kept["train"],
+        "validation_documents": stats.num_kept["validation"],
+        "train_bytes": stats.kept_bytes["train"],
+        "validation_bytes": stats.kept_bytes["validation"],
+        "skipped": dict(sorted(stats.skipped.items())),
+        "num_decode_errors": stats.num_decode_errors,
+        "funnel": stats.funnel(),
     }
 
 

@@ -36,18 +36,18 @@ CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parent /
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
-    """Where raw data comes from. Which fields count depends on `kind`."""
+    """A source of raw data. Which fields apply depends on `kind`."""
 
     kind: Literal["stdlib", "files", "url", "hub"] = "stdlib"
     """stdlib: the running Python's standard library; files: local; url: http(s); hub: Hugging Face
     datasets.
     """
     path: str = ""
-    """files: a file, a folder or a glob. Its bytes, not its place, enter the cache key."""
+    """files: a file, a folder or a glob. The bytes, not the path, are part of the cache key."""
     url: str = ""
-    """url: an http or https address."""
+    """url: an http or https URL."""
     sha256: str = ""
-    """url: the sha256 the downloaded bytes must have, 64 hexadecimal characters. Required."""
+    """url: the expected sha256, 64 hexadecimal characters. Required."""
     hub_name: str = ""
     """hub: the dataset, `owner/name`."""
     hub_config: str = ""
@@ -55,30 +55,29 @@ class SourceConfig:
     hub_split: str = "train"
     """hub: the split to read."""
     hub_revision: str = ""
-    """hub: the commit, 40 hexadecimal characters, so that the bytes never change. A branch or a tag
-    is looked up for every plan, and its commit is what counts and is recorded. Required.
+    """hub: the commit, 40 hexadecimal characters. A branch or tag is resolved for every plan, and
+    its commit is recorded. Required.
     """
     is_hub_streamed: bool = False
-    """hub: read records over the network, instead of fetching whole files first. Less disk, but
-    nothing to go on from after a kill.
+    """hub: read records over the network instead of fetching whole files first: less disk, but a
+    killed download starts over.
     """
     text_key: str = "text"
     """Corpus records (json, jsonl, hub): the key that holds the text."""
     max_documents: Count = 0
-    """stdlib and hub: stop after this many documents; 0 takes all, and of the hub whole files."""
+    """stdlib and hub: maximum number of documents; 0 takes all, and whole files of the hub."""
 
 
-@dataclass(frozen=True, kw_only=True)  # no slots: MixedSourceConfig has those of another base
+@dataclass(frozen=True, kw_only=True)  # no slots: MixedSourceConfig has a second base with slots
 class ShareConfig:
-    """How much of a mixture one of its sources is. The training documents alone are mixed."""
+    """The share of a source in a mixture of training documents."""
 
     weight: PositiveFloat = 1.0
-    """Its part of the tokens, against the other weights. A source too small for it is read again.
-    """
+    """Share of the tokens relative to the other weights; too small a source is repeated."""
     max_tokens: Count = 0
-    """Use no more of its documents than hold so many tokens; 0 uses all."""
+    """Use only as many of its documents as hold this many tokens; 0 uses all."""
     max_bytes: Count = 0
-    """Use no more of its documents than hold so many bytes of text; 0 uses all."""
+    """Use only as many of its documents as hold this many bytes of text; 0 uses all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,12 +90,12 @@ class MixtureConfig(SourceConfig):
     """One source, or several."""
 
     sources: tuple[MixedSourceConfig, ...] = ()
-    """Several, instead of one: all other settings beside this are left alone then."""
+    """Several sources; all settings beside this are then ignored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DownloadConfig:
-    """The two sources: text to learn the language from, chats to learn answering from."""
+    """The raw data: text for pretraining, chats for fine-tuning."""
 
     corpus: MixtureConfig = field(default_factory=MixtureConfig)
     """Documents of plain text."""
@@ -108,37 +107,37 @@ class DownloadConfig:
 class GopherConfig:
     """The rules of Gopher, for English prose (Rae et al. 2021, arXiv:2112.11446, table A1).
 
-    Words are what stands between blanks. A limit that cannot be passed, 0 or 1, turns its rule off.
+    Words are separated by whitespace. A limit of 0 or 1 that no text can violate disables its rule.
     """
 
     min_words: Count = 50
-    """Documents of fewer words are dropped."""
+    """Shorter documents are dropped."""
     max_words: Positive = 100_000
-    """Documents of more words are dropped."""
+    """Longer documents are dropped."""
     min_mean_word_characters: NonNegativeFloat = 3.0
-    """Documents whose words are shorter on average are dropped."""
+    """Minimum mean word length."""
     max_mean_word_characters: PositiveFloat = 10.0
-    """Documents whose words are longer on average are dropped."""
+    """Maximum mean word length."""
     max_hashes_per_word: NonNegativeFloat = 0.1
-    """Number signs for each word."""
+    """Number signs per word."""
     max_ellipses_per_word: NonNegativeFloat = 0.1
-    """Ellipses for each word."""
+    """Ellipses per word."""
     max_bullet_lines_fraction: Fraction = 0.9
     """Share of lines that begin with a bullet point or a hyphen."""
     max_ellipsis_lines_fraction: Fraction = 0.3
     """Share of lines that end in an ellipsis."""
     min_alphabetic_words_fraction: Fraction = 0.8
-    """Share of words that have a letter."""
+    """Share of words with a letter."""
     min_stop_words: Count = 2
-    """Of the, be, to, of, and, that, have, with: how many must occur."""
+    """How many distinct words of the, be, to, of, and, that, have, with must occur."""
     max_duplicate_lines_fraction: Fraction = 0.3
-    """Share of lines that came before in the document."""
+    """Share of lines that occurred before in the document."""
     max_duplicate_paragraphs_fraction: Fraction = 0.3
-    """Share of paragraphs that came before."""
+    """Share of paragraphs that occurred before."""
     max_duplicate_line_characters_fraction: Fraction = 0.2
-    """Share of characters in lines that came before."""
+    """Share of characters in lines that occurred before."""
     max_duplicate_paragraph_characters_fraction: Fraction = 0.2
-    """Share of characters in paragraphs that came before."""
+    """Share of characters in paragraphs that occurred before."""
     max_top_2gram_fraction: Fraction = 0.2
     """Share of characters in the most frequent sequence of 2 words."""
     max_top_3gram_fraction: Fraction = 0.18
@@ -163,7 +162,7 @@ class GopherConfig:
 class C4Config:
     """The rules of C4, for English web pages (Raffel et al. 2020, arXiv:1910.10683, section 2.2).
 
-    Lines that fail are removed; what is left of the page must pass too.
+    Lines that fail are removed; the remainder of the page must pass too.
     """
 
     has_terminal_punctuation: bool = True
@@ -173,115 +172,109 @@ class C4Config:
     max_word_characters: Positive = 1000
     """Remove lines with a longer word."""
     has_no_javascript: bool = True
-    """Remove lines that mention it: they ask to have it turned on."""
+    """Remove lines that mention JavaScript, which ask to enable it."""
     has_no_policy: bool = True
-    """Remove lines on cookies, privacy and terms of use."""
+    """Remove lines about cookies, privacy and terms of use."""
     has_no_citations: bool = True
     """Remove marks like [1], [edit] and [citation needed]."""
     min_sentences: Count = 3
-    """Drop pages of which fewer sentences are left."""
+    """Drop pages with fewer remaining sentences."""
     has_no_lorem_ipsum: bool = True
-    """Drop pages that hold it: they are not written yet."""
+    """Drop pages with this placeholder text."""
     has_no_curly_bracket: bool = True
-    """Drop pages that hold one: they are code."""
+    """Drop pages with a curly bracket, which are code."""
     blocked_words: tuple[str, ...] = ()
-    """Drop pages that hold one of these words; case is ignored. C4's own list is not included."""
+    """Drop pages with one of these words, ignoring case. C4's own list is not included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NearDuplicatesConfig:
-    """Documents that are nearly those that are kept, found by MinHash (Lee et al. 2021,
-    arXiv:2107.06499) and compared by the Jaccard index of their n-grams of words.
+    """Near duplicates, found by MinHash (Lee et al. 2021, arXiv:2107.06499) and compared by the
+    Jaccard index of their word n-grams.
     """
 
-    unit: Literal["none", "document", "paragraph"] = "none"
-    """What is compared: nothing; whole texts and chats; the paragraphs of texts, which are cut out
-    where a like one is kept elsewhere.
-    """
+    unit: Literal["none", "document"] = "none"
+    """document: compare whole texts and chats, and keep one of each cluster."""
     min_jaccard: Annotated[float, Range(minimum=0.5, maximum=1)] = 0.8
-    """Share of n-grams that two have in common from which they count as nearly the same."""
+    """Jaccard index from which two documents are near duplicates."""
     ngram_words: Positive = 5
-    """Words in an n-gram; more makes every change count for more."""
+    """Words in an n-gram; with more, each changed word lowers the index further."""
     min_words: Positive = 20
-    """What has fewer words is never compared."""
+    """Documents of fewer words are never compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecontaminationConfig:
-    """Training documents that hold what models are measured on (Brown et al. 2020,
-    arXiv:2005.14165, appendix C).
+    """Training documents that overlap with evaluation data (Brown et al. 2020, arXiv:2005.14165,
+    appendix C).
     """
 
     action: Literal["none", "count", "drop"] = "none"
-    """Leave training documents unread; count those that share an n-gram with validation documents,
-    held-out chats (the corpus then depends on the chats), `evaluate.prompts` or `texts`; or drop
-    them.
+    """count or drop training documents that share an n-gram with validation documents, held-out
+    chats (the corpus then depends on the chats), `evaluate.prompts` or `texts`.
     """
     ngram_words: Positive = 13
-    """Words in an n-gram that must not be shared."""
-    max_documents: Annotated[int, Range(minimum=0, maximum=254)] = 10
-    """An n-gram in more training documents than this is a common phrase and no sign; 0: all are."""
+    """Words in an n-gram; fewer drop more documents."""
     texts: tuple[str, ...] = ()
-    """More texts to keep out of training: prompts, questions of a test."""
+    """Further texts to keep out of training, such as benchmark questions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadingConfig:
-    """What one raw file may unfold to: a bomb ends as an error, not as a full disk."""
+    """Decompression limits: a zip bomb raises an error instead of filling the disk."""
 
     max_unpacked_bytes: Positive = 1 << 40
-    """Most bytes that may come out of one compressed file or archive."""
+    """Maximum decompressed size of one compressed file or archive."""
     max_ratio: Annotated[float, Range(minimum=1)] = 200.0
-    """Most bytes that may come out for each byte of the file; 64 MiB always may."""
+    """Maximum decompressed bytes per byte of the file; 64 MiB are always allowed."""
     max_members: Positive = 100_000
-    """Most members an archive may have. A zip file's list takes about 1 kB of memory for each."""
+    """Maximum members of an archive; each takes about 1 kB of memory in a zip file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CleanConfig:
-    """From raw files to documents with ids, each once, split into train and validation.
+    """Clean raw files into distinct documents, split into train and validation.
 
-    The steps are taken in the order of these settings.
+    Steps run in the order of these settings.
     """
 
     decode_errors: Literal["replace", "skip", "strict"] = "replace"
-    """Bytes that are no UTF-8: replaced by U+FFFD and counted, the document skipped and counted, or
-    an error.
+    """Invalid UTF-8: replace it by U+FFFD and count it, skip and count the document, or raise an
+    error.
     """
     reading: ReadingConfig = field(default_factory=ReadingConfig)
     """Limits for compressed files and archives."""
     text_document_bytes: Positive = 32_768
     """Plain text files are cut at blank lines into documents of about this many bytes."""
     line_ends: Literal["as_is", "lf"] = "as_is"
-    """lf: what ends a line, also a carriage return, becomes a line feed."""
+    """lf: replace all line ends, also carriage returns, by line feeds."""
     unicode_form: Literal["as_is", "nfc"] = "as_is"
-    """nfc: characters are composed, so that each is written in one way. Not for code."""
+    """nfc: compose characters (NFC). Not for code."""
     masks_emails: bool = False
-    """Write [email] for every e-mail address."""
+    """Replace e-mail addresses by [email]."""
     masks_ip_addresses: bool = False
-    """Write [ip] for every public IP address, version 4 or 6."""
+    """Replace public IP addresses, version 4 or 6, by [ip]."""
     filters: Literal["none", "gopher", "c4", "gopher+c4"] = "none"
-    """Rules that a text must pass, each counted by itself. Chats pass them by."""
+    """Quality filters, each rule counted by itself. Chats are not filtered."""
     c4: C4Config = field(default_factory=C4Config)
-    """Thresholds of C4's rules, which come first, for they change the text."""
+    """Thresholds of C4's rules, which run first because they change the text."""
     gopher: GopherConfig = field(default_factory=GopherConfig)
     """Thresholds of Gopher's rules."""
     min_document_bytes: Positive = 1
     """Shorter documents are dropped and counted."""
     near_duplicates: NearDuplicatesConfig = field(default_factory=NearDuplicatesConfig)
-    """After documents of the same bytes, those nearly the same."""
+    """Removal of near duplicates, after exact ones."""
     decontamination: DecontaminationConfig = field(default_factory=DecontaminationConfig)
-    """Training documents that give away what is measured."""
+    """Training documents that overlap with the evaluation data."""
     split: Literal["hash", "tail"] = "hash"
-    """hash: whole documents are chosen by their content; tail: the last characters of every text
-    are, as is the custom where there is one long one. Chats are always split by hash.
+    """hash: whole documents are chosen by their content hash; tail: the last characters of every
+    text, as is usual for one long text. Chats are always split by hash.
     """
     validation_fraction: Annotated[float, Range(above=0, below=1)] = 0.05
-    """Share of the documents, or of each one's characters, that no model is trained on."""
+    """Share of the documents, or of each text's characters, held out for validation."""
     shard_bytes: Positive = 128 << 20
-    """Raw files are cleaned in shards of about this many bytes, each by a process, whose start
-    takes as long as reading 30 MB; each leaves a file. Only plain `.jsonl` files are cut: one of
-    another kind is read by one process.
+    """Raw files are cleaned in shards of about this many bytes, each by one process and written to
+    one file; starting a process takes as long as reading 30 MB. Only plain `.jsonl` files are cut.
     """
 
 

@@ -1,4 +1,4 @@
-"""Bring a source here as it is: the standard library, local files, a URL or a hub dataset."""
+"""Copy a source of raw data: the standard library, local files, a URL or a hub dataset."""
 
 import contextlib
 import dataclasses
@@ -12,18 +12,18 @@ from itertools import islice
 from pathlib import Path
 
 from llm.artifact import ArtifactWriter, Json
-from llm.config import ReadingConfig, SourceConfig, read_section
-from llm.data.raw.formats import content_of, keys_of, refuse_name
+from llm.config import SourceConfig, read_section
+from llm.data.raw.formats import content_of, refuse_name
 from llm.data.raw.reading import read_stream
 from llm.data.raw.record_layouts import FirstRecords
-from llm.data.raw.records import Skip
-from llm.data.sources.fingerprint import files_fingerprint, fingerprint, local_files
-from llm.data.sources.http import fetch, file_name
+from llm.data.raw.records import ReadOptions, Skip
+from llm.data.sources.fingerprint import files_fingerprint, fingerprint, list_files
+from llm.data.sources.http import fetch_file, file_name
 from llm.data.sources.hub import (
     HubFile,
     authorization,
+    dataset_files,
     digest_of,
-    hub_files,
     open_hub_file,
     resolve_commit,
 )
@@ -34,15 +34,15 @@ from llm.runtime.job import Job, run_job
 
 COPY_BLOCK_BYTES = 1 << 20
 TEXT_DOCUMENT_BYTES = 1 << 20
-"""Text files of the hub of which only so many documents are taken are cut into pieces so long."""
+"""Text files of the hub are cut into records of this size if `max_documents` is set."""
 
 
 def download(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
-    """Write the source of `job.role` to `files/`, and what it is to `source.json`.
+    """Write the source of `job.role` to `files/`, and its kind and content to `source.json`.
 
     Raises:
-        DataError: the source is missing, is not what it was said to be, or changed under the copy.
-        ConnectionError: the network failed; another try may succeed.
+        DataError: the source is missing, has other bytes than expected, or changed during the copy.
+        ConnectionError: the network failed; another attempt may succeed.
     """
     source = read_section(SourceConfig, job.settings)
     makers: dict[str, Callable[[Job, SourceConfig, ArtifactWriter], dict[str, Json]]] = {
@@ -75,7 +75,7 @@ def _write_hub(job: Job, source: SourceConfig, writer: ArtifactWriter) -> dict[s
     commit = resolve_commit(source, job.role)
     pinned = dataclasses.replace(source, hub_revision=commit)
     _refuse_change(job, fingerprint(pinned, job.role, None), f"{source.hub_revision} on the hub")
-    files = hub_files(source, job.role, commit)
+    files = dataset_files(source, job.role, commit)
     if source.max_documents == 0 and not source.is_hub_streamed:
         summary = _write_hub_files(job, files, writer)
     else:
@@ -88,7 +88,7 @@ def _write_hub(job: Job, source: SourceConfig, writer: ArtifactWriter) -> dict[s
 
 
 def _write_hub_files(job: Job, files: Sequence[HubFile], writer: ArtifactWriter) -> dict[str, Json]:
-    """Bring all files here as they are."""
+    """Fetch all files unchanged."""
     before_bytes, total_bytes = 0, sum(file.size_bytes for file in files)
     for file in files:
         partial = _fetch_hub_file(job, file, before_bytes, total_bytes)
@@ -99,7 +99,7 @@ def _write_hub_files(job: Job, files: Sequence[HubFile], writer: ArtifactWriter)
 
 def _fetch_hub_file(job: Job, file: HubFile, before_bytes: int, total_bytes: int) -> Path:
     partial = job.work / f"{file.digest[:40]}.partial"
-    fetching = fetch(
+    fetching = fetch_file(
         file.url,
         file.digest,
         partial,
@@ -115,44 +115,38 @@ def _fetch_hub_file(job: Job, file: HubFile, before_bytes: int, total_bytes: int
 def _hub_records(
     job: Job, source: SourceConfig, commit: str, files: Sequence[HubFile], skipped: Counter[str]
 ) -> Iterator[dict[str, Json]]:
-    """Yield the records of the files, one file after another, and count those that are none."""
-    content = content_of(job.role)
-    keys = keys_of(content, source.text_key)
+    """Yield the records of the files in order, and count the skipped ones by reason."""
+    options = ReadOptions(
+        content=content_of(job.role),
+        text_key=source.text_key,
+        setting=f"download.{job.role}",
+        text_document_bytes=TEXT_DOCUMENT_BYTES,
+        scratch=job.work,
+    )
     for file in files:
-        first = FirstRecords(
-            content=content, text_key=source.text_key, setting=f"download.{job.role}"
-        )
+        first = FirstRecords(options)
         with contextlib.ExitStack() as stack:
             if source.is_hub_streamed:
                 opened = stack.enter_context(open_hub_file(source, job.role, commit, file))
             else:
                 opened = stack.enter_context(_fetch_hub_file(job, file, 0, 0).open("rb"))
-            for record in read_stream(
-                opened,
-                file.size_bytes,
-                file.path,
-                keys=keys,
-                policy="replace",
-                text_document_bytes=TEXT_DOCUMENT_BYTES,
-                limits=ReadingConfig(),
-                scratch=job.work,
-            ):
+            for record in read_stream(opened, file.size_bytes, file.path, options):
                 if isinstance(record, Skip):
                     skipped[record.reason] += 1
                 elif isinstance(record.value, str):
                     yield {source.text_key: record.value}
                 else:
-                    first.see(record)
+                    first.check(record)
                     value = record.value
-                    yield {key: value[key] for key in keys if key in value}
+                    yield {key: value[key] for key in options.keys if key in value}
 
 
 def _fetch_url(job: Job, source: SourceConfig, writer: ArtifactWriter) -> dict[str, Json]:
-    """Fetch into the work folder, where a partial file outlives kills, then copy what is whole."""
+    """Fetch into the work folder, where a partial file survives kills, then copy the whole."""
     name, setting = file_name(source.url), f"download.{job.role}.url"
     refuse_name(name, job.role, "url")
     partial = job.work / f"{source.sha256[:16]}.partial"
-    for done_bytes, total_bytes in fetch(source.url, source.sha256, partial, setting):
+    for done_bytes, total_bytes in fetch_file(source.url, source.sha256, partial, setting):
         job.report_progress(done_bytes, max(done_bytes, total_bytes) if total_bytes else 0, "bytes")
     num_bytes, sha256 = _copy_file(job, partial, f"files/{name}", writer)
     if sha256 != source.sha256:
@@ -163,31 +157,30 @@ def _fetch_url(job: Job, source: SourceConfig, writer: ArtifactWriter) -> dict[s
 
 
 def _limited(lines: Iterator[bytes], max_documents: int) -> Iterator[bytes]:
-    """Yield `max_documents` lines drawn by their hash, in order: every kind is among them."""
+    """Yield `max_documents` lines sampled by their hash, in order, so that all kinds occur."""
     if max_documents == 0:
         return lines
-    drawn = heapq.nsmallest(
+    sample = heapq.nsmallest(
         max_documents, enumerate(lines), key=lambda item: hashlib.sha256(item[1]).digest()
     )
-    return (line for _, line in sorted(drawn))
+    return (line for _, line in sorted(sample))
 
 
 def _json_line(record: Mapping[str, Json]) -> bytes:
-    """Return a line of JSON; what JSON has no type for is null, as wrong a type for a text."""
+    """Return a line of JSON; values that JSON has no type for become null."""
     text = json.dumps(record, ensure_ascii=False, default=lambda _: None)
     try:
         return text.encode() + b"\n"
-    except UnicodeEncodeError:  # half a surrogate pair, which clean will meet and count
+    except UnicodeEncodeError:  # a lone surrogate, which clean counts
         return json.dumps(record, default=lambda _: None).encode() + b"\n"
 
 
 def _copy_files(job: Job, source: SourceConfig, writer: ArtifactWriter) -> dict[str, Json]:
-    found = local_files(source, job.role)
+    found = list_files(source, job.role)
     total_bytes = sum(path.stat().st_size for _, path in found.files)
     if total_bytes == 0:
         raise DataError(
-            f"download.{job.role}.path: {source.path} holds {len(found.files)} files"
-            " and not one byte"
+            f"download.{job.role}.path: the {len(found.files)} files in {source.path} are empty"
         )
     hashes: list[tuple[str, str]] = []
     num_bytes = 0
@@ -205,7 +198,7 @@ def _copy_files(job: Job, source: SourceConfig, writer: ArtifactWriter) -> dict[
 
 
 def _copy_file(job: Job, path: Path, name: str, writer: ArtifactWriter) -> tuple[int, str]:
-    """Copy one file byte for byte; return how many bytes, and the sha256 of what was copied."""
+    """Copy one file; return the size and sha256 of the copied bytes."""
     num_bytes, sha256 = 0, hashlib.sha256()
     with path.open("rb") as original, writer.open(name) as file:
         while block := original.read(COPY_BLOCK_BYTES):
@@ -228,12 +221,12 @@ def _write_records(
 
 
 def _refuse_change(job: Job, copied: str, what: str) -> None:
-    """Raise when the source is no longer what the cache key was computed from."""
+    """Raise if the source changed since the cache key was computed from it."""
     planned = job.input_digests.get("source", copied)
     if copied != planned:
         raise DataError(
-            f"download.{job.role}: {what} changed after the run began; start it again when nothing"
-            " writes there any more"
+            f"download.{job.role}: {what} changed after the run began; run again when nothing"
+            " writes to it"
         )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from llm.artifact import ArtifactWriter, Json
 from llm.config import TrainTokenizerConfig, read_section
 from llm.data.documents import DocumentReader
-from llm.data.sources.http import fetch
+from llm.data.sources.http import fetch_file
 from llm.errors import DataError
 from llm.runtime.job import Job, run_job
 from llm.seeds import derive_seed
@@ -104,7 +104,9 @@ def make_tokenizer(config: TrainTokenizerConfig, texts: Iterable[str]) -> Tokeni
 def _fetch_gpt2(job: Job) -> Path:
     for name, sha256 in GPT2_FILES.items():
         setting = "train_tokenizer.kind gpt2"
-        for done_bytes, total_bytes in fetch(GPT2_URL + name, sha256, job.work / name, setting):
+        for done_bytes, total_bytes in fetch_file(
+            GPT2_URL + name, sha256, job.work / name, setting
+        ):
             job.report_progress(done_bytes, total_bytes, f"bytes of {name}")
     return job.work
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llm.config import RunConfig, RuntimeConfig
-from llm.data.sources.fingerprint import local_files
+from llm.data.sources.fingerprint import list_files
 from llm.data.sources.http import file_name
 from llm.errors import ConfigError
 from llm.runtime.job import child_environment
@@ -123,7 +123,7 @@ def _source_problems(step: PipelineStep, config: RunConfig) -> Iterator[str]:
         needed = _readers([file_name(source.url)], f"{dotted}.url")
     elif source.kind == "files":
         needed = _readers(
-            [name for name, _ in local_files(source, step.role).files], f"{dotted}.path"
+            [name for name, _ in list_files(source, step.role).files], f"{dotted}.path"
         )
     for library, found in needed.items():
         if _lacks(library):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import SourceConfig
-from llm.data.sources.fingerprint import local_files
+from llm.data.sources.fingerprint import list_files
 from llm.download import download
 from llm.errors import DataError
 from llm.runtime.job import Job
@@ -31,7 +31,7 @@ from tests.llm.http_server import HostileServer, answer
 
 SECRET = "What lies outside and is not to be read."
 BOMB_BYTES = 70 << 20
-"""More than may come out of any file."""
+"""More than any file may decompress to."""
 LIMITS: dict[str, Json] = {"reading": {"max_unpacked_bytes": 1 << 20}}
 
 Make = Callable[[Path], bytes]
@@ -60,7 +60,7 @@ def clean_one(folder: Path, name: str, data: bytes, expected: str, **settings: J
 
 
 def snapshot(folder: Path, job: Path) -> dict[str, bytes]:
-    """Return the bytes of every file below `folder` that is not the job's, and every link."""
+    """Return the bytes of all files below `folder` except the job's, and all links."""
     return {
         str(path): str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
         for path in folder.rglob("*")
@@ -69,7 +69,7 @@ def snapshot(folder: Path, job: Path) -> dict[str, bytes]:
 
 
 def named(suffix: str, name: str) -> bytes:
-    """Return an archive of a member of this name, and a good one."""
+    """Return an archive with a member of this name and a valid one."""
     if suffix == ".tar":
         return tar(entry(name, b"evil"), entry("b.txt", b"good"))
     info = zipfile.ZipInfo("placeholder")
@@ -78,7 +78,7 @@ def named(suffix: str, name: str) -> bytes:
 
 
 def linked(kind: bytes, folder: Path) -> bytes:
-    """Return a tar with a member of this kind that points to what lies outside."""
+    """Return a tar with a member of this type that points outside."""
     info, data = entry("a.txt", b"", kind)
     info.linkname = str(folder / "secret.txt")
     return tar((info, data), entry("b.txt", b"good"))
@@ -99,14 +99,14 @@ def through_a_link() -> bytes:
 
 
 def patched(data: bytes, mark: bytes, place: int, form: str, *values: int) -> bytes:
-    """Return a zip with a field behind the last `mark` set."""
+    """Return a zip with a field after the last `mark` set."""
     changed = bytearray(data)
     struct.pack_into(form, changed, changed.rindex(mark) + place, *values)
     return bytes(changed)
 
 
 def overlapping_zip(num_members: int) -> bytes:
-    """Return a zip whose members all are the same bytes (Fifield 2019, "A better zip bomb")."""
+    """Return a zip with overlapping members (Fifield 2019, "A better zip bomb")."""
     compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
     plain = bytes(8 << 20)
     body = compressor.compress(plain) + compressor.flush()
@@ -130,7 +130,7 @@ def many(suffix: str) -> bytes:
 
 
 def long_header(kind: bytes) -> bytes:
-    """Return a tar with a header of a name that is said to be 8 GiB long."""
+    """Return a tar with a header that declares a name of 8 GiB."""
     info = tarfile.TarInfo("x")
     info.type, info.size = kind, 8 << 30
     return info.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
@@ -159,7 +159,7 @@ def parquet_bomb() -> bytes:
 
 
 def by_address(folder: Path, path: str) -> None:
-    """Fetch from an address whose path would be a name outside."""
+    """Fetch from a URL whose path would lead outside."""
     job = Job(stage="download", role="corpus", settings={})
     job.out, job.work = folder / "a" / "b" / "out", folder / "a" / "b" / "work"
     job.work.mkdir(parents=True)
@@ -184,7 +184,7 @@ def by_link(folder: Path, target: str) -> None:
         place.mkdir(parents=True)
         (place / "a.txt").write_text("x")
     (source / "link").symlink_to(target)
-    found = local_files(SourceConfig(kind="files", path=str(source)), "corpus")
+    found = list_files(SourceConfig(kind="files", path=str(source)), "corpus")
     assert [name for name, _ in found.files] == ["inside/a.txt"]
 
 
@@ -241,20 +241,25 @@ def archive_cases() -> dict[str, Case]:
     add(".tar: sparse by its attributes", "a.tar",
         lambda _: tar(entry("a.txt", b"1\n0\n9\n", **{"GNU.sparse.major": "1"})),
         "archive: no plain file")  # fmt: skip
-    add("bomb: .gz by its ratio", "a.txt.gz", lambda _: gzip_bomb(), "unfold to more than")
-    add("bomb: .zst by its ratio", "a.txt.zst", lambda _: zstd_bomb(), "unfold to more than")
+    add("bomb: .gz by its ratio", "a.txt.gz", lambda _: gzip_bomb(), "decompress to more than")
+    add("bomb: .zst by its ratio", "a.txt.zst", lambda _: zstd_bomb(), "decompress to more than")
     add("bomb: .zip by its ratio", "a.zip", lambda _: deflated(bytes(BOMB_BYTES)),
-        "unfold to more than")  # fmt: skip
+        "decompress to more than")  # fmt: skip
     add("bomb: .gz in .tar by its ratio", "a.tar", lambda _: tar(entry("b.txt.gz", gzip_bomb())),
-        "unfold to more than")  # fmt: skip
+        "decompress to more than")  # fmt: skip
     add("bomb: .tar.gz by its ratio", "a.tgz",
         lambda _: gzip.compress(tar(entry("b.txt", bytes(BOMB_BYTES))), mtime=0),
-        "unfold to more than")  # fmt: skip
+        "decompress to more than")  # fmt: skip
     add("bomb: .bz2 by its bytes", "a.txt.bz2", lambda _: bz2.compress(bytes(2 << 20)),
-        "unfold to more than 1,048,576", **LIMITS)  # fmt: skip
+        "decompress to more than 1,048,576", **LIMITS)  # fmt: skip
     add("bomb: .xz by its bytes", "a.txt.xz", lambda _: lzma.compress(bytes(2 << 20)),
-        "unfold to more than 1,048,576", **LIMITS)  # fmt: skip
-    add("bomb: .parquet by its ratio", "a.parquet", lambda _: parquet_bomb(), "unfold to more than")
+        "decompress to more than 1,048,576", **LIMITS)  # fmt: skip
+    add(
+        "bomb: .parquet by its ratio",
+        "a.parquet",
+        lambda _: parquet_bomb(),
+        "decompress to more than",
+    )
     for path in (
         "/..%2f..%2fevil.txt", "/%2e%2e/%2e%2e%2fevil.txt", "/a/../../../evil.txt", "/.evil.txt",
         "/evil%00.txt", "/%2fetc%2fevil.txt", "/..%5c..%5cevil.txt",

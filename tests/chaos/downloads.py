@@ -39,17 +39,17 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Right:
-    """The download ends in the right bytes, by requests that hold `asked`, one each."""
+    """The download succeeds, with one request containing each of `asked`."""
 
     answers: Sequence[Answer]
     asked: Sequence[str] = ()
     before: bytes = b""
-    """What an earlier attempt, killed, had left."""
+    """The partial file of an earlier, killed attempt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refused:
-    """It ends in an error of this type whose message holds `saying`."""
+    """It raises an error of this type whose message contains `saying`."""
 
     answers: Sequence[Answer]
     error: type[Exception] = DataError
@@ -61,26 +61,26 @@ def no_answer(connection: socket.socket, request: str) -> None:
 
 
 def say(data: bytes) -> Answer:
-    """Send just this."""
+    """Send these bytes."""
     return lambda connection, request: connection.sendall(data)
 
 
 def endless(connection: socket.socket, request: str) -> None:
-    """Never say how long the body is, nor end it."""
+    """Send an endless body without a length."""
     connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
     for _ in itertools.repeat(None, 1000):
         connection.sendall(bytes(1 << 20))
 
 
 def chunked(*parts: bytes, is_broken: bool = False) -> Answer:
-    """Send a body in chunks, the last of them cut off where it `is_broken`."""
+    """Send a body in chunks, the last truncated if `is_broken`."""
     data = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
     data = data[: len(data) // 2] if is_broken else data + b"0\r\n\r\n"
     return answer(data, "200 OK", "Transfer-Encoding: chunked", declared_bytes=None)
 
 
 def cut(size_bytes: int, body: bytes = BODY, etag: str = "") -> Answer:
-    """Serve `body` by ranges, each answer cut off after so much."""
+    """Serve `body` by ranges, each response truncated."""
     return serve_ranges(body, etag=etag, most_bytes=size_bytes)
 
 
@@ -214,7 +214,7 @@ def try_right(folder: Path, case: Right) -> None:
 
 
 def try_refused(folder: Path, case: Refused) -> None:
-    """Download in vain."""
+    """Expect the download to fail."""
     try:
         run_download(folder, case.answers, BODY)
     except (DataError, DiskFullError, ConnectionError) as error:
@@ -227,15 +227,15 @@ def try_refused(folder: Path, case: Refused) -> None:
 
 
 def try_bomb(folder: Path) -> None:
-    """Download the right bytes, which unfold to far more when they are cleaned."""
+    """Download the right bytes, which decompress to far more when they are cleaned."""
     bomb = gzip.compress(bytes(BOMB_BYTES), mtime=0)
     run_download(folder, [answer(bomb)], bomb, name="corpus.txt.gz")
     try:
         run_clean(folder / "clean", {"corpus.txt.gz": bomb})
     except DataError as error:
-        assert "unfold to more than" in str(error)
+        assert "decompress to more than" in str(error)
     else:
-        raise AssertionError("it unfolded")
+        raise AssertionError("it was decompressed")
 
 
 def run_download(

@@ -1,4 +1,4 @@
-"""Text and records that are not what they should be (promise 14).
+"""Malformed text and records (promise 14).
 
 Files of good records among bad ones, mixed at random: how many there are, why each bad one is
 skipped and on which line it stands is known before they are cleaned. And lines of 1 GiB, cleaned in
@@ -27,16 +27,16 @@ from tests.llm.nasty_records import CHATS, NASTY, NOT_CLOSED
 
 ROOT = Path(__file__).parents[2]
 GOOD = 60
-MAX_EXAMPLES = 20  # kept of each reason
+MAX_EXAMPLES = 20  # per reason
 MEMORY_MIB = 512
 LINE_BYTES = 1 << 30
 
 Records = list[tuple[bytes, str]]
-"""Each as it stands in a file, and why it is skipped; nothing where it is used."""
+"""Each record's bytes, and why it is skipped; empty if it is used."""
 
 
 def mixed(rng: random.Random, good: Sequence[bytes], bad: Records, num_bad: int) -> Records:
-    """Return good records and some of the bad in any order; of those used, none twice."""
+    """Return good and some bad records in any order; no used one occurs twice."""
     used = [record for record in bad if not record[1]]
     skipped = [record for record in bad if record[1] not in ("", "duplicate")]
     chosen = rng.sample(used, rng.randint(0, len(used))) + rng.choices(skipped, k=num_bad)
@@ -51,7 +51,7 @@ def mixed(rng: random.Random, good: Sequence[bytes], bad: Records, num_bad: int)
 def check_file(
     folder: Path, name: str, data: bytes, records: Records, lines: Sequence[int], content: str
 ) -> None:
-    """Clean a file of these records, which begin on these lines, and compare all that is said."""
+    """Clean a file of these records, which begin on these lines, and compare all counts."""
     summary, outputs, _ = run_clean(folder, {name: data}, content, validation_fraction=0.3)
     reasons = Counter(reason for _, reason in records if reason)
     assert summary["read_documents"] == len(records), summary
@@ -117,7 +117,7 @@ def try_csv(folder: Path, rng: random.Random) -> None:
 
 
 def try_csv_without_the_key(folder: Path, rng: random.Random) -> None:
-    """A table without the column that is read, below what is an error: each row is counted."""
+    """A table without the column, too short to be an error: each row is counted."""
     texts = TEXTS[: FIRST_RECORDS - 1]
     rows = [["a", "b"], *[[str(rng.random()), text] for text in texts]]
     text = io.StringIO(newline="")
@@ -126,7 +126,7 @@ def try_csv_without_the_key(folder: Path, rng: random.Random) -> None:
 
 
 def try_parquet(folder: Path, rng: random.Random) -> None:
-    """Columns of texts and nulls, of text that is none, and of every other type."""
+    """Columns of texts and nulls, of invalid text, and of every other type."""
     import pyarrow
     from pyarrow import parquet
 
@@ -171,7 +171,7 @@ def try_bytes(folder: Path, rng: random.Random) -> None:
 
 
 def try_hub(folder: Path, rng: random.Random, *, is_streamed: bool) -> None:
-    """A dataset of the hub: what `datasets` would turn into texts and nulls is counted."""
+    """A dataset of the hub: values that `datasets` would convert to text or null are counted."""
     odd = b'{"text": 3}\n{"text": null}\n{"text": ["x"]}\n{"other": 1}\nno json\n'
     good = corpus(rng.sample(TEXTS, GOOD))
     with HubServer({"data.jsonl": good + odd}) as hub:
@@ -229,7 +229,7 @@ def long_line(folder: Path, name: str, content: str = "text") -> float:
                 packed.write(tail)
         else:
             file.write(head)
-            file.truncate(LINE_BYTES)  # a hole, which takes no disk
+            file.truncate(LINE_BYTES)  # sparse: takes no disk
             file.seek(0, os.SEEK_END)
             file.write(tail)
     job = Job(stage="clean", inputs={"raw": str(raw)}, settings={})
@@ -238,7 +238,7 @@ def long_line(folder: Path, name: str, content: str = "text") -> float:
     write_job(folder / "job.json", job)
     peak_mib = peak_of([sys.executable, "-m", "llm.clean", str(folder / "job.json")])
     summary = load_artifact(job.out).summary
-    if name.endswith(".txt"):  # text is cut, so that nothing of it is too long
+    if name.endswith(".txt"):  # text is cut, so no record is too long
         assert summary["read_documents"] - summary["skipped"].get("duplicate", 0) < 10**6  # type: ignore[operator,union-attr]
     else:
         assert summary["skipped"] == {"longer than 12 MiB": 1}, summary["skipped"]
@@ -248,7 +248,7 @@ def long_line(folder: Path, name: str, content: str = "text") -> float:
 
 
 def peak_of(command: Sequence[str]) -> float:
-    """Run a command; return the memory in MiB of the largest of its processes."""
+    """Run a command; return the peak memory in MiB of its largest process."""
     code = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
@@ -263,4 +263,4 @@ LONG_LINES = (
     ("a.jsonl", "text"), ("a.jsonl", "chats"), ("a.json", "text"), ("a.csv", "text"),
     ("a.txt", "text"), ("a.jsonl.gz", "text"),
 )  # fmt: skip
-"""Files with one, and what they hold."""
+"""Files with one, and their content."""

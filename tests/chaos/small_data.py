@@ -68,7 +68,7 @@ def refused(
     folder: Path, name: str, data: bytes | None, saying: str, error: type = DataError,
     **settings: Json,
 ) -> None:  # fmt: skip
-    """Expect an error of this type that says what was found."""
+    """Expect an error of this type with the found value."""
     try:
         rows_of(folder, name, data, **settings)
     except (DataError, ConfigError) as found:
@@ -125,12 +125,12 @@ LONG = [f"Text {number} is far longer than a row. " * 200 for number in range(9)
 SMALL_DATA_CASES: dict[str, Case] = {
     name: functools.partial(refused, name=file, data=data, saying=saying, **more)
     for name, (file, data, saying, more) in {
-        "no file": ("a.jsonl", None, "found nothing at", {}),
-        "an empty corpus": ("a.jsonl", b"", "not one byte", {}),
-        "empty chats": ("chats.jsonl", b"", "not one byte", {}),
+        "no file": ("a.jsonl", None, "does not exist", {}),
+        "an empty corpus": ("a.jsonl", b"", "are empty", {}),
+        "empty chats": ("chats.jsonl", b"", "are empty", {}),
         "a corpus of blanks": ("a.txt", b" \n\n\t\n" * 99, "0 are left", {}),
-        "one document": ("a.jsonl", lines(TEXTS[:1]), "none of them fell to", {}),
-        "one chat": ("chats.jsonl", chats(["Yes."]), "none of them fell to", {}),
+        "one document": ("a.jsonl", lines(TEXTS[:1]), "none of them is in", {}),
+        "one chat": ("chats.jsonl", chats(["Yes."]), "none of them is in", {}),
         "no readable record": ("a.jsonl", b"{\n" * 99, "the first in a.jsonl line 1", {}),
         "empty documents": ("a.jsonl", lines([""] * 99), "99 empty", {}),
         "chats without an answer": ("chats.jsonl", chats([" "] * 99), "99 empty answer", {}),

@@ -1,4 +1,4 @@
-"""No archive, address or link leaves its folder or fills the disk (promise 19)."""
+"""No archive, URL or link leaves its folder or fills the disk (promise 19)."""
 
 import importlib.util
 from pathlib import Path
@@ -11,7 +11,7 @@ NEEDS = {".zst": "backports", ".parquet": "pyarrow"}
 
 
 @pytest.mark.parametrize("name", list(ARCHIVE_CASES))
-def test_nothing_leaves_its_folder_or_unfolds_without_end(name: str, tmp_path: Path) -> None:
+def test_nothing_leaves_its_folder_or_fills_the_disk(name: str, tmp_path: Path) -> None:
     for word, package in NEEDS.items():
         if word in name and importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}")

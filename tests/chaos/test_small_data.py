@@ -1,4 +1,4 @@
-"""What is too little or too long is said before anything is trained (promise 15)."""
+"""Data that is too small or too long is an error before training (promise 15)."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What tests of cleaning share: raw files in, documents and their summary out."""
+"""Helpers for tests of cleaning: raw files in, documents and their summary out."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def make_job(
     num_workers: int = 1,
     **chosen: Json,
 ) -> Job:
-    """Lay raw `files` down and return the job of cleaning them; one worker is this process."""
+    """Write raw `files` and return the job that cleans them; one worker is this process."""
     raw = folder / "raw"
     shutil.rmtree(raw, ignore_errors=True)
     (raw / "files").mkdir(parents=True)
@@ -46,7 +46,7 @@ def run_clean(
     **chosen: Json,
 ) -> tuple[dict[str, Json], dict[str, list[dict[str, Json]]], str]:
     """Clean raw `files`; return the summary, the lines of each output, and the digest."""
-    shutil.rmtree(folder / "work", ignore_errors=True)  # shards with other settings
+    shutil.rmtree(folder / "work", ignore_errors=True)  # of other settings
     job = make_job(folder, files, content, num_workers, **chosen)
     writer = ArtifactWriter(job.out)
     summary = clean(job, writer)
@@ -66,10 +66,12 @@ def run_clean(
 
 
 def lines_of(folder: Path, split: str) -> list[dict[str, Json]]:
-    """Return what is written of the documents on one side of the split."""
+    """Return the lines of the documents on one side of the split."""
     shards = json.loads((folder / "documents.json").read_bytes())[split]
     files = [folder / split / f"{shard['name']}.jsonl" for shard in shards]
-    assert files == sorted((folder / split).glob("*.jsonl")), "a shard without any has no file"
+    assert files == sorted((folder / split).glob("*.jsonl")), (
+        "a shard without documents has no file"
+    )
     return [json.loads(line) for file in files for line in file.read_bytes().splitlines()]
 
 

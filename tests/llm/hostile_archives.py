@@ -1,4 +1,4 @@
-"""Hostile zip and tar files: names that lead out, members that are no files, ways to make them."""
+"""Hostile zip and tar files: paths that leave the archive, members that are not files."""
 
 import io
 import tarfile

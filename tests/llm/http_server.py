@@ -1,4 +1,4 @@
-"""A server on 127.0.0.1 that misbehaves to order: each connection gets the next of its answers."""
+"""A local HTTP server with scripted responses, one per connection."""
 
 import re
 import socket
@@ -9,11 +9,11 @@ from contextlib import suppress
 from types import TracebackType
 
 Answer = Callable[[socket.socket, str], None]
-"""Given the connection and the head of the request, send what is wanted; the server closes it."""
+"""Sends a response, given the connection and the request head; the server closes it."""
 
 
 class HostileServer:
-    """Answers connections one after another; the last answer is repeated. Keeps the requests."""
+    """Gives each connection the next answer, repeating the last. Records the requests."""
 
     def __init__(self, answers: Sequence[Answer]) -> None:
         self.requests: list[str] = []
@@ -42,7 +42,7 @@ class HostileServer:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            with connection, suppress(OSError):  # the client may leave at any time
+            with connection, suppress(OSError):  # the client may disconnect
                 head = b""
                 while b"\r\n\r\n" not in head and (more := connection.recv(65536)):
                     head += more
@@ -71,7 +71,7 @@ def answer(
 def serve_ranges(
     body: bytes, *, etag: str = "", most_bytes: int | None = None, is_if_range_obeyed: bool = True
 ) -> Answer:
-    """Serve `body` as a good server does, but cut each answer off after `most_bytes`."""
+    """Serve `body` correctly, but truncate each response after `most_bytes`."""
 
     def send(connection: socket.socket, request: str) -> None:
         asked = re.search(r"Range: bytes=(\d+)-", request)
@@ -91,12 +91,12 @@ def serve_ranges(
 
 
 def redirect(location: str) -> Answer:
-    """Point to another address."""
+    """Redirect to another URL."""
     return answer(b"", "302 Found", f"Location: {location}")
 
 
 def drip(head: bytes) -> Answer:
-    """Send `head`, then a byte at a time for two seconds."""
+    """Send `head`, then single bytes for two seconds."""
 
     def send(connection: socket.socket, request: str) -> None:
         connection.sendall(head)

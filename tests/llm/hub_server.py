@@ -30,7 +30,7 @@ class HubServer:
         self.token = token
         self.lfs_bytes = lfs_bytes
         self.served: dict[str, bytes] = {}
-        """Other bytes than the listing says, by path."""
+        """Bytes that differ from the listing, by path."""
         self.requests: list[str] = []
         hub = self
 
@@ -136,7 +136,7 @@ def send(request: BaseHTTPRequestHandler, status: int, body: bytes, **headers: s
 def download(
     folder: Path, hub: HubServer, *, token: str = "", planned: str = "", **settings: Json
 ) -> subprocess.CompletedProcess[str]:
-    """Run the stage as it is run: in a process of its own, which reads the environment."""
+    """Run the stage in its own process, which reads the environment."""
     chosen: dict[str, Json] = {"kind": "hub", "hub_name": NAME, "hub_revision": COMMIT, **settings}
     job = Job(stage="download", role="corpus", settings=chosen)
     job.out, job.work = folder / "out", folder / "work"

@@ -1,4 +1,4 @@
-"""Records that are not what they should be, each with the reason to skip it; empty where none."""
+"""Malformed records, each with the reason to skip it; empty if it is used."""
 
 from llm.artifact import Json
 
@@ -26,7 +26,7 @@ NASTY = {
     b'{"text": "good", "more": 2}': "duplicate",
 }
 NOT_CLOSED = {b'{"text": "cut': "malformed JSON", b"[" * 100_000: "malformed JSON"}
-"""Lines that would swallow the rest of an array."""
+"""Lines that would swallow the remainder of an array."""
 
 CHATS: dict[str, tuple[Json, str]] = {
     "messages": ({"messages": [{"role": "user", "content": "q"},

@@ -80,7 +80,7 @@ def test_every_nasty_record_is_used_or_counted_with_file_and_line(
     tmp_path: Path, name: str
 ) -> None:
     good = corpus(TEXTS).splitlines()
-    nasty = NASTY | NOT_CLOSED if name == "a.jsonl" else NASTY  # those would swallow an array
+    nasty = NASTY | NOT_CLOSED if name == "a.jsonl" else NASTY  # NOT_CLOSED would swallow an array
     data = (
         b"\n".join([*good, *nasty]) if name == "a.jsonl" else b"[%s]" % b",\n".join([*good, *nasty])
     )
@@ -163,9 +163,7 @@ def test_chats_of_one_group_stay_on_one_side(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("texts", [[], TEXTS[:1], ["  "] * 9])
-def test_an_empty_side_is_an_error_that_says_what_there_was(
-    tmp_path: Path, texts: list[str]
-) -> None:
+def test_an_empty_side_is_an_error_with_the_counts(tmp_path: Path, texts: list[str]) -> None:
     with pytest.raises(DataError, match=rf"of {len(texts)} documents .*validation_fraction"):
         run_clean(tmp_path, {"a.jsonl": corpus(texts)})
 
@@ -194,7 +192,7 @@ def test_a_line_without_end_is_counted_in_bounded_memory(tmp_path: Path) -> None
     for name in ("b.jsonl", "c.json"):
         with (raw / "files" / name).open("wb") as file:
             file.write(b'[{"text": "' if name == "c.json" else b'{"text": "')
-            file.truncate(1 << (30 if name == "b.jsonl" else 28))  # a hole, which takes no disk
+            file.truncate(1 << (30 if name == "b.jsonl" else 28))  # sparse: takes no disk
             file.seek(0, os.SEEK_END)
             file.write(b'"}]' if name == "c.json" else b'"}\n')
     job = Job(
@@ -202,7 +200,7 @@ def test_a_line_without_end_is_counted_in_bounded_memory(tmp_path: Path) -> None
         work=tmp_path / "work",
     )  # fmt: skip
     write_job(tmp_path / "job.json", job)
-    # the peak of this process image alone: ru_maxrss starts at that of whoever forked
+    # VmHWM is the peak of this process image; ru_maxrss starts at the parent's
     code = (
         "from llm.clean import clean; from llm.runtime.job import run_job; run_job(clean);"
         "print(*(line.split()[1] for line in open('/proc/self/status') if 'VmHWM' in line))"

@@ -1,4 +1,4 @@
-"""Cleaning by shards: the same documents and counts however it is cut, done, or killed."""
+"""Cleaning by shards: the same documents and counts for any division, workers and kills."""
 
 import json
 import os
@@ -18,23 +18,22 @@ from llm.artifact import Json, read_manifest
 from llm.errors import DataError
 from llm.runtime.job import EXIT_INTERRUPTED, Job, is_finished, write_job
 from tests.llm.cleaning import TEXTS, corpus, jsonl, lines_of, make_job, run_clean
-from tests.llm.test_document_steps import EVERYTHING, near_copies, sentences
+from tests.llm.test_passes import EVERYTHING, near_copies, sentences
 
 pytest.importorskip("rensa", reason="needs the library that signs texts")
 ROOT = Path(__file__).parents[2]
-UNITS = st.sampled_from(["document", "paragraph"])
 
 
-def everything(unit: str, shard_bytes: int) -> dict[str, Json]:
-    near: Json = {"unit": unit, "min_words": 8}
-    decontamination: Json = {"action": "drop", "ngram_words": 4, "max_documents": 3}
+def everything(shard_bytes: int) -> dict[str, Json]:
+    near: Json = {"unit": "document", "min_words": 8}
+    decontamination: Json = {"action": "drop", "ngram_words": 4}
     return EVERYTHING | {
         "near_duplicates": near, "decontamination": decontamination, "shard_bytes": shard_bytes,
     }  # fmt: skip
 
 
-def texts_with_all_that_happens() -> list[str]:
-    """Documents of which each step drops some, in different shards of a file that is cut."""
+def texts_for_all_steps() -> list[str]:
+    """Return texts such that each step drops some, in several shards of one file."""
     texts = [sentences(number) for number in range(60)]
     texts += [f"{sentences(300 + n)}\n\n{sentences(number)}" for n, number in enumerate(range(9))]
     texts += [*near_copies(500, 4), "x", texts[0], "so {short}", "Two a@b.de", *texts[20:23]]
@@ -46,16 +45,14 @@ def files_of(texts: list[str]) -> dict[str, bytes]:
     return {"a.jsonl": corpus(texts)[:-1] + b"\n{\n\xff\n", "b.txt": b"Words of a text. " * 9}
 
 
-@pytest.mark.parametrize("unit", ["document", "paragraph"])
-def test_one_digest_whatever_the_number_of_workers(tmp_path: Path, unit: str) -> None:
-    files, chosen = files_of(texts_with_all_that_happens()), everything(unit, 12_000)
+def test_one_digest_whatever_the_number_of_workers(tmp_path: Path) -> None:
+    files, chosen = files_of(texts_for_all_steps()), everything(12_000)
     here = run_clean(tmp_path / "1", files, **chosen)
     there = run_clean(tmp_path / "2", files, num_workers=2, **chosen)
     assert here == there
     shards = tmp_path / "2/work/shards"
-    looks = ["read", "protect", "count", "write"] + ["rest"] * (unit == "paragraph")
-    assert all(len(list(shards.glob(f"{look}-*/manifest.json"))) > 1 for look in looks)
-    assert (shards / "read-00001.work/job.json").is_file(), "a process of its own did it"
+    assert all(len(list(shards.glob(f"{name}-*/manifest.json"))) > 1 for name in ("map", "write"))
+    assert (shards / "map-00001.work/job.json").is_file(), "a process of its own did it"
     assert {"duplicate", "near duplicate", "contaminated"} <= set(here[0]["skipped"])  # type: ignore[arg-type]
 
 
@@ -67,12 +64,11 @@ RECORDS = st.lists(
 )  # fmt: skip
 
 
-@given(RECORDS, UNITS, st.integers(400, 3000), st.sampled_from(["hash", "tail"]))
+@given(RECORDS, st.integers(400, 3000), st.sampled_from(["hash", "tail"]))
 @settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
-def test_documents_counts_and_examples_are_those_of_one_shard(
+def test_documents_counts_and_examples_equal_those_of_one_shard(
     tmp_path_factory: pytest.TempPathFactory,
     texts: list[str],
-    unit: str,
     shard_bytes: int,
     split: str,
 ) -> None:
@@ -80,8 +76,8 @@ def test_documents_counts_and_examples_are_those_of_one_shard(
     texts = [*(sentences(1000 + number, 14) for number in range(20)), *texts]
     files = {"a.jsonl": corpus(texts) + b"{\n", "b.json": json.dumps(
         [{"text": text} for text in texts[::2]]).encode()}  # fmt: skip
-    whole = run_clean(folder / "1", files, **everything(unit, 1 << 20), split=split)
-    cut = run_clean(folder / "2", files, **everything(unit, shard_bytes), split=split)
+    whole = run_clean(folder / "1", files, **everything(1 << 20), split=split)
+    cut = run_clean(folder / "2", files, **everything(shard_bytes), split=split)
     assert whole[:2] == cut[:2]
 
 
@@ -109,7 +105,7 @@ def test_lines_are_counted_through_a_file_that_is_cut(tmp_path: Path) -> None:
         lines[number] = lines[3]
     files = {"a.jsonl": b"".join(lines), "b.jsonl": b"{\n", "c.jsonl": b"".join(lines[:100])}
     summary, outputs, _ = run_clean(tmp_path, files, shard_bytes=2000)
-    assert len(list((tmp_path / "work/shards").glob("read-*/manifest.json"))) > 8
+    assert len(list((tmp_path / "work/shards").glob("map-*/manifest.json"))) > 8
     found = {
         (name, reason): [
             example["line"] for example in outputs["rejected"]
@@ -149,7 +145,7 @@ def test_a_side_from_which_nothing_goes_is_not_written_again(tmp_path: Path) -> 
     run_clean(tmp_path, {"a.jsonl": corpus(TEXTS)}, shard_bytes=3000)
     shards = tmp_path / "work/shards"
     assert not list(shards.glob("write-*"))
-    staged, files = shards / "read-00001/train.jsonl", tmp_path / "out/train/00001.jsonl"
+    staged, files = shards / "map-00001/train.jsonl", tmp_path / "out/train/00001.jsonl"
     assert staged.stat().st_ino == files.stat().st_ino
 
 
@@ -185,19 +181,19 @@ def child_of(process: subprocess.Popen[bytes]) -> int:
 def test_after_a_kill_of_a_worker_or_the_stage_the_rest_is_done_and_the_digest_the_same(
     tmp_path: Path,
 ) -> None:
-    files = files_of(texts_with_all_that_happens())
-    chosen = everything("document", 12_000)
+    files = files_of(texts_for_all_steps())
+    chosen = everything(12_000)
     expected = run_clean(tmp_path / "whole", files, **chosen)[2]
     job = make_job(tmp_path, files, num_workers=2, **chosen)
     shards = job.work / "shards"
     process = start(job, tmp_path)
-    os.kill(child_of(process), signal.SIGKILL)  # the worker's shard is done again
-    wait_for(shards, "protect-*/manifest.json")
+    os.kill(child_of(process), signal.SIGKILL)  # its shard is done again
+    wait_for(shards, "drops-*.bin")
     process.kill()
     assert process.wait() == -signal.SIGKILL and not is_finished(job.out)
     time.sleep(0.5)  # its workers end with it
     done = inodes(shards)
-    assert {name for name in done if name.startswith("read")} and "write-00000" not in done
+    assert {name for name in done if name.startswith("map")} and "write-00000" not in done
     process = start(job, tmp_path)
     assert process.wait(120) == 0
     assert read_manifest(job.out).digest == expected
@@ -205,7 +201,7 @@ def test_after_a_kill_of_a_worker_or_the_stage_the_rest_is_done_and_the_digest_t
 
 
 def test_a_stage_asked_to_stop_stops_and_goes_on_later(tmp_path: Path) -> None:
-    files = files_of(texts_with_all_that_happens())
+    files = files_of(texts_for_all_steps())
     job = make_job(tmp_path, files, num_workers=2, shard_bytes=12_000)
     process = start(job, tmp_path)
     child_of(process)

@@ -1,4 +1,4 @@
-"""The hub: the real client against a hub on 127.0.0.1; the bytes are those of one commit."""
+"""The hub: the real client against a local server; the bytes are those of one commit."""
 
 import importlib.util
 import io
@@ -25,7 +25,7 @@ def lines(rows: list[dict[str, object]]) -> bytes:
 
 @pytest.fixture(scope="module")
 def files() -> dict[str, bytes]:
-    """Two configurations of one dataset, of lines and of tables."""
+    """Two configurations of one dataset: JSON lines and Parquet."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = importlib.import_module("pyarrow.parquet")
     table = io.BytesIO()
@@ -41,7 +41,7 @@ def files() -> dict[str, bytes]:
 
 @pytest.fixture
 def hub(files: dict[str, bytes]) -> Generator[HubServer]:
-    """A hub with these."""
+    """A hub that serves `files`."""
     with HubServer(files) as server:
         yield server
 
@@ -83,9 +83,7 @@ def test_the_first_documents_are_the_same_streamed_or_not(
 
 
 @needs_client
-def test_wrong_types_are_kept_as_they_are_and_what_is_no_record_is_counted(
-    tmp_path: Path, hub: HubServer
-) -> None:
+def test_wrong_types_are_kept_and_malformed_records_counted(tmp_path: Path, hub: HubServer) -> None:
     result = download(tmp_path, hub, is_hub_streamed=True)
     assert result.returncode == 0, result.stderr
     artifact = load_artifact(tmp_path / "out")
@@ -110,7 +108,9 @@ def test_a_token_is_shown_to_the_hub_and_written_nowhere(
 
 
 @needs_client
-def test_what_is_not_there_is_an_error_that_names_it(tmp_path: Path, hub: HubServer) -> None:
+def test_missing_datasets_and_splits_are_errors_that_name_them(
+    tmp_path: Path, hub: HubServer
+) -> None:
     wrong: list[tuple[str, Json, str]] = [
         ("hub_name", "owner/other", "owner/other"),
         ("hub_revision", "branch", "branch"),

@@ -1,4 +1,4 @@
-"""Download: bytes arrive as they are, or not at all. No network but 127.0.0.1."""
+"""Download: bytes arrive unchanged or not at all. No network but 127.0.0.1."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from tests.llm.http_server import HostileServer, answer, serve_ranges
 def run_download(
     folder: Path, role: str = "corpus", *, planned: str | None = None, **settings: Json
 ) -> Artifact:
-    """Run the stage as a flow would, the fingerprint taken before."""
+    """Fingerprint the source and run the stage, as a flow does."""
     source = read_section(SourceConfig, settings)
     job = Job(
         stage="download", settings=settings, role=role, out=folder / "out", work=folder / "work",
@@ -36,7 +36,7 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
 
 
-def test_local_files_arrive_byte_for_byte_and_their_place_does_not_count(tmp_path: Path) -> None:
+def test_local_files_arrive_byte_for_byte_and_their_path_does_not_count(tmp_path: Path) -> None:
     files = {"a.txt": b"\xff\x00\r\n", "b/c.jsonl": b"{", "d.png": b"x"}
     digests: set[str] = set()
     for place in ("here", "there"):
@@ -56,7 +56,7 @@ def test_local_files_arrive_byte_for_byte_and_their_place_does_not_count(tmp_pat
 
 def test_files_without_a_byte_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
-    with pytest.raises(DataError, match=r"download\.corpus\.path: .* not one byte"):
+    with pytest.raises(DataError, match=r"download\.corpus\.path: .* are empty"):
         run_download(tmp_path, kind="files", path=str(tmp_path / "a.txt"))
 
 
@@ -71,7 +71,7 @@ def test_a_source_that_changed_after_the_plan_is_an_error(tmp_path: Path, kind: 
 
 @pytest.fixture
 def _small_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave of the standard library what is read in a moment."""
+    """Reduce the standard library to a few modules."""
     root = Path(sysconfig.get_path("stdlib"))
     for name in ("json", "email", "argparse.py", "textwrap.py"):
         for path in [root / name, *(root / name).rglob("*.py")]:
@@ -123,7 +123,9 @@ def test_wrong_bytes_leave_nothing_under_a_final_name(tmp_path: Path) -> None:
 def test_a_url_whose_name_tells_no_format_is_refused_before_a_byte_comes(tmp_path: Path) -> None:
     with (
         HostileServer([answer(BODY)]) as server,
-        pytest.raises(DataError, match=r"download\.corpus\.url: archive\.rar ends in none of"),
+        pytest.raises(
+            DataError, match=r"download\.corpus\.url: the format of archive\.rar is unknown"
+        ),
     ):
         run_download(tmp_path, url=f"{server.url}/archive.rar", **URL_SETTINGS)
     assert server.requests == []

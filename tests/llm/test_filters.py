@@ -1,4 +1,4 @@
-"""Quality rules: each has a text that breaks it alone, and shares are those of brute force."""
+"""Quality filters: each rule has a text that violates it alone; shares equal brute force."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -94,7 +94,7 @@ def test_with_every_threshold_open_any_text_passes(text: str) -> None:
 
 
 @given(st.lists(st.sampled_from(["a", "bb", "ccc"]), min_size=1, max_size=25), st.integers(2, 6))
-def test_shares_of_ngrams_are_those_of_brute_force(words: list[str], num_words: int) -> None:
+def test_shares_of_ngrams_equal_brute_force(words: list[str], num_words: int) -> None:
     numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
     ids = np.array([numbers[word] for word in words], dtype=np.uint64)
     ends = np.cumsum([0, *map(len, words)])
@@ -134,7 +134,7 @@ def test_each_of_c4s_rules_removes_lines(rule: str) -> None:
     C4_LINE, "[[1]]" + C4_LINE, "x[[1]2].", " [edit] One two three four five! [ ]", "", "no",
     "a b c d e...[1]", "a b c d [1] e.[", "We use cookies here and there.",
 ]), max_size=8))  # fmt: skip
-def test_what_c4_keeps_it_keeps_unchanged(lines: Sequence[str]) -> None:
+def test_c4_is_idempotent(lines: Sequence[str]) -> None:
     config = C4Config(min_sentences=0)
     page, _ = apply_c4("\n".join(lines), config, Counter())
     removed = Counter[str]()

@@ -1,4 +1,4 @@
-"""Fingerprints: of bytes and names, not places, and never of a file that changed unnoticed."""
+"""Fingerprints: of bytes and names, not paths, and never of a changed file's old bytes."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ import pytest
 
 from llm.config import SourceConfig
 from llm.data.sources import fingerprint as sources
-from llm.data.sources.fingerprint import fingerprint, local_files
+from llm.data.sources.fingerprint import fingerprint, list_files
 from llm.errors import DataError
 from tests.llm.hub_server import COMMIT, NAME, HubServer
 
@@ -31,10 +31,10 @@ def test_a_folder_is_its_readable_files_by_name(folder: Path) -> None:
     (folder / ".git").mkdir()
     (folder / ".git/x.txt").write_text("hidden")
     (folder / ".y.txt").write_text("hidden")
-    found = local_files(files(folder), "corpus")
+    found = list_files(files(folder), "corpus")
     assert [name for name, _ in found.files] == ["a.txt", "b/c.md", "b/d.jsonl"]
     assert found.num_ignored == 1
-    assert [name for name, _ in local_files(files(folder), "chats").files] == ["b/d.jsonl"]
+    assert [name for name, _ in list_files(files(folder), "chats").files] == ["b/d.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -49,21 +49,21 @@ def test_a_folder_is_its_readable_files_by_name(folder: Path) -> None:
 def test_a_glob_gives_names_below_its_fixed_part(
     folder: Path, pattern: str, names: list[str]
 ) -> None:
-    found = local_files(files(folder / pattern), "corpus")
+    found = list_files(files(folder / pattern), "corpus")
     assert [name for name, _ in found.files] == names
 
 
 @pytest.mark.parametrize(
     ("path", "role", "message"),
     [
-        ("missing.txt", "corpus", "found nothing at"),
-        ("*.nothing", "corpus", "holds 0 files"),
-        ("e.png", "corpus", r"e\.png ends in none of \.txt"),
-        ("a.txt", "chats", r"a\.txt ends in none of \.jsonl"),
-        ("*.txt", "chats", "holds 1 files, none of which"),
+        ("missing.txt", "corpus", "does not exist"),
+        ("*.nothing", "corpus", "none of the 0 files"),
+        ("e.png", "corpus", r"e\.png is unknown, expected \.txt"),
+        ("a.txt", "chats", r"a\.txt is unknown, expected \.jsonl"),
+        ("*.txt", "chats", "none of the 1 files"),
     ],
 )
-def test_what_cannot_be_read_is_an_error_naming_the_setting(
+def test_an_unreadable_source_is_an_error_naming_the_setting(
     folder: Path, path: str, role: str, message: str
 ) -> None:
     with pytest.raises(DataError, match=rf"download\.{role}\.path: .*{message}"):
@@ -77,13 +77,13 @@ def test_a_link_to_nothing_is_an_error_and_not_left_out(folder: Path) -> None:
             fingerprint(files(path), "corpus", None)
 
 
-def test_what_is_no_file_is_never_opened(folder: Path) -> None:
+def test_special_files_are_never_opened(folder: Path) -> None:
     os.mkfifo(folder / "pipe.txt")
-    names = [name for name, _ in local_files(files(folder), "corpus").files]
+    names = [name for name, _ in list_files(files(folder), "corpus").files]
     assert names == ["a.txt", "b/c.md", "b/d.jsonl"]
 
 
-def test_the_place_does_not_count_but_names_bytes_and_role_do(folder: Path, tmp_path: Path) -> None:
+def test_the_path_does_not_count_but_names_bytes_and_role_do(folder: Path, tmp_path: Path) -> None:
     before = fingerprint(files(folder), "corpus", None)
     moved = shutil.copytree(folder, tmp_path / "elsewhere")
     assert fingerprint(files(moved), "corpus", None) == before
@@ -108,7 +108,7 @@ def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(
     assert fingerprint(files(folder), "corpus", cache_file) == first
     assert len(read) == 3
     status = (folder / "a.txt").stat()
-    (folder / "a.txt").write_text("B")  # same size, and its old time put back
+    (folder / "a.txt").write_text("B")  # same size, with its old time restored
     os.utime(folder / "a.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
     fingerprint(files(folder), "corpus", cache_file)
     assert read[3:] == [folder / "a.txt"]
@@ -134,7 +134,7 @@ def test_the_standard_library_is_remembered(tmp_path: Path) -> None:
     assert (tmp_path / "cache.json").stat().st_mtime <= time.time()
 
 
-def test_urls_and_hub_datasets_count_by_what_pins_them() -> None:
+def test_urls_and_hub_datasets_count_by_sha256_and_commit() -> None:
     url = SourceConfig(kind="url", url="https://a/b.txt", sha256="0" * 64)
     mirror = SourceConfig(kind="url", url="https://c/b.txt", sha256="0" * 64)
     other = SourceConfig(kind="url", url="https://a/b.txt", sha256="1" * 64)

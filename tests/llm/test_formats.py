@@ -1,4 +1,4 @@
-"""Reading raw files: every format gives the same records; no damage or bomb passes in silence."""
+"""Reading raw files: every format gives the same records; damage and bombs raise errors."""
 
 import bz2
 import csv
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from llm.config import ReadingConfig
 from llm.data.raw.formats import Format, format_of, is_readable
 from llm.data.raw.reading import read_records
-from llm.data.raw.records import Record, Skip
+from llm.data.raw.records import ReadOptions, Record, Skip
 from llm.errors import DataError
 
 ROWS = [{"text": f'Row {n}, "quoted"\nand é.', "other": str(n)} for n in range(300)]
@@ -73,11 +73,12 @@ def read(
         read_records(
             path,
             name,
-            keys=("text", "messages"),
-            policy=policy,  # type: ignore[arg-type]
-            text_document_bytes=1000,
-            limits=ReadingConfig(**limits),  # type: ignore[arg-type]
-            scratch=folder,
+            ReadOptions(
+                decode_errors=policy,  # type: ignore[arg-type]
+                text_document_bytes=1000,
+                limits=ReadingConfig(**limits),  # type: ignore[arg-type]
+                scratch=folder,
+            ),
         )
     )
     assert [child.name for child in folder.iterdir()] == ["file"], "nothing else is left"
@@ -93,7 +94,7 @@ def texts(found: list[Record | Skip]) -> list[object]:
 
 
 def skips(found: list[Record | Skip]) -> list[tuple[str, int, str]]:
-    return [(s.place.file, s.place.line, s.reason) for s in found if isinstance(s, Skip)]
+    return [(s.location.file, s.location.line, s.reason) for s in found if isinstance(s, Skip)]
 
 
 def tar_of(members: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> bytes:
@@ -132,7 +133,7 @@ def test_every_format_however_packed_gives_the_same_records(
     refused = [(f"all{outer}/a/README", 1, "archive: unknown format")] if outer else []
     assert skips(found) == refused
     size_bytes = (tmp_path / "file").stat().st_size
-    told = [record.place.read_bytes for record in found]
+    told = [record.location.read_bytes for record in found]
     assert told == sorted(told) and told[-1] <= size_bytes
 
 
@@ -143,7 +144,7 @@ def test_text_is_the_same_compressed_or_not(tmp_path: Path) -> None:
     for compression in (".gz", ".bz2", ".xz"):
         packed = read(tmp_path, f"a.txt{compression}", compress(compression, data))
         assert texts(packed) == texts(plain)
-        assert [r.place.offset_bytes for r in packed] == [r.place.offset_bytes for r in plain]
+        assert [r.location.offset_bytes for r in packed] == [r.location.offset_bytes for r in plain]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_several_streams_are_one_and_one_cut_off_is_an_error(
     assert texts(read(tmp_path, name, b"".join(parts))) == [row["text"] for row in ROWS]
     whole = b"".join(parts)
     for cut in (len(parts[0]) + 3, len(whole) // 3, len(whole) - 1, 5):
-        with pytest.raises(DataError, match=r"damaged or cut off.*get it again"):
+        with pytest.raises(DataError, match=r"damaged or truncated.*download it again"):
             read(tmp_path, name, whole[:cut])
     with pytest.raises(DataError, match="damaged"):
         read(tmp_path, name, parts[0] + b"what follows is no stream")
@@ -204,13 +205,13 @@ def test_a_bomb_ends_at_the_limit(
 ) -> None:
     monkeypatch.setattr("llm.data.raw.compression.FREE_BYTES", 1 << 20)
     bomb = compress(compression, bytes(2 << 20))
-    with pytest.raises(DataError, match=r"unfold to more than 1,048,576; .*max_ratio"):
+    with pytest.raises(DataError, match=r"decompress to more than 1,048,576; .*max_ratio"):
         read(tmp_path, f"a.txt{compression}", bomb, max_ratio=2)
-    with pytest.raises(DataError, match=r"unfold to more than 1,000"):
+    with pytest.raises(DataError, match=r"decompress to more than 1,000"):
         read(tmp_path, f"a.txt{compression}", bomb, max_unpacked_bytes=1000)
-    with pytest.raises(DataError, match=r"unfold to more than 1,048,576"):
+    with pytest.raises(DataError, match=r"decompress to more than 1,048,576"):
         read(tmp_path, "a.zip", zip_of({"b.txt": bytes(2 << 20)}), max_ratio=2)
-    with pytest.raises(DataError, match=r"unfold to more than 1,048,576"):
+    with pytest.raises(DataError, match=r"decompress to more than 1,048,576"):
         read(tmp_path, "a.zip", zip_of({f"b.txt{compression}": bomb}), max_ratio=2)
 
 
@@ -252,7 +253,7 @@ def test_a_csv_without_good_names_is_an_error_or_empty(tmp_path: Path, data: byt
     if not data:
         assert read(tmp_path, "a.csv", data) == []
     else:
-        with pytest.raises(DataError, match="the first line is to name each column once"):
+        with pytest.raises(DataError, match="the first line must name each column once"):
             read(tmp_path, "a.csv", data)
 
 
@@ -270,7 +271,7 @@ def test_csv_is_split_as_the_standard_library_reads_it(
     assert len(found) == len(rows)
 
 
-def test_parquet_of_wrong_types_and_broken_text_is_told(tmp_path: Path) -> None:
+def test_parquet_of_wrong_types_and_invalid_text_is_reported(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = importlib.import_module("pyarrow.parquet")
     broken = pyarrow.array([b"good", b"b\xffd", None]).cast(pyarrow.binary())
@@ -280,7 +281,7 @@ def test_parquet_of_wrong_types_and_broken_text_is_told(tmp_path: Path) -> None:
     (tmp_path / "t").unlink()
     assert texts(read(tmp_path, "a.parquet", data)) == ["good", "b\ufffdd", None]
     assert skips(read(tmp_path, "a.parquet", data, "skip")) == [("a.parquet", 2, "invalid UTF-8")]
-    with pytest.raises(DataError, match=r"a\.parquet: byte 1 \(line 2\) is no UTF-8"):
+    with pytest.raises(DataError, match=r"a\.parquet: byte 1 \(line 2\) is not UTF-8"):
         read(tmp_path, "a.parquet", data, "strict")
     for cut in (len(data) - 1, len(data) // 2, 3):
         with pytest.raises(DataError, match="Parquet file is damaged"):
@@ -296,5 +297,5 @@ def test_a_parquet_bomb_ends_at_the_limit(tmp_path: Path) -> None:
     )
     parquet.write_table(pyarrow.table({"text": column}), out, compression="snappy")
     assert len(out.getvalue()) < 1 << 20
-    with pytest.raises(DataError, match="unfold to more than 67,108,864"):
+    with pytest.raises(DataError, match="decompress to more than 67,108,864"):
         read(tmp_path, "a.parquet", out.getvalue(), max_ratio=2)

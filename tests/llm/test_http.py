@@ -1,4 +1,4 @@
-"""Fetching: the right bytes or a typed failure, whatever the server does. All on 127.0.0.1."""
+"""Downloads over HTTP: the right bytes or a typed error, whatever the server does."""
 
 import dataclasses
 import hashlib
@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.data.sources.connections import Names, find_route
-from llm.data.sources.http import FetchLimits, fetch, file_name, redirect_target
+from llm.data.sources.connections import Resolver, find_route
+from llm.data.sources.http import FetchLimits, fetch_file, file_name, redirect_target
 from llm.errors import DataError, DiskFullError
 from tests.llm.http_server import Answer, HostileServer, answer, drip, redirect, serve_ranges
 
@@ -44,17 +44,17 @@ def sha256(data: bytes) -> str:
 def fetch_all(
     answers: list[Answer], partial: Path, expected: bytes = BODY, path: str = "/corpus.txt"
 ) -> list[str]:
-    """Fetch from a server that gives `answers`; return the requests it got."""
+    """Fetch from a server with the given `answers`; return its requests."""
     with HostileServer(answers) as server:
-        for _ in fetch(server.url + path, sha256(expected), partial, SETTING, LIMITS):
+        for _ in fetch_file(server.url + path, sha256(expected), partial, SETTING, LIMITS):
             pass
     assert partial.read_bytes() == expected
     return server.requests
 
 
-def test_the_bytes_come_and_progress_is_told(tmp_path: Path) -> None:
+def test_the_bytes_arrive_and_progress_is_reported(tmp_path: Path) -> None:
     with HostileServer([answer(BODY)]) as server:
-        steps = list(fetch(server.url, sha256(BODY), tmp_path / "p", SETTING, LIMITS))
+        steps = list(fetch_file(server.url, sha256(BODY), tmp_path / "p", SETTING, LIMITS))
     assert (tmp_path / "p").read_bytes() == BODY
     assert steps[-1] == (len(BODY), len(BODY))
     assert steps == sorted(steps)
@@ -73,7 +73,7 @@ def test_a_body_cut_off_is_continued_by_range_and_only_if_it_is_the_same(tmp_pat
 def test_a_killed_fetch_goes_on_where_it_was(tmp_path: Path) -> None:
     partial = tmp_path / "p"
     with HostileServer([serve_ranges(BODY, most_bytes=120_000)]) as server:
-        steps = fetch(server.url, sha256(BODY), partial, SETTING, LIMITS)
+        steps = fetch_file(server.url, sha256(BODY), partial, SETTING, LIMITS)
         while next(steps)[0] < 120_000:
             pass
         del steps
@@ -84,7 +84,7 @@ def test_a_killed_fetch_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_a_whole_partial_file_needs_no_network(tmp_path: Path) -> None:
     (tmp_path / "p").write_bytes(BODY)
     url = "http://127.0.0.1:9/"
-    assert list(fetch(url, sha256(BODY), tmp_path / "p", SETTING, LIMITS)) == []
+    assert list(fetch_file(url, sha256(BODY), tmp_path / "p", SETTING, LIMITS)) == []
 
 
 @pytest.mark.parametrize("is_if_range_obeyed", [True, False])
@@ -121,7 +121,7 @@ def test_a_body_always_shorter_than_declared_is_a_network_failure(tmp_path: Path
 
 
 def test_tries_are_not_used_up_while_the_body_grows(tmp_path: Path) -> None:
-    body = BODY * 30  # 9 MB in pieces of 1.1 MB: more pieces than tries
+    body = BODY * 30  # 9 MB in parts of 1.1 MB: more parts than tries
     requests = fetch_all([serve_ranges(body, most_bytes=1_100_000)], tmp_path / "p", body)
     assert len(requests) == 9
 
@@ -159,7 +159,7 @@ def test_redirects_are_followed_but_not_for_ever(tmp_path: Path) -> None:
 def test_this_machine_and_its_network_are_known_however_they_are_written(
     host: str, expected: bool
 ) -> None:
-    assert Names().are_internal(host) == expected
+    assert Resolver().is_internal(host) == expected
 
 
 @pytest.mark.parametrize(
@@ -183,15 +183,15 @@ def test_a_redirect_neither_leaves_https_nor_leads_into_a_private_network(
 ) -> None:
     if is_refused:
         with pytest.raises(DataError, match=rf"{SETTING}: http.* redirects "):
-            redirect_target(url, location, first, SETTING, Names())
+            redirect_target(url, location, first, SETTING, Resolver())
     else:
-        assert redirect_target(url, location, first, SETTING, Names()).startswith("http")
+        assert redirect_target(url, location, first, SETTING, Resolver()).startswith("http")
 
 
 class Network:
-    """Names whose addresses change with each question, and public addresses that are served here.
+    """Host names that resolve differently each time, and public addresses served locally.
 
-    Address and port of a connection that was asked for stand in `connected`.
+    `connected` lists the addresses of the requested connections.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **answers: list[str]) -> None:
@@ -227,13 +227,13 @@ def test_a_name_that_changes_its_address_after_the_check_leads_nowhere_else(
         port = private.url.rpartition(":")[2]
         with HostileServer([redirect(f"http://second.example:{port}/x")]) as first:
             network.served = {"8.8.8.8": first.url, "8.8.4.4": public.url}
-            steps = fetch("http://first.example/x", sha256(BODY), tmp_path / "p", SETTING,
+            steps = fetch_file("http://first.example/x", sha256(BODY), tmp_path / "p", SETTING,
                           dataclasses.replace(LIMITS, max_tries=1))  # fmt: skip
             if answers[0]:
                 list(steps)
                 assert f"Host: second.example:{port}" in public.requests[0]
             else:
-                with pytest.raises(ConnectionError, match="no address of second"):
+                with pytest.raises(ConnectionError, match="cannot resolve second"):
                     list(steps)
     assert private.requests == [] and set(network.connected) <= {"8.8.8.8", "8.8.4.4"}
     assert "Host: first.example\r\n" in first.requests[0]
@@ -248,7 +248,9 @@ def test_a_redirect_to_the_same_name_goes_to_the_same_address(
         away = redirect(f"http://first.example:{port}/x")
         with HostileServer([away, answer(BODY)]) as first:
             network.served = {"8.8.8.8": first.url}
-            list(fetch("http://first.example/x", sha256(BODY), tmp_path / "p", SETTING, LIMITS))
+            list(
+                fetch_file("http://first.example/x", sha256(BODY), tmp_path / "p", SETTING, LIMITS)
+            )
     assert private.requests == [] and set(network.connected) == {"8.8.8.8"}
 
 
@@ -267,7 +269,9 @@ def test_a_name_with_one_private_address_of_two_is_private(
     with HostileServer([redirect("http://two.example/x")]) as first:
         network.served = {"8.8.8.8": first.url}
         with pytest.raises(DataError, match=r"redirects into the private network, to http://two"):
-            list(fetch("http://first.example/x", sha256(BODY), tmp_path / "p", SETTING, LIMITS))
+            list(
+                fetch_file("http://first.example/x", sha256(BODY), tmp_path / "p", SETTING, LIMITS)
+            )
 
 
 def test_tls_names_the_server_and_trusts_no_certificate_of_another(
@@ -284,9 +288,11 @@ def test_tls_names_the_server_and_trusts_no_certificate_of_another(
         network.served = {"8.8.8.8": f":{listener.getsockname()[1]}"}
         thread = threading.Thread(target=serve, args=[listener])
         thread.start()
-        with pytest.raises(ConnectionError, match="no answer"):
+        with pytest.raises(ConnectionError, match="no response"):
             limits = dataclasses.replace(LIMITS, max_tries=1)
-            list(fetch("https://first.example/x", sha256(BODY), tmp_path / "p", SETTING, limits))
+            list(
+                fetch_file("https://first.example/x", sha256(BODY), tmp_path / "p", SETTING, limits)
+            )
         thread.join()
     assert b"first.example" in hello[0]  # server_name, RFC 6066, is not encrypted
     route = find_route("https://first.example/x", SETTING, 1.0)
@@ -299,12 +305,16 @@ def test_an_address_of_ipv6_needs_no_port() -> None:
         assert (connection.host, connection.port) == ("::1", port)
 
 
-def test_who_one_is_is_told_to_the_first_server_alone(tmp_path: Path) -> None:
+def test_authorization_is_sent_to_the_first_server_alone(tmp_path: Path) -> None:
     with HostileServer([answer(BODY)]) as other:
         address = other.url.replace("127.0.0.1", "localhost")
         with HostileServer([redirect("/again"), redirect(f"{address}/x")]) as server:
             url, partial = server.url, tmp_path / "p"
-            list(fetch(url, sha256(BODY), partial, SETTING, LIMITS, authorization="Bearer secret"))
+            list(
+                fetch_file(
+                    url, sha256(BODY), partial, SETTING, LIMITS, authorization="Bearer secret"
+                )
+            )
     assert all("Authorization: Bearer secret" in request for request in server.requests)
     assert "Authorization" not in other.requests[0]
 
@@ -315,7 +325,7 @@ def test_an_endless_body_is_cut_off(tmp_path: Path) -> None:
         for _ in itertools.repeat(None, 1000):
             connection.sendall(bytes(1 << 20))
 
-    with pytest.raises(DataError, match=r"sent more than 3,145,728 bytes"):
+    with pytest.raises(DataError, match=r"and more than 3,145,728 bytes"):
         fetch_all([send], tmp_path / "p")
 
 
@@ -388,10 +398,10 @@ def test_a_chunked_body_is_read(tmp_path: Path) -> None:
               tmp_path / "p")  # fmt: skip
 
 
-def test_nobody_there_is_a_network_failure_and_the_login_is_not_told(tmp_path: Path) -> None:
+def test_no_server_is_a_network_failure_and_the_login_is_not_shown(tmp_path: Path) -> None:
     url = "http://me:secret@127.0.0.1:9/x?token=secret"
     with pytest.raises(ConnectionError) as failure:
-        list(fetch(url, sha256(BODY), tmp_path / "p", SETTING, LIMITS))
+        list(fetch_file(url, sha256(BODY), tmp_path / "p", SETTING, LIMITS))
     assert "http://127.0.0.1:9/x:" in str(failure.value)
     assert "secret" not in str(failure.value)
 
@@ -408,7 +418,7 @@ def test_a_proxy_is_asked_for_the_whole_address(
     with HostileServer([answer(BODY)]) as proxy:
         monkeypatch.setenv("http_proxy", proxy.url.replace("//", "//me:pass@"))
         url = "http://example.invalid/corpus.txt"
-        list(fetch(url, sha256(BODY), tmp_path / "p", SETTING, LIMITS))
+        list(fetch_file(url, sha256(BODY), tmp_path / "p", SETTING, LIMITS))
     assert proxy.requests[0].startswith(f"GET {url} HTTP/1.1")
     assert "Proxy-Authorization: Basic bWU6cGFzcw==" in proxy.requests[0]
 

@@ -1,4 +1,4 @@
-"""Near duplicates: what brute force finds is found, whatever the order texts come in."""
+"""Near duplicates: the clusters equal brute force, whatever the order of texts."""
 
 import random
 import sys
@@ -10,7 +10,7 @@ import pytest
 
 from llm.artifact import ArtifactWriter
 from llm.config import NearDuplicatesConfig
-from llm.data.cleaning import minhash as near_duplicates
+from llm.data.cleaning import minhash
 from llm.data.cleaning.minhash import NearDuplicates, Signer, jaccard, rows_per_band
 from llm.data.cleaning.ngrams import hash_distinct_ngrams
 from llm.errors import ConfigError
@@ -20,7 +20,7 @@ CONFIG = NearDuplicatesConfig(unit="document", min_words=5)
 
 
 def make_texts(num_texts: int, num_words: int = 60) -> list[str]:
-    """Half of them copies of others with up to one word in ten changed."""
+    """Return texts, half of them copies of others with up to one word in ten changed."""
     rng = random.Random(1)
     texts: list[list[str]] = []
     for _ in range(num_texts):
@@ -37,7 +37,7 @@ def make_texts(num_texts: int, num_words: int = 60) -> list[str]:
 def clusters(
     folder: Path, texts: Sequence[str], config: NearDuplicatesConfig = CONFIG
 ) -> list[int]:
-    """The first text of each one's cluster, the order being that of the list."""
+    """Return the first text of each text's cluster, in the order of the list."""
     sign(folder, texts, config)
     with NearDuplicates([folder], config) as near:
         *_, first = near.find(np.arange(len(texts)), texts.__getitem__)
@@ -59,7 +59,7 @@ def test_every_pair_that_brute_force_finds_is_in_one_cluster(tmp_path: Path) -> 
         if jaccard(sets[one], sets[other]) >= 0.8
     ]  # fmt: skip
     found = [first[one] == first[other] for one, other in pairs]
-    # of pairs at exactly 0.8, bands propose 99.8 % and the estimate lets 99.9 % through
+    # at exactly 0.8 the bands propose 99.8 % of the pairs, and the estimate passes 99.9 %
     assert len(pairs) > 100 and np.mean(found) >= 0.99
     for one, other in pairs:
         linked[one] |= linked[other]
@@ -77,7 +77,7 @@ def test_the_result_does_not_depend_on_the_order_texts_are_signed_in(tmp_path: P
     for folder, numbers in zip(folders, np.split(shuffled, [0, 40]), strict=True):
         sign(folder, [texts[number] for number in numbers])
     with NearDuplicates(folders, CONFIG) as near:
-        *_, first = near.find(np.argsort(shuffled), lambda place: texts[shuffled[place]])
+        *_, first = near.find(np.argsort(shuffled), lambda number: texts[shuffled[number]])
     assert first.tolist() == expected
     assert len(set(expected)) < len(texts)
 
@@ -101,7 +101,7 @@ def test_many_copies_of_one_text_are_compared_in_proportion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(near_duplicates, "jaccard", lambda *sets: calls.append(1) or jaccard(*sets))
+    monkeypatch.setattr(minhash, "jaccard", lambda *sets: calls.append(1) or jaccard(*sets))
     text = " ".join(f"word{number}" for number in range(400))
     first = clusters(tmp_path / "near", [f"{text} {number}" for number in range(500)])
     assert set(first) == {0} and len(calls) == 499

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llm.data.cleaning import ngrams
 from llm.data.cleaning.ngrams import hash_distinct_ngrams, hash_ngrams, hash_words
 
-SINGLES = "\u3000-\udfff"  # scripts without blanks
+SINGLES = "\u3000-\udfff"  # scripts without spaces
 WORD = re.compile(rf"[{SINGLES}]|(?:(?![{SINGLES}\u2000-\u2fff])[0-9a-z\x80-\U0010ffff])+")
 LETTERS = st.sampled_from("aB9 \n.,-é漢字かな한“—…😀\x00")
 TEXTS = st.text(LETTERS | st.characters(codec="utf-8"), max_size=80)
@@ -30,7 +30,7 @@ def test_a_hash_stands_for_a_word(texts: list[str]) -> None:
 
 
 @given(TEXTS, TEXTS)
-def test_what_stands_before_changes_nothing(before: str, text: str) -> None:
+def test_hashes_do_not_depend_on_the_text_before(before: str, text: str) -> None:
     own = hash_words(text)
     whole = hash_words(f"{before} {text}")
     assert np.array_equal(whole[len(whole) - len(own) :], own)
@@ -39,7 +39,7 @@ def test_what_stands_before_changes_nothing(before: str, text: str) -> None:
 def test_blocks_are_cut_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "Some words, é and 漢字, of a long text.\n" * 20
     whole = hash_words(text)
-    monkeypatch.setattr(ngrams, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(ngrams, "TEXT_BLOCK_BYTES", 64)
     assert np.array_equal(hash_words(text), whole)
     assert len(hash_words("é" * 100)) == 4, "longer than a block: cut between characters"
 

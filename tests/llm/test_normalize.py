@@ -1,4 +1,4 @@
-"""Normalizing: what looks the same becomes the same, once and for all."""
+"""Normalization: equivalent texts become equal, and it is idempotent."""
 
 from hypothesis import given
 from hypothesis import strategies as st

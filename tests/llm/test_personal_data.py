@@ -1,14 +1,14 @@
-"""Masking: addresses are found, what only looks like one stays, and a mask is no address."""
+"""Masking: addresses are found, lookalikes stay, and a mask is not an address."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.data.cleaning.personal_data import Masked, mask
+from llm.data.cleaning.personal_data import MaskCounts, mask
 
 
 def masked(text: str) -> str:
-    return mask(text, Masked(), emails=True, ip_addresses=True)
+    return mask(text, MaskCounts(), emails=True, ip_addresses=True)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_addresses_are_masked_and_nothing_else(text: str, expected: str) -> None
 
 
 def test_masks_are_counted_and_each_kind_is_a_choice() -> None:
-    count, text = Masked(), "a@b.de 8.8.8.8 c@d.fr"
+    count, text = MaskCounts(), "a@b.de 8.8.8.8 c@d.fr"
     assert mask(text, count, emails=True, ip_addresses=False) == "[email] 8.8.8.8 [email]"
     assert mask(text, count, emails=False, ip_addresses=True) == "a@b.de [ip] c@d.fr"
     assert (count.num_emails, count.num_ip_addresses) == (2, 1)
@@ -40,12 +40,12 @@ PIECES = ["a@b.de", "@", "8.8.8.8", ".9", "2001:db8::1", ":", "x", "1", " ", "[i
 
 @given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join) | st.text())
 def test_a_second_time_changes_nothing(text: str) -> None:
-    once, again = masked(text), Masked()
+    once, again = masked(text), MaskCounts()
     assert mask(once, again, emails=True, ip_addresses=True) == once
-    assert again == Masked()
+    assert again == MaskCounts()
 
 
 @pytest.mark.parametrize("piece", ["a", "a.", "@", "a@", "1.", "2000:", "a@a.", "1.1.1.1."])
 def test_long_runs_that_are_no_address_end_and_stay(piece: str) -> None:
     text = piece * (1_000_000 // len(piece))
-    assert masked(text) == text  # in quadratic time this would be hours
+    assert masked(text) == text  # quadratic time would be hours

@@ -1,4 +1,4 @@
-"""Records of an unknown layout: an error at the first of them, which says what is known."""
+"""Records of an unknown layout: an early error that names the expected keys."""
 
 import io
 import json
@@ -26,7 +26,7 @@ CHATS: list[Json] = [
 
 
 def run_stage_as_a_process(folder: Path, data: bytes, content: str, num_workers: int) -> str:
-    """Clean in a process of its own and return its error, of which it must die with code 1."""
+    """Clean in a separate process, which must exit with 1, and return its error."""
     job = make_job(folder, {"a.jsonl": data}, content, num_workers, shard_bytes=4000)
     write_job(folder / "job.json", job)
     done = subprocess.run(
@@ -41,7 +41,7 @@ def run_stage_as_a_process(folder: Path, data: bytes, content: str, num_workers:
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_chats_of_other_keys_end_the_stage_with_the_keys_and_what_to_do(
+def test_chats_of_other_keys_are_an_error_with_the_keys_and_the_remedy(
     tmp_path: Path, num_workers: int
 ) -> None:
     message = run_stage_as_a_process(tmp_path, jsonl(PAIRS), "chats", num_workers)
@@ -61,7 +61,7 @@ def test_chats_of_other_keys_end_the_stage_with_the_keys_and_what_to_do(
         ("chats", [{"instruction": "Do."}] * 200, "the keys instruction;", "'output' and perhaps"),
     ],
 )
-def test_what_is_found_and_expected_is_said_of_texts_and_of_chats(
+def test_found_and_expected_keys_are_named_for_texts_and_chats(
     tmp_path: Path, content: str, records: list[Json], found: str, expected: str
 ) -> None:
     with pytest.raises(DataError) as caught:

@@ -1,4 +1,4 @@
-"""The offline source: whole, deterministic, without twins, and never importing what it reads."""
+"""The standard library source: complete, deterministic, without duplicates or imports."""
 
 import ast
 import inspect
@@ -16,7 +16,7 @@ from llm.data.sources import stdlib
 from llm.data.sources.stdlib import (
     MAX_DOCUMENT_BYTES,
     Module,
-    Once,
+    SeenTexts,
     corpus_documents,
     cut_lines,
     library_files,
@@ -85,7 +85,7 @@ def chats() -> list[dict[str, object]]:
 
 
 def test_a_source_loses_its_docstrings_and_nothing_else() -> None:
-    [text] = source_documents(module(), Once(1))
+    [text] = source_documents(module(), SeenTexts(1))
     assert text.startswith("# a/b.py\n")
     assert "Say" not in text and "thing." not in text and "Nothing" not in text
     expected = ast.parse(SOURCE)
@@ -94,14 +94,14 @@ def test_a_source_loses_its_docstrings_and_nothing_else() -> None:
             alone = [] if isinstance(node, ast.Module) else [ast.Pass()]
             node.body = node.body[1:] or alone
             if isinstance(node, ast.AsyncFunctionDef):
-                node.body.insert(0, ast.Pass())  # its docstring shares a line
+                node.body.insert(0, ast.Pass())  # its docstring shared a line
     assert ast.dump(ast.parse(text)) == ast.dump(expected)
     for line in ("# about the table", "@decorated", '    return inner  # "not a docstring"'):
         assert f"\n{line}\n" in text
 
 
 def test_a_page_tells_every_docstring_under_its_signature() -> None:
-    [page] = page_documents(module(), Once(1))
+    [page] = page_documents(module(), SeenTexts(1))
     assert page == textwrap.dedent("""\
         Help on module a.b:
 
@@ -131,7 +131,7 @@ def test_a_page_tells_every_docstring_under_its_signature() -> None:
 def test_long_modules_are_cut_between_definitions() -> None:
     function = "# about it\ndef function_{0}(x):\n    return x + {0}\n\n\n"
     source = "".join(function.format(number) for number in range(2000))
-    pieces = list(source_documents(module(source), Once(10**6)))
+    pieces = list(source_documents(module(source), SeenTexts(10**6)))
     assert len(pieces) > 3
     assert all(len(piece.encode()) <= MAX_DOCUMENT_BYTES for piece in pieces)
     assert all(piece.startswith("# a/b.py\n# about it\ndef") for piece in pieces)
@@ -142,10 +142,10 @@ def test_long_modules_are_cut_between_definitions() -> None:
 def test_tables_and_repeated_definitions_are_left_out() -> None:
     function = "def f():\n    return '" + "x" * 300 + "'\n"
     table = "TABLE = {" + ", ".join(f"{key}: 'value'" for key in range(2000)) + "}\n"
-    once = Once(200)
-    [first] = source_documents(module(function + table + "x = 1\n"), once)
+    seen = SeenTexts(200)
+    [first] = source_documents(module(function + table + "x = 1\n"), seen)
     assert first == f"# a/b.py\n{function}x = 1\n"
-    assert list(source_documents(module(function), once)) == []
+    assert list(source_documents(module(function), seen)) == []
 
 
 def test_a_line_longer_than_a_document_is_kept_whole() -> None:
@@ -227,7 +227,7 @@ def test_chats_are_many_short_and_mostly_answerable(chats: list[dict[str, object
     assert all(0 < len(_answer(chat)) <= MAX_ANSWER_CHARACTERS for chat in chats)
 
 
-def test_answers_are_those_inspect_gives(chats: list[dict[str, object]]) -> None:
+def test_answers_equal_those_of_inspect(chats: list[dict[str, object]]) -> None:
     num_checked = Counter[str]()
     for chat in chats[::7]:
         asked = re.search(r"`((\w+)\(.*\))`", _question(chat))
@@ -251,7 +251,7 @@ def test_answers_are_those_inspect_gives(chats: list[dict[str, object]]) -> None
 
 
 def _parameters(text: str) -> dict[str, object] | None:
-    """Return the defaults by name, starred; None where a default needs its module to be known."""
+    """Return the defaults by name, starred; None where a default needs its module."""
     space: dict[str, Callable[..., object]] = {}
     try:
         exec(f"def {text}: pass", {}, space)

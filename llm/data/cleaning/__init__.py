@@ -1,1 +1,1 @@
-"""The steps and passes of the clean stage."""
+"""The passes and steps of the `clean` stage."""

@@ -1,7 +1,6 @@
-"""The quality rules of C4 and Gopher: what a text must be to be kept, each rule with its name.
+"""The quality filters of C4 and Gopher, each rule with its drop reason.
 
-The thresholds are those of the papers and settings of the recipe. A rule that drops a text gives
-the reason it is counted under; C4's rules on lines remove these first, and count them.
+Thresholds default to those of the papers. C4's rules on lines remove and count lines first.
 """
 
 import re
@@ -27,14 +26,14 @@ ELLIPSES = ("...", "…")
 PARAGRAPH_ENDS = re.compile(r"\n{2,}")
 PUNCTUATION = "".join(chr(code) for code in range(33, 127) if not chr(code).isalnum())
 
-Counts = npt.NDArray[np.int64]
+Ends = npt.NDArray[np.int64]
 
 
 def apply_c4(text: str, config: C4Config, removed_lines: Counter[str]) -> tuple[str, str]:
-    """Return the lines of `text` that pass and the reason to drop it all, or "" to keep them.
+    """Return the lines of `text` that pass, and the reason to drop the text or "".
 
-    Removed lines are counted by reason. What is kept passes again, unchanged. Sentences end where
-    one of . ! ? stands before a blank, which needs no model of a language as C4's own count does.
+    Removed lines are counted by reason. Filtering is idempotent. Sentences end at . ! ? before
+    whitespace, which needs no sentence splitter as C4's own count does.
 
     Source: Raffel et al. 2020, section 2.2, arXiv:1910.10683, and the code published with it.
     """
@@ -62,16 +61,16 @@ def apply_c4(text: str, config: C4Config, removed_lines: Counter[str]) -> tuple[
 
 
 def gopher_reason(text: str, config: GopherConfig) -> str:
-    """Return the first of Gopher's rules that `text` breaks, or "".
+    """Return the first of Gopher's rules that `text` violates, or "".
 
-    Source: Rae et al. 2021, appendix A.1.1 and table A1, arXiv:2112.11446. Characters are those of
-    words; where n-grams overlap a character counts once.
+    Source: Rae et al. 2021, appendix A.1.1 and table A1, arXiv:2112.11446. Only characters of words
+    count; a character in overlapping n-grams counts once.
     """
     words = text.split()
     if reason := _quality_reason(text, words, config):
         return reason
     ids, ends = _number(words)
-    del words  # of a long text they take ten times its bytes
+    del words  # ten times the bytes of a long text
     return _repetition_reason(text, ids, ends, config)
 
 
@@ -91,7 +90,7 @@ def _c4_line_reason(line: str, lowered: str, config: C4Config) -> str:
 
 
 def _without_citations(line: str) -> str:
-    """Remove the marks until there are none: taking one out of `[[1]]` leaves another."""
+    """Remove citation marks until none is left: removing one from `[[1]]` leaves another."""
     num_removed = 1
     while num_removed:
         line, num_removed = CITATION.subn("", line) if "[" in line else (line, 0)
@@ -134,8 +133,8 @@ def _quality_reason(text: str, words: Sequence[str], config: GopherConfig) -> st
     return "gopher: too few stop words" if len(found) < config.min_stop_words else ""
 
 
-def _number(words: Sequence[str]) -> tuple[npt.NDArray[np.uint64], Counts]:
-    """Return a number for each word, (W,), and where it ends when nothing is between, (W + 1,)."""
+def _number(words: Sequence[str]) -> tuple[npt.NDArray[np.uint64], Ends]:
+    """Return an id for each word, (W,), and the cumulative word lengths, (W + 1,)."""
     numbers: dict[str, int] = {}
     ids = (numbers.setdefault(word, len(numbers)) for word in words)
     ends = np.zeros(len(words) + 1, dtype=np.int64)
@@ -144,7 +143,7 @@ def _number(words: Sequence[str]) -> tuple[npt.NDArray[np.uint64], Counts]:
 
 
 def _repetition_reason(
-    text: str, ids: npt.NDArray[np.uint64], ends: Counts, config: GopherConfig
+    text: str, ids: npt.NDArray[np.uint64], ends: Ends, config: GopherConfig
 ) -> str:
     lines = [line for line in text.split("\n") if line]
     paragraphs = PARAGRAPH_ENDS.split(text.strip("\n"))
@@ -168,11 +167,11 @@ def _repetition_reason(
     return ""
 
 
-def top_fraction(ids: npt.NDArray[np.uint64], ends: Counts, num_words: int) -> float:
-    """Return the share of characters in the n-gram found most often, the longest of several.
+def top_fraction(ids: npt.NDArray[np.uint64], ends: Ends, num_words: int) -> float:
+    """Return the share of characters in the most frequent n-gram, the longest of several.
 
-    One that is found once is no repetition. `ids` numbers the words, (W,); `ends` are the sums of
-    their lengths, (W + 1,).
+    An n-gram that occurs once counts nothing. `ids`: a number per distinct word, (W,); `ends`:
+    cumulative word lengths, (W + 1,).
     """
     hashes = hash_ngrams(ids, num_words)
     _, first, counts = np.unique(hashes, return_index=True, return_counts=True)
@@ -180,11 +179,11 @@ def top_fraction(ids: npt.NDArray[np.uint64], ends: Counts, num_words: int) -> f
         return 0.0
     first = first[counts == most]
     longest = (ends[first + num_words] - ends[first]).max()
-    return min(float(longest * most / ends[-1]), 1.0)  # it may overlap itself
+    return min(float(longest * most / ends[-1]), 1.0)  # occurrences may overlap
 
 
-def duplicate_fraction(ids: npt.NDArray[np.uint64], ends: Counts, num_words: int) -> float:
-    """Return the share of characters in n-grams found more than once."""
+def duplicate_fraction(ids: npt.NDArray[np.uint64], ends: Ends, num_words: int) -> float:
+    """Return the share of characters in n-grams that occur more than once."""
     hashes = hash_ngrams(ids, num_words)
     _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
     starts = np.flatnonzero(counts[inverse] > 1)
@@ -196,7 +195,7 @@ def duplicate_fraction(ids: npt.NDArray[np.uint64], ends: Counts, num_words: int
 
 
 def _repeated(parts: Sequence[str]) -> tuple[float, float]:
-    """Return the share of parts that came before, and of their characters."""
+    """Return the share of parts that occurred before, and of their characters."""
     num_characters = sum(map(len, parts))
     counts = Counter(parts)
     num_repeated = len(parts) - len(counts)

@@ -1,15 +1,14 @@
-"""Find texts that are nearly the same: MinHash proposes pairs, their n-grams decide.
+"""Near-duplicate clusters of texts: MinHash LSH proposes pairs, their n-grams decide.
 
-Two texts are proposed when all hashes in one band of their signatures agree; whether they are
-nearly the same is then computed from the n-grams themselves. Texts that are linked, directly or by
-way of others, are one cluster, of which the first in the order given is kept. The result depends on
-the texts and that order alone, not on where they come from or when.
+Two texts are candidates if all hashes in one band of their signatures agree; their Jaccard index is
+then computed from the n-grams themselves. Texts linked directly or through others form a cluster,
+of which the first in the given order is kept. The result depends on the texts and that order alone.
 
-On disk a text takes 128 signature values of 4 bytes and a key of 8 bytes for each band; in memory
-60 bytes while bands are compared. Signing, which takes the library `rensa`, is done apart from
-comparing, by shards: what is written of a text depends on it alone.
+On disk a text takes 128 signature values of 4 bytes and a key of 8 bytes per band; in memory 60
+bytes while bands are compared. Signing, which needs the library `rensa`, depends on one text alone
+and is done by shards.
 
-U texts (units), M the members of a band's bucket.
+U texts, M members of a band's bucket.
 """
 
 from bisect import bisect_right
@@ -34,17 +33,17 @@ ReadText = Callable[[int], str]
 NUM_HASHES = 128
 SEED = 1
 MIN_FOUND_FRACTION = 0.995
-"""Of pairs just as alike as `min_jaccard`, so many must be proposed."""
+"""Share of the pairs at exactly `min_jaccard` that must be candidates."""
 ESTIMATE_SLACK = 0.1
-"""A signature is off by 0.03 (one standard deviation, measured) at 0.8: pairs whose estimate is
-further below `min_jaccard` are not looked at."""
+"""Candidates whose estimated Jaccard index is further below `min_jaccard` are skipped; the standard
+deviation of the estimate is 0.03 at 0.8 (measured)."""
 MAX_REMEMBERED = 1 << 18
-"""Pairs known to be unlike, so that they are not looked at again in every band."""
+"""Pairs known to be unlike, so that they are not compared again in every band."""
 MAX_LEADERS = 64
-"""In a bucket at most so many unlike texts are compared with all others, so that it takes time in
-proportion to its size, also where thousands of pages share a template."""
+"""At most so many unlike texts of a bucket are compared with all others, so that time stays linear
+in its size, also where thousands of pages share a template."""
 MAX_CACHED_BYTES = 64 << 20
-"""Of n-grams of the texts in one bucket, which are compared with one leader after another."""
+"""N-grams of the texts of one bucket, which are compared with one leader after another."""
 TEXTS_AT_ONCE, WORDS_AT_ONCE = 1024, 1 << 21
 """Signed together."""
 SIGNATURES, KEYS = "signatures.bin", "keys.bin"
@@ -52,9 +51,7 @@ SIGNATURE_BYTES = 4 * NUM_HASHES
 
 
 class Signer(Closing):
-    """Write the signatures of texts to `signatures.bin`, and their keys, band by band, to
-    `keys.bin`.
-    """
+    """Writes signatures of texts to SIGNATURES, and their band keys, band by band, to KEYS."""
 
     def __init__(self, writer: ArtifactWriter, config: NearDuplicatesConfig) -> None:
         """Open the first file.
@@ -83,7 +80,7 @@ class Signer(Closing):
             self._write_keys()
 
     def add(self, text: str) -> bool:
-        """Take a text, unless it has too few words to be compared; return whether it was taken."""
+        """Sign a text; return False if it has too few words to be compared."""
         words = hash_words(text)
         if len(words) < self._config.min_words:
             return False
@@ -118,10 +115,10 @@ class Signer(Closing):
 
 
 class NearDuplicates(Closing):
-    """Texts that were signed, and which of them to drop."""
+    """Finds the near-duplicate clusters of signed texts."""
 
     def __init__(self, folders: Sequence[Path], config: NearDuplicatesConfig) -> None:
-        """Take the texts of all folders, numbered one folder after another."""
+        """Number the texts of all folders consecutively."""
         self._config = config
         self._folders = folders
         self._paths = [folder / SIGNATURES for folder in folders]
@@ -136,10 +133,10 @@ class NearDuplicates(Closing):
         return self._starts[-1]
 
     def find(self, order: Ranks, read_text: ReadText) -> Iterator[Ranks]:
-        """Yield after each band the first text of each one's cluster, as far as is known, (U,).
+        """Yield after each band the first text of each text's cluster so far, (U,), by rank.
 
-        Both are by rank: `order` holds the number of the text at each rank, (U,); texts that are
-        not in it are not compared. Those whose first is not themselves are to be dropped.
+        `order` holds the number of the text at each rank, (U,); other texts are not compared. A
+        text that is not the first of its cluster is a near duplicate.
         """
         first = np.arange(len(order), dtype=np.int64)  # (U,) by rank
         for band in range(self.num_bands):
@@ -158,9 +155,9 @@ class NearDuplicates(Closing):
         return keys
 
     def _link(self, members: Ranks, order: Ranks, first: Ranks, read_text: ReadText) -> None:
-        """Link the first member with all that are like it, then the first of the rest, and so on.
+        """Link the first member with all similar ones, then the first of the remainder, and so on.
 
-        The first texts of two clusters are never left out as members, so they are compared.
+        The first texts of clusters are always members, so they are compared.
         """
         ngrams = _NgramCache(read_text, self._config.ngram_words)
         for _ in range(MAX_LEADERS):
@@ -177,22 +174,22 @@ class NearDuplicates(Closing):
                 return
 
     def _is_like(self, leader: int, others: Ranks, ngrams: "_NgramCache") -> npt.NDArray[np.bool_]:
-        """Tell which texts share enough n-grams with the leader, (M,)."""
+        """Return which texts share enough n-grams with the leader, (M,)."""
         own, is_like = self._signature(leader), np.zeros(len(others), dtype=np.bool_)
-        for place, other in enumerate(others.tolist()):
+        for index, other in enumerate(others.tolist()):
             if (leader, other) in self._unlike:
                 continue
             estimate = np.count_nonzero(own == self._signature(other)) / NUM_HASHES
             if estimate >= self._config.min_jaccard - ESTIMATE_SLACK:
                 share = jaccard(ngrams.read(leader), ngrams.read(other))
-                is_like[place] = share >= self._config.min_jaccard
-            if not is_like[place] and len(self._unlike) < MAX_REMEMBERED:
+                is_like[index] = share >= self._config.min_jaccard
+            if not is_like[index] and len(self._unlike) < MAX_REMEMBERED:
                 self._unlike.add((leader, other))
         return is_like
 
     def _signature(self, text: int) -> npt.NDArray[np.uint32]:
-        place = bisect_right(self._starts, text) - 1
-        path, number = self._paths[place], text - self._starts[place]
+        shard = bisect_right(self._starts, text) - 1
+        path, number = self._paths[shard], text - self._starts[shard]
         data = self._files.read(path, number * SIGNATURE_BYTES, SIGNATURE_BYTES)
         return np.frombuffer(data, dtype="<u4")
 
@@ -217,9 +214,10 @@ class _NgramCache:
 
 
 def rows_per_band(min_jaccard: float) -> int:
-    """Return the most hashes a band can have without missing pairs as alike as `min_jaccard`.
+    """Return the largest number of hashes per band that finds MIN_FOUND_FRACTION of the pairs.
 
-    Of such pairs 1 - (1 - j^r)^b are proposed (Leskovec et al., Mining of Massive Datasets, 3.4.2).
+    Of pairs with Jaccard index j, 1 - (1 - j^r)^b become candidates (Leskovec et al., Mining of
+    Massive Datasets, 3.4.2).
     """
     found = [
         rows for rows in range(1, NUM_HASHES + 1)
@@ -229,20 +227,20 @@ def rows_per_band(min_jaccard: float) -> int:
 
 
 def jaccard(ngrams: Hashes, others: Hashes) -> float:
-    """Return the share of n-grams in common of two sorted sets; of two empty ones 1."""
+    """Return the Jaccard index of two sorted sets; 1 if both are empty."""
     num_shared = len(np.intersect1d(ngrams, others, assume_unique=True))
     num_all = len(ngrams) + len(others) - num_shared
     return num_shared / num_all if num_all else 1.0
 
 
 def _buckets(keys: Hashes, first: Ranks) -> Iterator[Ranks]:
-    """Yield the ranks, rising, of texts with the same key that are not all of one cluster yet.
+    """Yield the ascending ranks of texts with equal keys that are not one cluster yet.
 
-    Both are by rank, (U,).
+    `keys` and `first` are by rank, (U,).
     """
     ranks = np.argsort(keys, kind="stable")
     keys = keys[ranks]
-    is_same = np.concatenate([[False], keys[1:] == keys[:-1], [False]])  # as the one before
+    is_same = np.concatenate([[False], keys[1:] == keys[:-1], [False]])  # as its predecessor
     is_member = is_same[1:] | is_same[:-1]
     is_first = ~is_same[:-1][is_member]
     ranks = ranks[is_member]
@@ -258,21 +256,21 @@ def _buckets(keys: Hashes, first: Ranks) -> Iterator[Ranks]:
 
 
 def _keys(columns: npt.NDArray[np.uint32]) -> Hashes:
-    """Hash each row to one number, (texts, rows) -> (texts,)."""
+    """Hash the columns of a band to one key, (texts, rows) -> (texts,)."""
     return columns.astype(np.uint64) @ POWERS[: columns.shape[1]]
 
 
 def _find(first: Ranks, rank: int) -> int:
-    """Return the first of the cluster, and have the way there shorter the next time."""
-    while (above := int(first[rank])) != rank:
-        first[rank] = first[above]
-        rank = above
+    """Return the first of a text's cluster (union-find with path halving)."""
+    while (parent := int(first[rank])) != rank:
+        first[rank] = first[parent]
+        rank = parent
     return rank
 
 
 def _flattened(first: Ranks) -> Ranks:
-    while not np.array_equal(above := first[first], first):
-        first = above
+    while not np.array_equal(parent := first[first], first):
+        first = parent
     return first
 
 
@@ -281,7 +279,7 @@ def _import_rensa() -> ModuleType:
         import rensa
     except ImportError as error:
         raise ConfigError(
-            "clean.near_duplicates.unit: comparing needs the library rensa; `pip install rensa`, or"
+            "clean.near_duplicates.unit: signatures need the library rensa; `pip install rensa`, or"
             " set it to none"
         ) from error
     return rensa

@@ -1,8 +1,7 @@
-"""Texts as words and the hashes of their n-grams, without a Python object for a word.
+"""Vectorized hashes of the words of a text and of their n-grams.
 
-A word is a run of letters and digits in lower case; punctuation and blanks only separate. In
-scripts written without blanks (Chinese, Japanese, and Korean too) every character is a word. A
-hash depends on the words alone, on every machine.
+A word is a run of letters and digits in lower case; punctuation and whitespace separate. In Chinese
+and Japanese, and in Korean too, every character is a word. Hashes are the same on every machine.
 
 W words, N n-grams, S bytes in a block.
 """
@@ -13,20 +12,17 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from llm.seeds import splitmix64
+
 Hashes = npt.NDArray[np.uint64]
 
-BLOCK_BYTES = 1 << 18
-"""Texts are read in blocks of so much: each byte takes 40 while it is worked on."""
+TEXT_BLOCK_BYTES = 1 << 18
+"""Texts are hashed in blocks: each byte takes 40 bytes of memory meanwhile."""
 SEPARATORS = re.compile(rb"[^0-9A-Za-z\x80-\xff]")
 FIRST_CODE, PUNCTUATION_CODE, LAST_CODE = 0xE3, 0xE2, 0xED
-"""First bytes in UTF-8: U+3000 to U+DFFF are words each, U+2000 to U+2FFF are signs."""
+"""First bytes in UTF-8: U+3000 to U+DFFF are one word each, U+2000 to U+2FFF punctuation."""
 BASE = np.uint64(0x9E3779B97F4A7C15)
 INVERSE = np.uint64(pow(int(BASE), -1, 1 << 64))
-MIXING = (
-    (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
-    (np.uint64(27), np.uint64(0x94D049BB133111EB)),
-)
-LAST_SHIFT = np.uint64(31)
 
 
 def hash_words(text: str) -> Hashes:
@@ -36,22 +32,19 @@ def hash_words(text: str) -> Hashes:
 
 
 def hash_ngrams(words: npt.NDArray[np.unsignedinteger], num_words: int) -> Hashes:
-    """Return a hash of each `num_words` words in a row, (W,) -> (N,) with N = W - num_words + 1.
-
-    Fewer words give none.
-    """
+    """Return a hash of each n-gram of `num_words` words, (W,) -> (N,), N = W - num_words + 1."""
     num_ngrams = len(words) - num_words + 1
     if num_ngrams <= 0:
         return np.zeros(0, dtype=np.uint64)
     hashes = np.zeros(num_ngrams, dtype=np.uint64)
-    for place in range(num_words):
-        hashes += words[place : place + num_ngrams]
+    for offset in range(num_words):
+        hashes += words[offset : offset + num_ngrams]
         hashes *= BASE
-    return _mix(hashes)
+    return splitmix64(hashes)
 
 
 def hash_distinct_ngrams(text: str, num_words: int) -> Hashes:
-    """Return the set of a text's n-grams, sorted. Fewer words are one shorter n-gram."""
+    """Return the distinct n-grams of a text, sorted; of a shorter text one shorter n-gram."""
     words = hash_words(text)
     ngrams = hash_ngrams(words, min(num_words, max(len(words), 1)))
     ngrams.sort()
@@ -61,7 +54,7 @@ def hash_distinct_ngrams(text: str, num_words: int) -> Hashes:
 
 
 def _hash_block(block: bytes) -> Hashes:
-    """Hash the words of a block: the difference of two prefix sums, shifted to the same place."""
+    """Hash the words of a block: differences of prefix sums, scaled to a common exponent."""
     codes = np.frombuffer(block, dtype=np.uint8)  # (S,)
     starts, ends = _find_words(codes, is_ascii=block.isascii())
     sums = np.zeros(len(codes) + 1, dtype=np.uint64)
@@ -70,14 +63,14 @@ def _hash_block(block: bytes) -> Hashes:
     hashes = sums[ends]
     hashes -= sums[starts]
     hashes *= INVERSE_POWERS[starts]
-    return _mix(hashes)
+    return splitmix64(hashes)
 
 
 def _find_words(
     codes: npt.NDArray[np.uint8], *, is_ascii: bool
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Return where words start and end, (S,) -> (W,), (W,)."""
-    is_inside = np.zeros(len(codes) + 2, dtype=np.bool_)  # with nothing before and after
+    """Return the starts and ends of words, (S,) -> (W,), (W,)."""
+    is_inside = np.zeros(len(codes) + 2, dtype=np.bool_)  # padded on both sides
     is_inside[1:-1] = IS_WORD[codes]
     if not is_ascii:
         signs = np.flatnonzero(codes == PUNCTUATION_CODE)
@@ -97,10 +90,10 @@ def _find_words(
 
 
 def _blocks(data: bytes) -> Iterator[bytes]:
-    """Cut at the last blank in reach; where there is none, anywhere between characters."""
+    """Cut at the last space or line feed that fits, else between any two characters."""
     start = 0
-    while len(data) - start > BLOCK_BYTES:
-        half, limit = start + BLOCK_BYTES // 2, start + BLOCK_BYTES
+    while len(data) - start > TEXT_BLOCK_BYTES:
+        half, limit = start + TEXT_BLOCK_BYTES // 2, start + TEXT_BLOCK_BYTES
         end = 1 + max(data.rfind(blank, half, limit) for blank in (b" ", b"\n"))
         if not end:
             end = limit
@@ -111,21 +104,12 @@ def _blocks(data: bytes) -> Iterator[bytes]:
     yield data[start:]
 
 
-def _mix(hashes: Hashes) -> Hashes:
-    """Make every bit depend on every other, in place: the finalizer of splitmix64."""
-    for shift, factor in MIXING:
-        hashes ^= hashes >> shift
-        hashes *= factor
-    hashes ^= hashes >> LAST_SHIFT
-    return hashes
-
-
 def _powers(base: np.uint64) -> Hashes:
     return np.cumprod(
-        np.concatenate([np.ones(1, np.uint64), np.full(BLOCK_BYTES, base, np.uint64)])
+        np.concatenate([np.ones(1, np.uint64), np.full(TEXT_BLOCK_BYTES, base, np.uint64)])
     )
 
 
 POWERS, INVERSE_POWERS = _powers(BASE), _powers(INVERSE)  # (S + 1,): 2 MB each
-BYTE_VALUES = _mix(np.arange(1, 257, dtype=np.uint64))
+BYTE_VALUES = splitmix64(np.arange(1, 257, dtype=np.uint64))
 IS_WORD = np.array([SEPARATORS.match(bytes([code])) is None for code in range(256)])

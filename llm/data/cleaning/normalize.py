@@ -1,4 +1,4 @@
-"""Write what looks the same in the same way: line ends and composed characters."""
+"""Normalize line ends and Unicode composition."""
 
 import unicodedata
 from typing import Literal
@@ -10,10 +10,10 @@ UnicodeForm = Literal["as_is", "nfc"]
 
 
 def normalize(text: str, line_ends: LineEnds, unicode_form: UnicodeForm) -> str:
-    """Return `text` with the line ends and in the form asked for. Doing it again changes nothing.
+    """Return `text` with the given line ends and Unicode form. Idempotent.
 
-    Source: Unicode Standard Annex 15. The composition of a character that has one never changes;
-    one that a later Unicode adds is left alone by an older Python.
+    Source: Unicode Standard Annex 15. Existing compositions are stable; characters of a later
+    Unicode version are left alone by an older Python.
     """
     if line_ends == "lf":
         for line_end in LINE_ENDS:

@@ -1,6 +1,6 @@
-"""Read the members of zip and tar files as streams: nothing is ever extracted by its name.
+"""Read the members of zip and tar files as streams; nothing is extracted to disk.
 
-A member that is no plain file, whose name leads out of the archive, that is encrypted or is itself
+A member that is not a regular file, whose path leaves the archive, that is encrypted or is itself
 an archive is refused with a reason, for the reader to count.
 """
 
@@ -17,11 +17,11 @@ from typing import IO
 from llm.config import ReadingConfig
 from llm.data.raw.compression import Budget, metered
 from llm.data.raw.formats import format_of
+from llm.data.raw.records import BLOCK_BYTES
 from llm.errors import DataError
 
-BLOCK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 20
-"""Of a tar's header that holds a long name or attributes."""
+"""Size limit of a tar header with a long name or attributes."""
 ZIP_ENTRY_MARK = b"PK\x01\x02"
 NAME_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 ATTRIBUTE_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -30,22 +30,22 @@ SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Member:
-    """A file in an archive: its name as it may be shown, and its bytes or why not."""
+class ArchiveMember:
+    """A file in an archive: its printable name, and its bytes or why it is refused."""
 
     name: str
     refusal: str = ""
     file: io.BufferedReader | None = None
-    """To be read before the next member is asked for; None where it was refused."""
+    """To be read before the next member is requested; None if refused."""
 
 
 def members(
     file: IO[bytes], suffix: str, name: str, budget: Budget, limits: ReadingConfig
-) -> Iterator[Member]:
-    """Yield the members of the archive `file`, in its order, directories left out.
+) -> Iterator[ArchiveMember]:
+    """Yield the members of an archive in its order, without directories.
 
     Raises:
-        DataError: the archive is damaged or cut off, or has more members than `limits` allow.
+        DataError: the archive is damaged or truncated, or has more members than `limits` allow.
     """
     if suffix == ".zip":
         _refuse_many_marks(file, name, limits)
@@ -56,13 +56,13 @@ def members(
         yield member
 
 
-def _zip_members(file: IO[bytes], name: str, budget: Budget) -> Iterator[Member]:
+def _zip_members(file: IO[bytes], name: str, budget: Budget) -> Iterator[ArchiveMember]:
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         raise _damaged(name, error) from error
     for info in archive.infolist():
-        if info.is_dir():
+        if info.filename.endswith("/"):  # is_dir() fails on an empty name before Python 3.12
             continue
         shown, kind = _shown(name, info.filename), stat.S_IFMT(info.external_attr >> 16)
         refusal = (
@@ -70,23 +70,23 @@ def _zip_members(file: IO[bytes], name: str, budget: Budget) -> Iterator[Member]
             if info.flag_bits & 0x1
             else "no plain file"
             if kind not in (0, stat.S_IFREG)
-            else "unknown compression"  # bz2 and lzma, which zipfile unpacks to any length at once
+            else "unknown compression"  # zipfile inflates bz2 and lzma in one block of any size
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
             else _refusal(info.filename)
         )
         if refusal:
-            yield Member(name=shown, refusal=refusal)
+            yield ArchiveMember(name=shown, refusal=refusal)
             continue
         try:
             inner = archive.open(info)
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
             raise _damaged(shown, error) from error
         with inner:
-            yield Member(name=shown, file=metered(inner, shown, budget))
+            yield ArchiveMember(name=shown, file=metered(inner, shown, budget))
 
 
 def _refuse_many_marks(file: IO[bytes], name: str, limits: ReadingConfig) -> None:
-    """Raise where the list of members may be longer than allowed: zipfile reads it whole."""
+    """Raise if the directory may have more entries than allowed: zipfile reads it whole."""
     num_marks, overlap = 0, b""
     while block := file.read(BLOCK_BYTES):
         num_marks += (overlap + block).count(ZIP_ENTRY_MARK)
@@ -96,9 +96,9 @@ def _refuse_many_marks(file: IO[bytes], name: str, limits: ReadingConfig) -> Non
     file.seek(0)
 
 
-def _tar_members(file: IO[bytes], name: str) -> Iterator[Member]:
-    """Yield the members, header by header; tarfile, which decodes these, would hold them all."""
-    attributes: dict[str, str] = {}  # for the next member, from headers before its own
+def _tar_members(file: IO[bytes], name: str) -> Iterator[ArchiveMember]:
+    """Yield the members, header by header; tarfile would keep all headers in memory."""
+    attributes: dict[str, str] = {}  # of the next member, from extended headers
     while (block := _read_exactly(file, tarfile.BLOCKSIZE, name)).strip(b"\0"):
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
@@ -118,17 +118,17 @@ def _tar_members(file: IO[bytes], name: str) -> Iterator[Member]:
         has_data = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
         window = _Window(file, size_bytes if has_data else 0, name)
         shown = _shown(name, path)
-        yield Member(
+        yield ArchiveMember(
             name=shown, refusal=refusal, file=None if refusal else io.BufferedReader(window)
         )
-        window.skip_rest()
+        window.skip_remainder()
     while block := file.read(BLOCK_BYTES):
         if block.strip(b"\0"):
-            raise DataError(f"{name}: more follows the end of the archive; unpack it yourself")
+            raise DataError(f"{name}: data after the end of the archive; unpack it yourself")
 
 
 def _attributes(file: IO[bytes], info: tarfile.TarInfo, name: str) -> dict[str, str]:
-    """Return what a header before a member says of it: long names, `path` and `size`."""
+    """Return the attributes in an extended header: long names, `path` and `size`."""
     if not 0 <= info.size <= MAX_HEADER_BYTES:
         raise ValueError(f"a header of {info.size:,} bytes")
     padded_bytes = -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
@@ -148,7 +148,7 @@ def _attributes(file: IO[bytes], info: tarfile.TarInfo, name: str) -> dict[str, 
 
 
 class _Window(io.RawIOBase):
-    """The data of one tar member, and the padding behind it."""
+    """The data of one tar member and its padding."""
 
     def __init__(self, file: IO[bytes], size_bytes: int, name: str) -> None:
         super().__init__()
@@ -174,8 +174,8 @@ class _Window(io.RawIOBase):
         view[: len(block)] = block
         return len(block)
 
-    def skip_rest(self) -> None:
-        """Leave the file at the next header."""
+    def skip_remainder(self) -> None:
+        """Move the file to the next header."""
         left_bytes = self._left_bytes + self._padding_bytes
         while left_bytes:
             left_bytes -= len(_read_exactly(self._file, min(left_bytes, BLOCK_BYTES), self._name))
@@ -184,12 +184,12 @@ class _Window(io.RawIOBase):
 def _read_exactly(file: IO[bytes], num_bytes: int, name: str) -> bytes:
     data = file.read(num_bytes)
     if len(data) < num_bytes:
-        raise DataError(f"{name}: the archive is cut off; get it again")
+        raise DataError(f"{name}: the archive is truncated; download it again")
     return data
 
 
 def _refusal(path: str) -> str:
-    """Return why a member of this name is not read."""
+    """Return why a member of this path is not read, or ""."""
     parts = path.replace("\\", "/").split("/")
     if ".." in parts or parts[0] == "" or PureWindowsPath(path).drive:
         return "name leads out of the archive"
@@ -207,12 +207,12 @@ def _shown(archive: str, path: str) -> str:
 
 def _too_many(name: str, limits: ReadingConfig) -> DataError:
     return DataError(
-        f"{name}: more than {limits.max_members:,} members; if that is what you want, raise"
+        f"{name}: more than {limits.max_members:,} members; if that is intended, raise"
         " clean.reading.max_members"
     )
 
 
 def _damaged(name: str, error: Exception) -> DataError:
     return DataError(
-        f"{name}: the archive is damaged ({error or type(error).__name__}); get it again"
+        f"{name}: the archive is damaged ({error or type(error).__name__}); download it again"
     )

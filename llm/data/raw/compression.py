@@ -1,7 +1,7 @@
-"""Read compressed files as streams that end: a bomb, a cut or a damage is an error, never silence.
+"""Decompress files as bounded streams: a bomb, truncation or damage raises an error.
 
-The standard library's file classes are not used but for gzip: those of bz2 and xz take what follows
-the first stream for no data when it is damaged, and none takes a limit of memory.
+Of the standard library's file classes only gzip's is used: those of bz2 and xz silently drop
+damaged data after the first stream, and none has a memory limit.
 """
 
 import bz2
@@ -14,16 +14,16 @@ from typing import IO, Protocol, cast
 from llm.config import ReadingConfig
 from llm.errors import DataError
 
-BLOCK_BYTES = 1 << 18
+READ_BYTES = 1 << 18
 BUFFER_BYTES = 1 << 18
 FREE_BYTES = 64 << 20
-"""So much may come out of any file, however small: highly repetitive text is no bomb."""
+"""Always allowed, whatever the ratio: a small file of repetitive text is not a bomb."""
 MAX_XZ_MEMORY_BYTES = 256 << 20  # xz -9 needs 65 MiB
-MAX_WINDOW_LOG = 27  # 128 MiB, zstd's own limit unless asked for more
+MAX_WINDOW_LOG = 27  # 128 MiB, zstd's default limit
 
 
 class Budget:
-    """How many bytes one raw file may still unfold to."""
+    """How many more bytes one raw file may decompress to."""
 
     def __init__(self, name: str, size_bytes: int, limits: ReadingConfig) -> None:
         by_ratio = max(FREE_BYTES, int(limits.max_ratio * size_bytes))
@@ -33,22 +33,22 @@ class Budget:
         self._left_bytes = self._max_bytes
 
     def take(self, num_bytes: int) -> None:
-        """Count what came out.
+        """Count decompressed bytes.
 
         Raises:
-            DataError: it is more than the limits allow.
+            DataError: they exceed the limits.
         """
         self._left_bytes -= num_bytes
         if self._left_bytes < 0:
             raise DataError(
-                f"{self._name}: {self._size_bytes:,} bytes unfold to more than"
-                f" {self._max_bytes:,}; if that is what you want, raise clean.reading.max_ratio or"
+                f"{self._name}: {self._size_bytes:,} bytes decompress to more than"
+                f" {self._max_bytes:,}; if that is intended, raise clean.reading.max_ratio or"
                 " clean.reading.max_unpacked_bytes"
             )
 
 
 class MeteredFile(io.RawIOBase):
-    """A stream whose bytes count against a budget, and whose faults are errors of the data."""
+    """A stream that counts its bytes against a budget and raises DataError for damage."""
 
     def __init__(self, inner: IO[bytes], name: str, budget: Budget) -> None:
         super().__init__()
@@ -66,15 +66,15 @@ class MeteredFile(io.RawIOBase):
     def readinto(self, buffer: object) -> int:  # type: ignore[override]
         view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
         filled = 0
-        while filled < len(view):  # whole buffers, so that a peek sees the head of the file
+        while filled < len(view):  # fill it, so that `peek` sees the byte order mark
             try:
                 block = self._inner.read(len(view) - filled)
             except Exception as error:
                 if isinstance(error, DataError) or getattr(error, "errno", None):
                     raise
                 raise DataError(
-                    f"{self._name}: damaged or cut off after {self._offset_bytes + filled:,}"
-                    f" unpacked bytes ({error or type(error).__name__}); get it again"
+                    f"{self._name}: damaged or truncated after {self._offset_bytes + filled:,}"
+                    f" unpacked bytes ({error or type(error).__name__}); download it again"
                 ) from error
             if not block:
                 break
@@ -86,15 +86,15 @@ class MeteredFile(io.RawIOBase):
 
 
 def metered(inner: IO[bytes], name: str, budget: Budget) -> io.BufferedReader:
-    """Return `inner` buffered, its bytes counted."""
+    """Return `inner` buffered, with its bytes counted against `budget`."""
     return io.BufferedReader(MeteredFile(inner, name, budget), BUFFER_BYTES)
 
 
 def decompress(file: IO[bytes], compression: str, name: str, budget: Budget) -> io.BufferedReader:
-    """Return the bytes that `file` holds compressed in the format of the suffix `compression`.
+    """Return a stream of the decompressed bytes of `file`; `compression` is a suffix.
 
     Raises:
-        DataError: for `.zst`, a package is missing; while reading, damage or more than the budget.
+        DataError: for `.zst`, a package is missing; while reading, damage or an exceeded budget.
     """
     if compression == ".gz":
         return metered(cast(IO[bytes], gzip.GzipFile(fileobj=file)), name, budget)
@@ -108,7 +108,7 @@ def decompress(file: IO[bytes], compression: str, name: str, budget: Budget) -> 
 
 
 class Decompressor(Protocol):
-    """What bz2, lzma and zstd have in common."""
+    """The common interface of bz2, lzma and zstd."""
 
     @property
     def eof(self) -> bool: ...
@@ -120,7 +120,7 @@ class Decompressor(Protocol):
 
 
 class _Streams(io.RawIOBase):
-    """One compressed stream after another, each of them whole."""
+    """Concatenated compressed streams, each of which must be complete."""
 
     def __init__(self, file: IO[bytes], make: Callable[[], Decompressor], padding: bytes) -> None:
         super().__init__()
@@ -137,16 +137,16 @@ class _Streams(io.RawIOBase):
         data = b""
         while not data:
             if self._decompressor.eof:
-                rest = self._decompressor.unused_data.lstrip(self._padding)
-                while not rest and (block := self._file.read(BLOCK_BYTES)):
-                    rest = block.lstrip(self._padding)
-                if not rest:
+                data_left = self._decompressor.unused_data.lstrip(self._padding)
+                while not data_left and (block := self._file.read(READ_BYTES)):
+                    data_left = block.lstrip(self._padding)
+                if not data_left:
                     return 0
                 self._decompressor = self._make()
-                data = self._decompressor.decompress(rest, len(view))
+                data = self._decompressor.decompress(data_left, len(view))
             elif not self._decompressor.needs_input:
                 data = self._decompressor.decompress(b"", len(view))
-            elif block := self._file.read(BLOCK_BYTES):
+            elif block := self._file.read(READ_BYTES):
                 data = self._decompressor.decompress(block, len(view))
             else:
                 raise EOFError("the compressed data ends before its end mark")
@@ -156,7 +156,7 @@ class _Streams(io.RawIOBase):
 
 def _zstd_decompressor(name: str) -> Decompressor:
     try:
-        from backports import zstd  # in Python itself from 3.14 on; absent on a bare node
+        from backports import zstd  # in Python itself from 3.14 on; optional
     except ImportError as error:
         raise DataError(
             f"{name}: to read .zst the package `backports.zstd` is needed; pip install"

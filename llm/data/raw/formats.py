@@ -1,15 +1,13 @@
-"""Name the raw file formats: who lists files and who reads them agree here.
+"""Raw file formats by file name, shared by the code that lists files and the code that reads them.
 
-`corpus.jsonl`, `corpus.jsonl.zst` and `corpus.tar.gz` are read by what their names say; what is in
-an archive is read by the names of its members.
+`corpus.jsonl`, `corpus.jsonl.zst` and `corpus.tar.gz` are read as their suffixes say; members of an
+archive by the suffixes of their own names.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
+from llm.data.content import Content
 from llm.errors import DataError
-
-Content = Literal["text", "chats"]
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -20,21 +18,21 @@ SHORT_SUFFIXES = {".tgz": ".tar.gz", ".tzst": ".tar.zst", ".tbz2": ".tar.bz2", "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
-    """How a file is read, by the endings of its name."""
+    """How to read a file, by the suffixes of its name."""
 
     suffix: str
     """Of the data itself, or of the archive."""
     compression: str = ""
-    """Its suffix; empty for none."""
+    """Suffix of the compression; empty for none."""
 
     @property
     def is_archive(self) -> bool:
-        """Whether there are files inside it."""
+        """Whether the file is an archive of others."""
         return self.suffix in ARCHIVE_SUFFIXES
 
 
 def format_of(name: str) -> Format | None:
-    """Return how to read a file of this name, None where the name does not say."""
+    """Return the format of a file of this name, None for an unknown one."""
     name = name.lower()
     for short, long in SHORT_SUFFIXES.items():
         name = name.removesuffix(short) + long if name.endswith(short) else name
@@ -47,29 +45,29 @@ def format_of(name: str) -> Format | None:
 
 
 def content_of(role: str) -> Content:
-    """Return what a source holds by its role: `corpus` is text, `chats.sources.1` are chats."""
+    """Return the content of a source by its role: `corpus` is text, `chats.sources.1` is chats."""
     contents: dict[str, Content] = {"corpus": "text", "chats": "chats"}
     return contents[role.partition(".")[0]]
 
 
 def keys_of(content: Content, text_key: str) -> tuple[str, ...]:
-    """Return the keys of a record that are read; of a chat, those of both ways to write it."""
+    """Return the keys of a record that are read; for chats, those of both layouts."""
     chat_keys = ("messages", "instruction", "input", "output", "kind", "group")
     return chat_keys if content == "chats" else (text_key,)
 
 
 def is_readable(name: str, role: str) -> bool:
-    """Tell whether a source of this role is read from files of this name; chats are records."""
+    """Return whether a source of this role can be read from such a file; chats are records."""
     found = format_of(name)
     is_text = found is not None and found.suffix in TEXT_SUFFIXES
     return found is not None and not (is_text and content_of(role) == "chats")
 
 
-def endings(role: str) -> str:
-    """Return the file endings a source of this role is read from, for a message."""
+def readable_suffixes(role: str) -> str:
+    """Return the suffixes that can be read as `role`, for an error message."""
     suffixes = RECORD_SUFFIXES if content_of(role) == "chats" else TEXT_SUFFIXES + RECORD_SUFFIXES
     return (
-        f"{', '.join(suffixes)}, nor in one of these and {', '.join(COMPRESSION_SUFFIXES)}, nor in"
+        f"{', '.join(suffixes)} (optionally compressed: {', '.join(COMPRESSION_SUFFIXES)}) or"
         f" {', '.join(ARCHIVE_SUFFIXES)}"
     )
 
@@ -82,6 +80,6 @@ def refuse_name(name: str, role: str, key: str) -> None:
     """
     if not is_readable(name, role):
         raise DataError(
-            f"download.{role}.{key}: {name} ends in none of {endings(role)}, so there is no knowing"
-            " how to read it; convert or rename it"
+            f"download.{role}.{key}: the format of {name} is unknown, expected"
+            f" {readable_suffixes(role)}; convert or rename it"
         )

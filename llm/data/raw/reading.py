@@ -1,100 +1,115 @@
-"""Read one raw file into records: whatever its format, compressed or in an archive.
+"""Read raw files into records and documents, whatever their format, compression or archive.
 
-What cannot be read comes as a `Skip` with its reason, file and line; a member of an archive that is
-refused is one too. A file that is damaged, cut off or a bomb is an error, so that no part of it is
-left out in silence. Memory is bounded, and nothing is written but Parquet that lies compressed or
-in an archive, which is read from an unnamed scratch file.
+Records that cannot be used are yielded as a `Skip` with reason, file and line. A damaged or
+truncated file, or a decompression bomb, raises an error. Memory is bounded; only compressed or
+archived Parquet, which needs seeks, is copied to a temporary file.
 """
 
 import codecs
 import functools
+import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
-from llm.config import ReadingConfig
+from llm.artifact import Json
+from llm.data.content import LONE_SURROGATE, ROLES
 from llm.data.raw.archives import members
 from llm.data.raw.compression import Budget, decompress
 from llm.data.raw.formats import TEXT_SUFFIXES, Format, format_of
+from llm.data.raw.record_layouts import FirstRecords, shown_keys
 from llm.data.raw.records import (
-    DecodePolicy,
-    Place,
+    BLOCK_BYTES,
+    EXCERPT_CHARACTERS,
+    Location,
+    ReadOptions,
     Record,
     Skip,
     Span,
     Stream,
-    read_json,
-    read_text,
+    read_json_records,
+    read_text_records,
 )
-from llm.data.raw.tables import read_csv, read_parquet
+from llm.data.raw.tables import read_csv_records, read_parquet_records
 from llm.errors import DataError
 
-COPY_BLOCK_BYTES = 1 << 20
 WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+MISSING_KEY = "missing key"
+
+
+@dataclass(kw_only=True, slots=True)
+class RawDocument:
+    """A document as read: text, or the messages of a chat."""
+
+    location: Location
+    text: str = ""
+    messages: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
+    kind: str = "chat"
+    group: str | None = None
+    """Chats with the same group stay on one side of the split."""
+    source: int = 0
+    """Index of the source, where there are several."""
+    num_decode_errors: int = 0
+
+
+class _UnusableError(Exception):
+    """Why a record is dropped; caught in this file."""
+
+
+def read_documents(
+    path: Path, name: str, options: ReadOptions, span: Span | None = None
+) -> Iterator[RawDocument | Skip]:
+    """Yield the documents of the file at `path`, named `name` in messages, or of a `span` of it.
+
+    Raises:
+        DataError: as `read_stream`; or none of the first records has a known layout.
+    """
+    try:
+        yield from _read_documents(path, name, options, span)
+    except DataError:
+        if span is not None:  # lines of a span count from 1: read again with the line of the file
+            line = 1 + _count_lines(path, span.start_bytes)
+            for _ in _read_documents(path, name, options, replace(span, line=line)):
+                pass
+        raise
 
 
 def read_records(
-    path: Path,
-    name: str,
-    *,
-    keys: Sequence[str],
-    policy: DecodePolicy,
-    text_document_bytes: int,
-    limits: ReadingConfig,
-    scratch: Path,
-    span: Span | None = None,
+    path: Path, name: str, options: ReadOptions, span: Span | None = None
 ) -> Iterator[Record | Skip]:
-    """Yield all that the file at `path`, called `name` in messages, or a `span` of it holds.
-
-    Of Parquet only the columns among `keys` are read. NUL is a character like any other; half a
-    surrogate pair, which JSON can say, is left for the reader of the key that holds it.
-
-    Raises:
-        DataError: a damaged file; UTF-16 or UTF-32; an unclosed JSON array; with the policy
-        `strict`, bytes that are no UTF-8; more than `limits` allow; a package that is missing.
-    """
+    """Yield the records of the file at `path`, named `name` in messages; see `read_stream`."""
     with path.open("rb") as file:
-        yield from read_stream(
-            file,
-            path.stat().st_size,
-            name,
-            keys=keys,
-            policy=policy,
-            text_document_bytes=text_document_bytes,
-            limits=limits,
-            scratch=scratch,
-            span=span,
-        )
+        yield from read_stream(file, path.stat().st_size, name, options, span)
 
 
 def read_stream(
-    file: IO[bytes],
-    size_bytes: int,
-    name: str,
-    *,
-    keys: Sequence[str],
-    policy: DecodePolicy,
-    text_document_bytes: int,
-    limits: ReadingConfig,
-    scratch: Path,
-    span: Span | None = None,
+    file: IO[bytes], size_bytes: int, name: str, options: ReadOptions, span: Span | None = None
 ) -> Iterator[Record | Skip]:
-    """Do what `read_records` does for a file of `size_bytes` that is open, here or far away."""
-    budget = Budget(name, size_bytes, limits)
-    make = functools.partial(Stream, size_bytes=size_bytes, tell=file.tell)
+    """Yield the records of an open file of `size_bytes`, local or remote.
+
+    Of Parquet only the columns among `options.keys` are read. NUL is an ordinary character. Lone
+    surrogates, which JSON can hold, are left in.
+
+    Raises:
+        DataError: a damaged file; UTF-16 or UTF-32; an unclosed JSON array; invalid UTF-8 if
+        `decode_errors` is `strict`; more than `limits` allow; a missing package.
+    """
+    budget = Budget(name, size_bytes, options.limits)
+    make = functools.partial(Stream, options=options, size_bytes=size_bytes, tell=file.tell)
 
     def read(inner: IO[bytes], found: Format, shown: str) -> Iterator[Record | Skip]:
         if found.suffix == ".parquet":
-            with tempfile.TemporaryFile(dir=scratch) as seekable:
-                while inner is not file and (block := inner.read(COPY_BLOCK_BYTES)):
+            with tempfile.TemporaryFile(dir=options.scratch) as seekable:
+                while inner is not file and (block := inner.read(BLOCK_BYTES)):
                     seekable.write(block)
                 stream = (
                     make(name=shown, file=file)
                     if inner is file
                     else make(name=shown, file=seekable, start_bytes=file.tell(), size_bytes=0)
                 )
-                yield from read_parquet(stream, keys, policy, budget)
+                yield from read_parquet_records(stream, budget)
             return
         if span is not None and span.start_bytes:
             start_bytes = inner.seek(span.start_bytes)
@@ -102,33 +117,154 @@ def read_stream(
             start_bytes = _skip_byte_order_mark(inner, shown)
         stream = make(name=shown, file=inner, start_bytes=start_bytes, span=span)
         if found.suffix in TEXT_SUFFIXES:
-            yield from read_text(stream, policy, text_document_bytes)
+            yield from read_text_records(stream)
         elif found.suffix == ".csv":
-            yield from read_csv(stream, policy)
+            yield from read_csv_records(stream)
         else:
-            yield from read_json(stream, policy, is_array=found.suffix == ".json")
+            yield from read_json_records(stream, is_array=found.suffix == ".json")
 
     def unpacked(inner: IO[bytes], found: Format, shown: str) -> IO[bytes]:
         return decompress(inner, found.compression, shown, budget) if found.compression else inner
 
     if (outer := format_of(name)) is None:
-        raise DataError(f"{name}: its name does not say how to read it; download it again")
+        raise DataError(f"{name}: unknown file format; download it again")
     plain = unpacked(file, outer, name)
     if not outer.is_archive:
         yield from read(plain, outer, name)
         return
-    for member in members(plain, outer.suffix, name, budget, limits):
+    for member in members(plain, outer.suffix, name, budget, options.limits):
         found = format_of(member.name)
         if member.file is None or found is None:
-            place = Place(file=member.name, line=1, offset_bytes=0, read_bytes=file.tell())
-            yield Skip(place=place, reason=f"archive: {member.refusal}", excerpt="")
+            location = Location(file=member.name, line=1, offset_bytes=0, read_bytes=file.tell())
+            yield Skip(location=location, reason=f"archive: {member.refusal}", excerpt="")
         else:
             yield from read(unpacked(member.file, found, member.name), found, member.name)
 
 
 def _skip_byte_order_mark(file: IO[bytes], name: str) -> int:
-    """Leave `file` after its mark, if there is one, and return the offset."""
+    """Move `file` past its byte order mark, if it has one, and return the offset."""
     head: bytes = file.peek(4)[:4]  # type: ignore[attr-defined]
     if head.startswith(WIDE_MARKS):
         raise DataError(f"{name}: this is UTF-16 or UTF-32; convert the file to UTF-8")
     return len(file.read(len(codecs.BOM_UTF8))) if head.startswith(codecs.BOM_UTF8) else 0
+
+
+def _count_lines(path: Path, end_bytes: int) -> int:
+    num_lines = 0
+    with path.open("rb", buffering=0) as file:
+        while end_bytes > 0 and (block := file.read(min(BLOCK_BYTES, end_bytes))):
+            num_lines += block.count(b"\n")
+            end_bytes -= len(block)
+    return num_lines
+
+
+def _read_documents(
+    path: Path, name: str, options: ReadOptions, span: Span | None
+) -> Iterator[RawDocument | Skip]:
+    first = FirstRecords(options)
+    is_file_start = span is None or span.start_bytes == 0
+    for record in read_records(path, name, options, span):
+        if isinstance(record, Skip):
+            yield record
+        elif isinstance(record.value, str):
+            yield RawDocument(
+                location=record.location,
+                text=record.value,
+                num_decode_errors=record.num_decode_errors,
+            )
+        else:
+            if is_file_start:
+                first.check(record)
+            yield _make_document(record, record.value, options)
+
+
+def _make_document(
+    record: Record, value: dict[str, Json], options: ReadOptions
+) -> RawDocument | Skip:
+    location, num_errors = record.location, record.num_decode_errors
+    try:
+        document = _parse(value, location, options)
+        document.num_decode_errors += num_errors
+        num_errors = document.num_decode_errors
+        if num_errors and options.decode_errors == "strict":
+            raise DataError(
+                f"{location.file}: line {location.line} holds half a surrogate pair (\\ud800 to"
+                " \\udfff), which is not text; correct it, or set clean.decode_errors to replace or"
+                " skip"
+            )
+        if num_errors and options.decode_errors == "skip":
+            raise _UnusableError("invalid UTF-8")
+    except _UnusableError as error:
+        reason, excerpt = str(error), json.dumps(value, ensure_ascii=False, default=str)
+        if reason == MISSING_KEY:
+            excerpt = f"{shown_keys(record)}: {excerpt}"
+        return Skip(
+            location=location,
+            reason=reason,
+            excerpt=excerpt[:EXCERPT_CHARACTERS],
+            num_decode_errors=num_errors,
+        )
+    return document
+
+
+def _parse(record: dict[str, Json], location: Location, options: ReadOptions) -> RawDocument:
+    if options.content == "text":
+        text, num_errors = _replace_surrogates(_string(record, options.text_key))
+        return RawDocument(location=location, text=text, num_decode_errors=num_errors)
+    messages, num_errors = _messages(record), 0
+    for message in messages:
+        message["content"], num_replaced = _replace_surrogates(message["content"])
+        num_errors += num_replaced
+    return RawDocument(
+        location=location,
+        messages=messages,
+        kind=_replace_surrogates(_string(record, "kind", "chat"))[0],
+        group=_replace_surrogates(_string(record, "group"))[0] if "group" in record else None,
+        num_decode_errors=num_errors,
+    )
+
+
+def _messages(record: Mapping[str, Json]) -> list[dict[str, str]]:
+    """Return role and content of each message, from `messages` or from an instruction."""
+    if "messages" in record:
+        found = record["messages"]
+        if not isinstance(found, list):
+            raise _UnusableError("wrong type")
+        messages: list[dict[str, str]] = []
+        for message in found:
+            if not isinstance(message, dict):
+                raise _UnusableError("wrong type")
+            role, content = _string(message, "role"), _string(message, "content")
+            messages.append({"role": role, "content": content})
+    else:
+        question, more = _string(record, "instruction"), _string(record, "input", "")
+        messages = [
+            {"role": "user", "content": f"{question}\n\n{more}" if more else question},
+            {"role": "assistant", "content": _string(record, "output")},
+        ]
+    if any(message["role"] not in ROLES for message in messages):
+        raise _UnusableError("unknown role")
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise _UnusableError("no assistant message")
+    if not all(answer.strip() for answer in answers):
+        raise _UnusableError("empty answer")
+    return messages
+
+
+def _string(record: Mapping[str, Json], key: str, default: str | None = None) -> str:
+    value = record.get(key, default)
+    if value is None and key not in record:
+        raise _UnusableError(MISSING_KEY)
+    if not isinstance(value, str):
+        raise _UnusableError("wrong type")
+    return value
+
+
+def _replace_surrogates(text: str) -> tuple[str, int]:
+    """Return `text` with U+FFFD for each lone surrogate, and how many there were."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return LONE_SURROGATE.subn("\ufffd", text)
+    return text, 0

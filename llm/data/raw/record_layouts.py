@@ -1,57 +1,53 @@
-"""Which keys a record of text or of a chat has; a file of other records is an error at once.
+"""The keys expected in records of text and of chats, checked on the first records of a file.
 
-A few records that lack a key are counted and left out. Where the first hundred of a file all do,
-it is the settings or the file that are wrong, and nobody should wait for the end to hear of it.
+Single records that lack a key are dropped and counted. If the first hundred of a file all do, the
+settings or the file are wrong, which is an error at once and not after hours of reading.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from llm.artifact import Json
-from llm.data.raw.formats import Content
-from llm.data.raw.records import Record
+from llm.data.raw.records import ReadOptions, Record
 from llm.errors import DataError
 
 FIRST_RECORDS = 100
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(slots=True)
 class FirstRecords:
-    """Looks at the records of one file, from its beginning, until one has a known layout."""
+    """Checks the layout of a file's records until one is known."""
 
-    content: Content
-    text_key: str
-    setting: str
-    """The source: `download.corpus`, `download.chats.sources.1`."""
-    num_seen: int = 0
-    first: Record | None = field(default=None)
+    options: ReadOptions
+    num_checked: int = 0
+    first: Record | None = None
 
-    def see(self, record: Record) -> None:
-        """Take the next record.
+    def check(self, record: Record) -> None:
+        """Check the next record.
 
         Raises:
             DataError: it is the last of FIRST_RECORDS of which none has a known layout.
         """
-        if self.num_seen >= FIRST_RECORDS:
+        if self.num_checked >= FIRST_RECORDS:
             return
-        if isinstance(record.value, str) or has_layout(record.value, self.content, self.text_key):
-            self.num_seen = FIRST_RECORDS
+        if isinstance(record.value, str) or has_layout(record.value, self.options):
+            self.num_checked = FIRST_RECORDS
             return
-        self.num_seen += 1
+        self.num_checked += 1
         self.first = self.first or record
-        if self.num_seen == FIRST_RECORDS:
-            place = self.first.place
+        if self.num_checked == FIRST_RECORDS:
+            location = self.first.location
             raise DataError(
-                f"{place.file}: none of the first {FIRST_RECORDS} records, from line {place.line}"
-                f" on, has a known layout; found {shown_keys(self.first)};"
-                f" {expected_layout(self.content, self.text_key, self.setting)}"
+                f"{location.file}: none of the first {FIRST_RECORDS} records, from line"
+                f" {location.line} on, has a known layout; found {shown_keys(self.first)};"
+                f" {expected_layout(self.options)}"
             )
 
 
-def has_layout(record: Mapping[str, Json], content: Content, text_key: str) -> bool:
-    """Tell whether a record has the keys that are read, whatever they hold."""
-    if content == "text":
-        return text_key in record
+def has_layout(record: Mapping[str, Json], options: ReadOptions) -> bool:
+    """Return whether a record has the keys that are read, whatever their values."""
+    if options.content == "text":
+        return options.text_key in record
     match record.get("messages"):
         case [dict() as message, *_]:
             return "role" in message and "content" in message
@@ -62,7 +58,7 @@ def has_layout(record: Mapping[str, Json], content: Content, text_key: str) -> b
 
 
 def shown_keys(record: Record) -> str:
-    """Return the keys of a record for a message."""
+    """Return the keys of a record for an error message."""
     if isinstance(record.value, str):
         return "text"
     keys = [*record.value, *record.other_keys]
@@ -74,16 +70,16 @@ def shown_keys(record: Record) -> str:
     return f"the keys {', '.join(map(str, keys)) or 'none'}"
 
 
-def expected_layout(content: Content, text_key: str, setting: str) -> str:
-    """Return what is expected of a record, and what to do."""
-    if content == "text":
+def expected_layout(options: ReadOptions) -> str:
+    """Return the expected keys and the remedy, for an error message."""
+    if options.content == "text":
         return (
-            f"expected {text_key!r} to hold the text; name the key that does with"
-            f" {setting}.text_key"
+            f"expected {options.text_key!r} to hold the text; name the key that does with"
+            f" {options.setting}.text_key"
         )
     return (
         f"expected 'messages', a list of 'role' and 'content', or else 'instruction', 'output' and"
-        f" perhaps 'input'; rename the keys in the files of {setting}, with jq for example: jq -c"
-        ' \'{messages: [{role: "user", content: .prompt},'
+        f" perhaps 'input'; rename the keys in the files of {options.setting}, with jq for example:"
+        ' jq -c \'{messages: [{role: "user", content: .prompt},'
         ' {role: "assistant", content: .response}]}\''
     )

@@ -1,7 +1,4 @@
-"""Connections over http(s): each name looked up once, a proxy where there is one, a deadline.
-
-Nothing but http and https is spoken.
-"""
+"""HTTP(S) connections with cached name resolution, proxies and a deadline."""
 
 import base64
 import contextlib
@@ -22,14 +19,14 @@ from llm.errors import DataError
 PATH_CHARACTERS = "/%:@!$&'()*+,;=~?"
 
 
-class Names:
-    """The addresses of hosts, each asked for once: what was checked is what is connected to."""
+class Resolver:
+    """Resolves each host once, so that the address that was checked is the one connected to."""
 
     def __init__(self) -> None:
         self._found: dict[str, list[tuple[socket.AddressFamily, tuple[str, int]]]] = {}
 
     def addresses(self, host: str) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:
-        """Return family and address, none for a host that nobody knows, or a proxy alone."""
+        """Return (family, address) pairs; none for a host that cannot be resolved here."""
         if host not in self._found:
             try:
                 entries = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
@@ -38,8 +35,8 @@ class Names:
             self._found[host] = [(entry[0], cast(tuple[str, int], entry[4])) for entry in entries]
         return self._found[host]
 
-    def are_internal(self, host: str) -> bool:
-        """Tell whether a host is this machine or one in its private network."""
+    def is_internal(self, host: str) -> bool:
+        """Return whether a host is this machine or in its private network."""
         found = {address[0].partition("%")[0] for _, address in self.addresses(host)}
         return any(not ipaddress.ip_address(address).is_global for address in found)
 
@@ -49,7 +46,7 @@ class Names:
         Raises:
             OSError: none does.
         """
-        failure = OSError(f"no address of {host} is known")
+        failure = OSError(f"cannot resolve {host}")
         for family, address in self.addresses(host):
             connection = socket.socket(family, socket.SOCK_STREAM)
             try:
@@ -64,42 +61,42 @@ class Names:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Route:
-    """How to ask for an address: of its own server, or of a proxy."""
+    """How to request a URL: from its own server or through a proxy."""
 
     connection: http.client.HTTPConnection
-    """Of the server, in name; where a proxy is between, of the proxy."""
+    """To the proxy, if there is one."""
     target: str
-    """What to ask for."""
+    """Request target."""
     headers: dict[str, str]
-    """For the proxy."""
+    """Sent to the proxy."""
     tls: ssl.SSLContext | None
     is_direct: bool
 
-    def connect(self, names: Names, seconds: float) -> None:
-        """Connect to an address of the server that was looked up before; to a proxy by its name."""
+    def connect(self, resolver: Resolver, seconds: float) -> None:
+        """Connect to a resolved address of the server."""
         if not self.is_direct:
-            return  # http.client does; which address the name has is the proxy's to know
+            return  # http.client connects to the proxy, which resolves the name
         host, port = self.connection.host, self.connection.port
-        self.connection.sock = names.connect(host, port, seconds)
+        self.connection.sock = resolver.connect(host, port, seconds)
         if self.tls is not None:
             self.connection.sock = self.tls.wrap_socket(self.connection.sock, server_hostname=host)
 
 
 def find_route(url: str, setting: str, seconds: float) -> Route:
-    """Return how to ask for `url`, with a time-out of `seconds` for each answer.
+    """Return how to request `url`, with a timeout of `seconds` for each response.
 
     Raises:
-        DataError: it is no address, or one of neither http nor https; names `setting`.
+        DataError: not a valid http or https URL; names `setting`.
     """
     try:
         parts = urllib.parse.urlsplit(url)
         host, port = parts.hostname, parts.port
         (host or "").encode("idna")
     except ValueError as error:  # UnicodeError is one
-        raise DataError(f"{setting}: {shown(url)}: no valid address: {error}") from error
+        raise DataError(f"{setting}: {shown(url)}: invalid URL: {error}") from error
     if parts.scheme not in ("http", "https") or not host:
         raise DataError(
-            f"{setting}: led to {shown(url)}; only http:// and https:// addresses are followed"
+            f"{setting}: led to {shown(url)}; only http:// and https:// URLs are followed"
         )
     target = urllib.parse.quote(parts.path or "/", safe=PATH_CHARACTERS)
     target += f"?{urllib.parse.quote(parts.query, safe=PATH_CHARACTERS)}" if parts.query else ""
@@ -109,7 +106,7 @@ def find_route(url: str, setting: str, seconds: float) -> Route:
     login = f"{urllib.parse.unquote(via.username or '')}:{urllib.parse.unquote(via.password or '')}"
     authorization = f"Basic {base64.b64encode(login.encode()).decode()}"
     headers = {"Proxy-Authorization": authorization} if via.username and not is_direct else {}
-    if port is None:  # without one http.client takes the end of an IPv6 address for it
+    if port is None:  # http.client would parse the end of an IPv6 address as a port
         port = http.client.HTTPS_PORT if parts.scheme == "https" else http.client.HTTP_PORT
     first_host, first_port = (host, port) if is_direct else (via.hostname or "", via.port)
     if parts.scheme == "http":
@@ -129,13 +126,13 @@ def find_route(url: str, setting: str, seconds: float) -> Route:
 
 @contextlib.contextmanager
 def deadline(connection: http.client.HTTPConnection, seconds: float) -> Generator[None]:
-    """Break `connection` when the block takes longer: a time-out starts anew with each byte."""
+    """Break `connection` if the block takes longer; a socket timeout restarts with each byte."""
 
     is_over = threading.Event()
 
     def break_off() -> None:
         is_over.set()
-        with contextlib.suppress(AttributeError, OSError):  # not connected, or closed by now
+        with contextlib.suppress(AttributeError, OSError):  # not connected, or closed already
             connection.sock.shutdown(socket.SHUT_RDWR)
 
     timer = threading.Timer(seconds, break_off)
@@ -145,10 +142,10 @@ def deadline(connection: http.client.HTTPConnection, seconds: float) -> Generato
         yield
     finally:
         timer.cancel()
-    if is_over.is_set():  # http.client takes a head that breaks off for a whole one
+    if is_over.is_set():  # http.client accepts a truncated response head
         raise TimeoutError(f"not answered within {seconds:g} seconds")
 
 
 def shown(url: str) -> str:
-    """Return the address without login and query, which may hold a secret."""
+    """Return the URL without login and query, which may hold secrets."""
     return re.sub(r"//[^/]*@", "//", re.split(r"[?#]", url, maxsplit=1)[0])

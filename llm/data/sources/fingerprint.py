@@ -1,7 +1,7 @@
-"""Say what a source would give without fetching it: its local files, and a digest of their bytes.
+"""Fingerprint a source without fetching it: list its local files and hash their bytes.
 
-The digest enters the cache key of `download`, so it is taken for every plan: a file's sha256 is
-remembered for as long as its size, times and inode stay as they were.
+The fingerprint is part of the cache key of `download` and computed for every plan, so a file's
+sha256 is cached while its size, times and inode stay the same.
 """
 
 import contextlib
@@ -16,20 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from llm.artifact import digest, file_sha256, write_json_atomically
+from llm.artifact import digest, file_sha256, file_stamp, write_json_atomically
 from llm.config import SourceConfig
-from llm.data.raw.formats import content_of, endings, is_readable, refuse_name
+from llm.data.raw.formats import content_of, is_readable, readable_suffixes, refuse_name
 from llm.data.sources.hub import resolve_commit
 from llm.data.sources.stdlib import library_files
 from llm.errors import DataError, DiskFullError
 
-NANOSECONDS_UNTIL_REMEMBERED = 2_000_000_000
-"""A file changed within the clock tick of its stamp keeps that stamp; git waits too."""
+NANOSECONDS_UNTIL_CACHED = 2_000_000_000
+"""A file changed twice within one tick of the file system's clock keeps its times, as in git."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalFiles:
-    """The files a local source is made of, and how many beside them no reader knows."""
+    """The files of a local source, and the number of files of unknown format beside them."""
 
     files: list[tuple[str, Path]]
     """(name relative to the source's root with `/` between folders, path), sorted by name."""
@@ -37,14 +37,14 @@ class LocalFiles:
 
 
 def fingerprint(source: SourceConfig, role: str, cache_file: Path | None) -> str:
-    """Return the digest, 32 hexadecimal characters, of what `source` would give as `role`.
+    """Return a digest, 32 hexadecimal characters, of the data of `source` as `role`.
 
-    Local files count by their names inside the source and their bytes, wherever the source lies.
-    `cache_file` remembers the sha256 of files that have not changed since; None reads them all.
+    Local files count by relative name and bytes, not by path. `cache_file` holds the sha256 of
+    unchanged files; None reads them all.
 
     Raises:
-        DataError: a local file is missing or cannot be read, or the hub cannot say which commit a
-        branch is; the message names the setting.
+        DataError: a local file is missing or unreadable, or the hub cannot resolve a branch; the
+        message names the setting.
     """
     if source.kind == "url":
         return digest(["url", content_of(role), source.sha256])
@@ -57,7 +57,7 @@ def fingerprint(source: SourceConfig, role: str, cache_file: Path | None) -> str
                 f"{error}; to plan without the hub, set download.{role}.hub_revision to a commit"
             ) from error
     try:
-        files = library_files() if source.kind == "stdlib" else local_files(source, role).files
+        files = library_files() if source.kind == "stdlib" else list_files(source, role).files
         return files_fingerprint(source, role, _hash_files(files, cache_file))
     except OSError as error:
         raise DataError(f"download.{role}.path: {error}; make it readable") from error
@@ -73,13 +73,13 @@ def files_fingerprint(source: SourceConfig, role: str, hashes: Iterable[tuple[st
     return digest([source.kind, content_of(role), made_by, files_sha256.hexdigest()])
 
 
-def local_files(source: SourceConfig, role: str) -> LocalFiles:
-    """List the files of a `files` source: one file, all below a folder, or what a glob matches.
+def list_files(source: SourceConfig, role: str) -> LocalFiles:
+    """List the files of a `files` source: one file, all below a folder, or the matches of a glob.
 
-    Hidden files and folders are no part of it, nor are folders behind symbolic links.
+    Hidden files and folders are left out, as are folders behind symbolic links.
 
     Raises:
-        DataError: nothing is there, or nothing there can be read as `role`.
+        DataError: there are no files, or none can be read as `role`.
     """
     pattern = os.path.expanduser(source.path)  # noqa: PTH111 (Path drops the `/` that ends a glob)
     if Path(pattern).is_file():
@@ -93,15 +93,15 @@ def local_files(source: SourceConfig, role: str) -> LocalFiles:
         candidates = (Path(match) for match in matches if _is_part(Path(match)))
     else:
         raise DataError(
-            f"download.{role}.path: found nothing at {source.path}; expected a file, a folder or a"
+            f"download.{role}.path: {source.path} does not exist; expected a file, a folder or a"
             " glob"
         )
     every = sorted((path.relative_to(root).as_posix(), path) for path in candidates)
     known = [entry for entry in every if is_readable(entry[0], role)]
     if not known:
         raise DataError(
-            f"download.{role}.path: {source.path} holds {len(every)} files, none of which ends in"
-            f" {endings(role)}"
+            f"download.{role}.path: none of the {len(every)} files in {source.path} has a known"
+            f" format; expected {readable_suffixes(role)}"
         )
     return LocalFiles(files=known, num_ignored=len(every) - len(known))
 
@@ -118,12 +118,12 @@ def _raise(error: OSError) -> None:
 
 
 def _is_part(path: Path) -> bool:
-    """Tell a file, or a link to nothing, which is to be an error rather than left out unseen."""
+    """Return whether a path is a file or a dangling link, which raises an error later."""
     return path.is_file() or not path.exists()
 
 
 def _fixed_part(pattern: str) -> Path:
-    """Return the folder of a glob above its first wildcard, `data` for `data/*/part-*.txt`."""
+    """Return the folder above the first wildcard: `data` for `data/*/part-*.txt`."""
     parts = Path(pattern).parts
     wild = next(index for index, part in enumerate(parts) if glob.has_magic(part))
     return Path(*parts[:wild])
@@ -132,35 +132,30 @@ def _fixed_part(pattern: str) -> Path:
 def _hash_files(
     files: Iterable[tuple[str, Path]], cache_file: Path | None
 ) -> list[tuple[str, str]]:
-    remembered = _read_cache(cache_file)
+    cached = _read_cache(cache_file)
     is_changed = False
     hashes: list[tuple[str, str]] = []
     for name, path in files:
-        key, stamp = os.path.abspath(path), _stamp(path)  # noqa: PTH100 (resolve() follows links)
-        record = remembered.get(key)
+        key, stamp = os.path.abspath(path), file_stamp(path)  # noqa: PTH100 (resolve() follows links)
+        record = cached.get(key)
         if record is None or record[:-1] != stamp:
             before = time.time_ns()
             record = [*stamp, file_sha256(path)]
-            if _stamp(path) == stamp and before - path.stat().st_ctime_ns > (
-                NANOSECONDS_UNTIL_REMEMBERED
+            if file_stamp(path) == stamp and before - path.stat().st_ctime_ns > (
+                NANOSECONDS_UNTIL_CACHED
             ):
-                remembered[key], is_changed = record, True
+                cached[key], is_changed = record, True
         hashes.append((name, str(record[-1])))
     if cache_file is not None and is_changed:
-        # what cannot be remembered is read again; what is to be built there says what is wrong
+        # an unwritable cache only costs time; the stage reports a full disk itself
         with contextlib.suppress(OSError, DiskFullError):
             cache_file.parent.mkdir(parents=True, exist_ok=True)
-            write_json_atomically(cache_file, remembered, is_durable=False)
+            write_json_atomically(cache_file, cached, is_durable=False)
     return hashes
 
 
-def _stamp(path: Path) -> list[int | str]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-
-
 def _read_cache(cache_file: Path | None) -> dict[str, list[int | str]]:
-    """Return what was remembered; a cache that cannot be read is as good as none."""
+    """Return the cached hashes; none if the cache is missing or damaged."""
     try:
         cached = json.loads(cache_file.read_bytes()) if cache_file is not None else {}
     except (OSError, ValueError, RecursionError):

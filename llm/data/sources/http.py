@@ -1,7 +1,7 @@
-"""Fetch one file over http(s) whose sha256 is known, however the network or the server behaves.
+"""Fetch a file of known sha256 over HTTP(S), with retries and resumption by range requests.
 
-What has come lies in a partial file that outlives kills; the next try asks for the rest by range.
-Nothing but http and https is spoken, also across redirects. The caller sees progress as values.
+A partial file survives kills, and the next attempt requests the remainder. Redirects stay on http
+and https. Progress is yielded to the caller.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import IO
 
 from llm.artifact import file_sha256, write_json_atomically
-from llm.data.sources.connections import Names, deadline, find_route, shown
+from llm.data.sources.connections import Resolver, deadline, find_route, shown
 from llm.errors import DataError, DiskFullError
 from llm.runtime.disk import refuse_full_disk
 
-BLOCK_BYTES = 1 << 20
+FETCH_BLOCK_BYTES = 1 << 20
 REDIRECTS = (301, 302, 303, 307, 308)
 RETRYABLE = (408, 425, 429, 500, 502, 503, 504)
 MAX_REDIRECTS = 10
@@ -31,32 +31,32 @@ MAX_REDIRECTS = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FetchLimits:
-    """How much patience a server gets."""
+    """Timeouts and retries."""
 
     max_tries: int = 5
-    """Tries in a row that bring less than 1 MiB more than ever before."""
+    """Consecutive attempts that advance by less than 1 MiB."""
     answer_seconds: float = 30.0
-    """To connect, for the whole head of an answer, and between two parts of its body."""
+    """Timeout to connect, for the response head, and between two parts of the body."""
     first_wait_seconds: float = 1.0
-    """Before the second try; doubles with each further one."""
+    """Before the second attempt; doubles with each further one."""
     max_wait_seconds: float = 60.0
-    """A server that asks for more patience (Retry-After) gets so much."""
+    """Upper limit, also of Retry-After."""
     min_bytes_per_second: int = 1024
-    """A body slower than this over `slow_seconds` is given up, and its rest asked for again."""
+    """A body slower than this over `slow_seconds` is abandoned and resumed."""
     slow_seconds: float = 60.0
     max_undeclared_bytes: int = 64 << 30
-    """A body whose server does not say how long it is ends here."""
+    """Limit of a body without Content-Length."""
 
 
 class _Fault(Exception):
-    """This try failed, the next may not. `wait_seconds` is what the server asked for."""
+    """A failed attempt that can be retried after `wait_seconds` (Retry-After)."""
 
     def __init__(self, reason: str, wait_seconds: float = 0.0) -> None:
         super().__init__(reason)
         self.wait_seconds = wait_seconds
 
 
-def fetch(
+def fetch_file(
     url: str,
     sha256: str,
     partial: Path,
@@ -66,14 +66,14 @@ def fetch(
     authorization: str = "",
     digest_of: Callable[[Path], str] = file_sha256,
 ) -> Iterator[tuple[int, int]]:
-    """Bring the bytes of `url` into the file `partial`, yielding (bytes there, bytes in all or 0).
+    """Download `url` to the file `partial`, yielding (bytes so far, total bytes or 0).
 
-    When the iterator ends, `partial` is whole and has the sha256, or what else `digest_of` takes.
-    `authorization` is told to the server of `url` alone, never to one it redirects to.
+    When the iterator ends, `partial` is complete and its `digest_of` is `sha256`. `authorization`
+    is sent to the origin of `url` alone, never to one it redirects to.
 
     Raises:
-        DataError: the bytes are others, the address or the answer is of no use; names `setting`.
-        ConnectionError: the network or the server failed, `max_tries` times in a row.
+        DataError: wrong bytes, or an unusable URL or response; names `setting`.
+        ConnectionError: the network or the server failed `max_tries` times in a row.
     """
     limits = limits or FetchLimits()
     if partial.is_file() and digest_of(partial) == sha256:
@@ -91,23 +91,23 @@ def fetch(
             if found == sha256:
                 return
             partial.unlink()
-            is_sure = resumed_at_bytes == 0 and total_bytes > 0  # in one part, of known length
+            is_sure = resumed_at_bytes == 0 and total_bytes > 0  # one response of known length
             if is_sure or has_restarted:
                 raise DataError(
                     f"{setting}: {shown(url)} gave bytes with the sha256 {found}, expected"
-                    f" {sha256}; nothing was kept. Check the address, or set {setting}'s sha256"
-                    " if the new bytes are the ones you want"
+                    f" {sha256}; nothing was kept. Check the URL, or set {setting}'s sha256"
+                    " if the new bytes are correct"
                 )
             has_restarted = True
-            raise _Fault("the parts that came do not make the file")
+            raise _Fault("the received parts do not make the file")
         except _Fault as fault:
             num_failures += 1
-            if (size_bytes := _size(partial)) >= most_bytes + BLOCK_BYTES:
+            if (size_bytes := _size(partial)) >= most_bytes + FETCH_BLOCK_BYTES:
                 num_failures, most_bytes = 1, size_bytes
             if num_failures >= limits.max_tries:
                 raise ConnectionError(
-                    f"{setting}: {shown(url)}: {fault}, and so {num_failures} times in a row;"
-                    f" {size_bytes:,} bytes are kept and the next run goes on from there"
+                    f"{setting}: {shown(url)}: {fault}, {num_failures} times in a row;"
+                    f" {size_bytes:,} bytes are kept and the next run resumes from there"
                 ) from fault
             wait_seconds = limits.first_wait_seconds * 2 ** (num_failures - 1)
             wait_seconds = min(max(wait_seconds, fault.wait_seconds), limits.max_wait_seconds)
@@ -115,7 +115,7 @@ def fetch(
 
 
 def file_name(url: str) -> str:
-    """Return the last part of the address' path as a plain file name."""
+    """Return the last part of the URL's path as a plain file name."""
     last = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
     return re.sub(r"[^A-Za-z0-9._-]", "_", last).lstrip(".") or "file"
 
@@ -123,7 +123,7 @@ def file_name(url: str) -> str:
 def _fetch_rest(
     url: str, partial: Path, setting: str, limits: FetchLimits, authorization: str
 ) -> Iterator[tuple[int, int]]:
-    """Ask for what `partial` lacks and append it; start over when it cannot be continued."""
+    """Request what `partial` lacks and append it; start over if it cannot be resumed."""
     marks = partial.with_name(f"{partial.name}.etag.json")
     offset_bytes = _size(partial)
     etag = json.loads(marks.read_bytes())["etag"] if offset_bytes and marks.is_file() else ""
@@ -140,7 +140,7 @@ def _fetch_rest(
             begins = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
             if begins is None or int(begins[1]) != offset_bytes or (etag and new_etag != etag):
                 partial.unlink()
-                raise _Fault("the server sent another part than was asked for")
+                raise _Fault("the server sent another range than requested")
         elif response.status == 200:
             offset_bytes = 0
             is_strong = new_etag.startswith('"')
@@ -169,11 +169,11 @@ def _copy_body(
     setting: str,
     limits: FetchLimits,
 ) -> Iterator[int]:
-    """Append the body to `file`, yielding the file's size, until it is whole."""
+    """Append the body to `file`, yielding the file's size."""
     done_bytes, window_bytes, window_ends_at = 0, 0, time.monotonic() + limits.slow_seconds
     while declared_bytes is None or done_bytes < declared_bytes:
         try:
-            block = response.read1(BLOCK_BYTES)
+            block = response.read1(FETCH_BLOCK_BYTES)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise _Fault(
                 f"the connection broke after {offset_bytes + done_bytes:,} bytes:"
@@ -189,12 +189,14 @@ def _copy_body(
         if offset_bytes + done_bytes > limits.max_undeclared_bytes and declared_bytes is None:
             file.truncate(0)
             raise DataError(
-                f"{setting}: the server does not say how long the file is, and sent more than"
-                f" {limits.max_undeclared_bytes:,} bytes; get it in another way and set kind=files"
+                f"{setting}: the server sent no Content-Length and more than"
+                f" {limits.max_undeclared_bytes:,} bytes; download it yourself and set kind=files"
             )
         if (now := time.monotonic()) >= window_ends_at:
             if window_bytes < limits.min_bytes_per_second * limits.slow_seconds:
-                raise _Fault(f"only {window_bytes:,} bytes came in {limits.slow_seconds:g} seconds")
+                raise _Fault(
+                    f"only {window_bytes:,} bytes arrived in {limits.slow_seconds:g} seconds"
+                )
             window_bytes, window_ends_at = 0, now + limits.slow_seconds
         yield offset_bytes + done_bytes
 
@@ -203,31 +205,31 @@ def _copy_body(
 def _open(
     url: str, headers: dict[str, str], setting: str, limits: FetchLimits
 ) -> Generator[http.client.HTTPResponse]:
-    """Ask for `url`, follow redirects, and give the answer: 200, 206 or 416."""
-    first_url, names = url, Names()
+    """Request `url`, follow redirects, and yield the response: 200, 206 or 416."""
+    first_url, resolver = url, Resolver()
     for _ in range(MAX_REDIRECTS + 1):
         route = find_route(url, setting, limits.answer_seconds)
         connection = route.connection
         try:
             with deadline(connection, limits.answer_seconds):
-                route.connect(names, limits.answer_seconds)
+                route.connect(resolver, limits.answer_seconds)
                 connection.request("GET", route.target, headers={**headers, **route.headers})
                 response = connection.getresponse()
         except ssl.SSLCertVerificationError as error:
             raise DataError(
                 f"{setting}: {shown(url)}: the server's certificate is not trusted"
-                f" ({error.verify_message}); correct the address or this machine's certificates"
+                f" ({error.verify_message}); correct the URL or this machine's certificates"
             ) from error
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            raise _Fault(f"no answer: {error or type(error).__name__}") from error
+            raise _Fault(f"no response: {error or type(error).__name__}") from error
         try:
             if response.status not in REDIRECTS:
                 _refuse_useless(response, url, setting)
                 yield response
                 return
             location = response.headers.get("Location", "")
-            url = redirect_target(url, location, first_url, setting, names)
+            url = redirect_target(url, location, first_url, setting, resolver)
             if _origin(url) != _origin(first_url):
                 headers.pop("Authorization", None)
         finally:
@@ -236,28 +238,34 @@ def _open(
     raise DataError(f"{setting}: more than {MAX_REDIRECTS} redirects, the last to {shown(url)}")
 
 
-def redirect_target(url: str, location: str, first_url: str, setting: str, names: Names) -> str:
-    """Return where `url` sends on to.
+def redirect_target(
+    url: str, location: str, first_url: str, setting: str, resolver: Resolver
+) -> str:
+    """Return the URL that `url` redirects to.
 
     Raises:
-        DataError: to no address; from https to http, where anyone on the way may change the answer;
-        or from the public network into this machine's own, which may hold what is not public.
+        DataError: an invalid URL; from https to http, where responses can be tampered with; or from
+        the public network into the private one, whose data may not be public.
     """
     try:
         target = urllib.parse.urljoin(url, location)
         before, after, first = map(urllib.parse.urlsplit, (url, target, first_url))
         hosts = after.hostname or "", first.hostname or ""
     except ValueError as error:
-        raise DataError(f"{setting}: {shown(url)} redirects to no valid address") from error
+        raise DataError(f"{setting}: {shown(url)} redirects to an invalid URL") from error
     if before.scheme == "https" and after.scheme == "http":
         raise DataError(
-            f"{setting}: {shown(url)} redirects from https to {shown(target)}; name an address"
-            " that stays with https"
+            f"{setting}: {shown(url)} redirects from https to {shown(target)}; set a URL"
+            " that stays on https"
         )
-    if hosts[0] != hosts[1] and names.are_internal(hosts[0]) and not names.are_internal(hosts[1]):
+    if (
+        hosts[0] != hosts[1]
+        and resolver.is_internal(hosts[0])
+        and not resolver.is_internal(hosts[1])
+    ):
         raise DataError(
             f"{setting}: {shown(url)} redirects into the private network, to {shown(target)};"
-            " name that address itself if you trust it"
+            " set that URL itself if you trust it"
         )
     return target
 
@@ -268,7 +276,7 @@ def _origin(url: str) -> tuple[str, str]:
 
 
 def _refuse_useless(response: http.client.HTTPResponse, url: str, setting: str) -> None:
-    """Raise unless the answer is one to read."""
+    """Raise unless the response has a usable body."""
     status = f"{response.status} {response.reason}".strip()
     if response.status in RETRYABLE:
         patience = response.headers.get("Retry-After", "")
@@ -276,12 +284,12 @@ def _refuse_useless(response: http.client.HTTPResponse, url: str, setting: str) 
             f"the server answered {status}", float(patience) if patience.isdecimal() else 0
         )
     if response.status not in (200, 206, 416):
-        raise DataError(f"{setting}: {shown(url)} answered {status}; check the address")
+        raise DataError(f"{setting}: {shown(url)} answered {status}; check the URL")
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise DataError(
-            f"{setting}: {shown(url)} sends its bytes compressed as {encoding}, though asked not"
-            " to; get the file in another way and set kind=files"
+            f"{setting}: {shown(url)} sends its bytes compressed as {encoding}, although"
+            " identity was requested; download the file yourself and set kind=files"
         )
 
 
@@ -289,13 +297,13 @@ def _refuse_full_disk(partial: Path, missing: int, total_bytes: int, setting: st
     needed, free = missing + total_bytes, shutil.disk_usage(partial.parent).free
     if needed > free:
         raise DiskFullError(
-            f"{setting}: {needed:,} bytes are needed to download and keep the file, and"
-            f" {partial.parent} has {free:,} free; make room or set runtime.artifacts_dir"
+            f"{setting}: {needed:,} bytes are needed to download and store the file, and"
+            f" {partial.parent} has {free:,} free; free some or set runtime.artifacts_dir"
         )
 
 
 def _wait(seconds: float, size_bytes: int) -> Iterator[tuple[int, int]]:
-    """Wait, yielding often enough for the caller to stop it."""
+    """Wait, yielding often so that the caller can stop."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         yield size_bytes, 0

@@ -1,8 +1,8 @@
-"""Find the files of a Hugging Face dataset at one commit, and read them without its converters.
+"""The files of a Hugging Face dataset at one commit, read by this project's own readers.
 
-`datasets` says which files a configuration and a split are made of, and nothing more: its readers
-turn a number into text and a missing key into None (docs/decisions/0009-hub.md). The token of a
-private dataset comes from the environment (HF_TOKEN) alone, the hub's address from HF_ENDPOINT.
+`datasets` only lists the files of a configuration and split: its readers turn numbers into text and
+missing keys into None (docs/decisions/0009-hub.md). A token comes from HF_TOKEN alone, the hub's
+URL from HF_ENDPOINT.
 """
 
 import contextlib
@@ -16,56 +16,55 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from llm.config import SourceConfig
-from llm.data.raw.formats import endings, is_readable
+from llm.data.raw.formats import is_readable, readable_suffixes
 from llm.errors import DataError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-BLOCK_BYTES = 1 << 20
 STREAM_BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HubFile:
-    """A file of a dataset's repository, by what pins its bytes."""
+    """A file of a dataset's repository at one commit."""
 
     path: str
     size_bytes: int
     sha256: str
-    """Empty for a small file, which git keeps itself, by its blob id."""
+    """Empty for a small file, which git stores by its blob id."""
     blob_id: str
     url: str
 
     @property
     def digest(self) -> str:
-        """What `digest_of` gives for the right bytes."""
+        """The expected result of `digest_of`."""
         return self.sha256 or self.blob_id
 
 
 def resolve_commit(source: SourceConfig, role: str) -> str:
-    """Return the commit that `hub_revision` names; only a branch or a tag asks the hub.
+    """Return the commit of `hub_revision`; only a branch or a tag needs a request to the hub.
 
     Raises:
-        DataError: there is no such dataset or revision, or a package is missing.
+        DataError: no such dataset or revision, or a package is missing.
         ConnectionError: the hub cannot be reached.
     """
     if COMMIT.fullmatch(source.hub_revision):
         return source.hub_revision
-    with _told(source, role) as hub:
+    with _hub_errors(source, role) as hub:
         info = hub.HfApi(endpoint=_endpoint(), token=_token()).dataset_info(
             source.hub_name, revision=source.hub_revision
         )
     return str(info.sha)
 
 
-def hub_files(source: SourceConfig, role: str, commit: str) -> list[HubFile]:
+def dataset_files(source: SourceConfig, role: str, commit: str) -> list[HubFile]:
     """List the files of the source's configuration and split at `commit`, in their order.
 
     Raises:
-        DataError: there is no such dataset, configuration, split or commit, or a package is
-        missing, or a file is of a format that is not read here.
+        DataError: no such dataset, configuration, split or commit; a missing package; or a file of
+        an unknown format.
         ConnectionError: the hub cannot be reached.
     """
-    with _told(source, role) as hub:
+    with _hub_errors(source, role) as hub:
         from datasets import load_dataset_builder  # slow to import, and absent on a bare node
 
         builder: Any = load_dataset_builder(
@@ -75,7 +74,7 @@ def hub_files(source: SourceConfig, role: str, commit: str) -> list[HubFile]:
         if source.hub_split not in by_split:
             raise DataError(
                 f"download.{role}.hub_split: {source.hub_name} has no split {source.hub_split}; it"
-                f" has {', '.join(map(str, by_split)) or 'none that is made of files'}"
+                f" has {', '.join(map(str, by_split)) or 'none with files'}"
             )
         prefix = f"hf://datasets/{source.hub_name}@{commit}/"
         paths = [str(file).removeprefix(prefix) for file in by_split[source.hub_split]]
@@ -84,13 +83,13 @@ def hub_files(source: SourceConfig, role: str, commit: str) -> list[HubFile]:
         by_path = {info.path: info for info in found}
     if leaving := [path for path in paths if {"", ".", ".."} & set(path.split("/"))]:
         raise DataError(
-            f"download.{role}.hub_name: {source.hub_name} has a file called {leaving[0]!r}, which"
-            " leads out of its folder"
+            f"download.{role}.hub_name: {source.hub_name} has a file with the path {leaving[0]!r},"
+            " outside of its folder"
         )
     if missing := [path for path in paths if path not in by_path or not is_readable(path, role)]:
         raise DataError(
-            f"download.{role}.hub_name: {source.hub_name} has {missing[0]}, and nothing here reads"
-            f" what ends in none of {endings(role)}"
+            f"download.{role}.hub_name: the format of {missing[0]} in {source.hub_name} is"
+            f" unknown, expected {readable_suffixes(role)}"
         )
     return [
         HubFile(
@@ -110,12 +109,12 @@ def hub_files(source: SourceConfig, role: str, commit: str) -> list[HubFile]:
 def open_hub_file(
     source: SourceConfig, role: str, commit: str, file: HubFile
 ) -> Generator[IO[bytes]]:
-    """Open a file on the hub itself; what is read comes over the network.
+    """Open a remote file for reading over the network.
 
     Raises:
         ConnectionError: while reading, the network or the hub failed.
     """
-    with _told(source, role) as hub:
+    with _hub_errors(source, role) as hub:
         system = hub.HfFileSystem(endpoint=_endpoint(), token=_token())
         address = f"datasets/{source.hub_name}@{commit}/{file.path}"
         with system.open(address, "rb", block_size=STREAM_BLOCK_BYTES) as remote:
@@ -123,25 +122,22 @@ def open_hub_file(
 
 
 def digest_of(file: HubFile, path: Path) -> str:
-    """Return the sha256 of what lies at `path`, or its id in git where the hub knows that alone."""
-    if file.sha256:
-        hasher = hashlib.sha256()
-    else:
+    """Return the sha256 of the file at `path`, or its git blob id if the hub knows only that."""
+    hasher = hashlib.sha256()
+    if not file.sha256:
         hasher = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as opened:
-        while block := opened.read(BLOCK_BYTES):
-            hasher.update(block)
-    return hasher.hexdigest()
+        return hashlib.file_digest(opened, lambda: hasher).hexdigest()
 
 
 def authorization() -> str:
-    """Return the header that shows the token, empty where there is none."""
+    """Return the Authorization header, empty without a token."""
     token = _token()
     return f"Bearer {token}" if token else ""
 
 
 def _token() -> str | bool:
-    return os.environ.get("HF_TOKEN") or False  # False: none that another program has kept either
+    return os.environ.get("HF_TOKEN") or False  # False: nor a token stored by another program
 
 
 def _endpoint() -> str | None:
@@ -149,8 +145,8 @@ def _endpoint() -> str | None:
 
 
 @contextlib.contextmanager
-def _told(source: SourceConfig, role: str) -> Generator[Any]:
-    """Give the hub's library, and tell its errors as ours."""
+def _hub_errors(source: SourceConfig, role: str) -> Generator[Any]:
+    """Yield the module `huggingface_hub`, and translate its errors."""
     name = f"download.{role}: the dataset {source.hub_name} at {source.hub_revision[:12]}"
     try:
         import huggingface_hub
@@ -160,7 +156,7 @@ def _told(source: SourceConfig, role: str) -> Generator[Any]:
             f"download.{role}.kind: hub needs the package `huggingface_hub`; pip install it, or"
             " set another kind"
         ) from error
-    transport_error = cast(Any, errors).HTTPError  # of httpx or of httpx2, by the version
+    transport_error = cast(Any, errors).HTTPError  # httpx or httpx2, by version
     try:
         yield huggingface_hub
     except ImportError as error:
@@ -176,5 +172,5 @@ def _told(source: SourceConfig, role: str) -> Generator[Any]:
         raise kind(f"{name} cannot be read: the hub answered {status}: {error}") from error
     except (transport_error, TimeoutError) as error:
         raise ConnectionError(f"{name} cannot be reached: {error}") from error
-    except (OSError, ValueError, KeyError) as error:  # of datasets' own
+    except (OSError, ValueError, KeyError) as error:  # raised by datasets
         raise DataError(f"{name} cannot be read: {error}") from error

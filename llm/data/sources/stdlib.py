@@ -1,8 +1,8 @@
-"""Make documents of the running Python's standard library, the source that needs no network.
+"""Documents of the running Python's standard library, a source that needs no network.
 
-Three kinds: the language reference (`pydoc_data/topics.py`), one reference page per module from its
+Three kinds: the language reference (`pydoc_data/topics.py`), a reference page per module from its
 docstrings, and the modules' source without those docstrings. No text is in two documents, so that
-validation cannot be learned by heart from a twin in training. Modules are parsed, never imported.
+validation text is not memorized from a duplicate in training. Modules are parsed, never imported.
 """
 
 import ast
@@ -19,11 +19,11 @@ from pathlib import Path
 from llm.errors import DataError
 
 MAX_DOCUMENT_BYTES = 16_384
-"""Documents are the grain of the train/validation split: about a thousand of them split finely."""
-MIN_TWIN_BYTES = 200
-"""Docstrings and definitions at least so long are told once, however many modules repeat them."""
+"""Whole documents are split into train and validation: about a thousand give a fair sample."""
+MIN_DUPLICATE_BYTES = 200
+"""Docstrings and definitions of at least this size appear once, however often they are repeated."""
 MIN_TABLE_BYTES = 8_192
-"""Literals at module level at least so long are machine-made (HTML entities, locale aliases)."""
+"""Module-level literals of at least this size are generated tables (HTML entities, aliases)."""
 
 TOPICS = "pydoc_data/topics.py"
 LEFT_OUT_FOLDERS = frozenset(
@@ -34,7 +34,7 @@ KEPT_ENCODINGS = frozenset(("__init__.py", "idna.py", "punycode.py"))
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 Line = tuple[int, str]
-"""(how good it is to cut before this line: 2 best, 0 only if it must be; the line with its end)"""
+"""(preference for a cut before this line, 2 best and 0 worst; the line with its end)"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,16 +49,16 @@ class Module:
     tree: ast.Module
 
 
-class Once:
-    """Remember texts by hash, to tell what was told before."""
+class SeenTexts:
+    """Remembers texts by hash, to find duplicates."""
 
     def __init__(self, min_bytes: int) -> None:
-        """Take every text shorter than `min_bytes` for new."""
+        """Treat every text shorter than `min_bytes` as new."""
         self._min_bytes = min_bytes
         self._seen: set[bytes] = set()
 
     def is_new(self, text: str) -> bool:
-        """Tell whether `text`, blanks at both ends aside, comes for the first time."""
+        """Return whether `text`, stripped, occurs for the first time."""
         data = text.strip().encode()
         if len(data) < self._min_bytes:
             return True
@@ -92,8 +92,8 @@ def library_files() -> list[tuple[str, Path]]:
     ]
     if not found:
         raise DataError(
-            f"{root}: no .py files there, so this Python has no standard library source to learn"
-            " from; use another Python, or set download.corpus.kind to files or url"
+            f"{root}: no .py files, so this Python has no standard library source; use another"
+            " Python, or set download.corpus.kind to files or url"
         )
     return sorted(found)
 
@@ -116,36 +116,36 @@ def corpus_documents() -> Iterator[str]:
     for name, path in library_files():
         if name == TOPICS:
             yield from topic_documents(ast.parse(path.read_bytes()))
-    told, written = Once(MIN_TWIN_BYTES), Once(MIN_TWIN_BYTES)
+    docstrings, sources = SeenTexts(MIN_DUPLICATE_BYTES), SeenTexts(MIN_DUPLICATE_BYTES)
     for module in read_modules():
-        yield from page_documents(module, told)
-        yield from source_documents(module, written)
+        yield from page_documents(module, docstrings)
+        yield from source_documents(module, sources)
 
 
 def topic_documents(tree: ast.Module) -> Iterator[str]:
-    """Yield the topics of the language reference, each paragraph in the longest that holds it.
+    """Yield the topics of the language reference, each paragraph in the longest topic only.
 
-    Topics hold one another: `compound` holds `if`, `while` and `for` whole.
+    Topics contain one another: `compound` contains `if`, `while` and `for`.
     """
     tables = [node.value for node in tree.body if isinstance(node, ast.Assign)]
     topics: dict[str, str] = ast.literal_eval(tables[0]) if tables else {}
-    once = Once(40)  # titles and single words may come again
+    seen = SeenTexts(40)  # titles and single words may repeat
     for _, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
-        paragraphs = [part for part in text.split("\n\n") if once.is_new(part)]
+        paragraphs = [part for part in text.split("\n\n") if seen.is_new(part)]
         yield from cut_lines(_prose_lines("\n\n".join(paragraphs)), MAX_DOCUMENT_BYTES)
 
 
-def page_documents(module: Module, once: Once) -> Iterator[str]:
-    """Yield the reference page of a module, in the manner of pydoc, in as few pieces as fit."""
+def page_documents(module: Module, seen: SeenTexts) -> Iterator[str]:
+    """Yield the reference page of a module as pydoc shows it, in as few documents as fit."""
     title = f"Help on module {module.name}:\n\n"
     docstring = ast.get_docstring(module.tree)
-    lines = [*_prose_lines(docstring), (0, "\n")] if docstring and once.is_new(docstring) else []
-    lines += _page_lines(module.tree.body, "", once)
-    for piece in cut_lines(lines, MAX_DOCUMENT_BYTES - len(title.encode())):
-        yield title + piece
+    lines = [*_prose_lines(docstring), (0, "\n")] if docstring and seen.is_new(docstring) else []
+    lines += _page_lines(module.tree.body, "", seen)
+    for part in cut_lines(lines, MAX_DOCUMENT_BYTES - len(title.encode())):
+        yield title + part
 
 
-def source_documents(module: Module, once: Once) -> Iterator[str]:
+def source_documents(module: Module, seen: SeenTexts) -> Iterator[str]:
     """Yield a module's source without docstrings and tables, cut between its definitions."""
     title = f"# {module.path}\n"
     text = _without_docstrings(module)
@@ -155,7 +155,7 @@ def source_documents(module: Module, once: Once) -> Iterator[str]:
         levels[start] = 2
         source = "".join(text[start:end])
         is_definition = isinstance(node, Definition)
-        if (is_definition and not once.is_new(source)) or (
+        if (is_definition and not seen.is_new(source)) or (
             not is_definition and len(source) >= MIN_TABLE_BYTES and _is_table(node)
         ):
             text[start:end] = [""] * (end - start)
@@ -163,15 +163,15 @@ def source_documents(module: Module, once: Once) -> Iterator[str]:
             for member in node.body:
                 levels[_first_line(member, text)] = 1
     lines = list(zip(levels, text, strict=True))
-    for piece in cut_lines(lines, MAX_DOCUMENT_BYTES - len(title.encode())):
-        yield title + piece
+    for part in cut_lines(lines, MAX_DOCUMENT_BYTES - len(title.encode())):
+        yield title + part
 
 
 def cut_lines(lines: Sequence[Line], max_bytes: int) -> Iterator[str]:
     """Cut `lines` into texts of at most `max_bytes`, unless one line is longer.
 
-    Each cut is before the last line of the highest level that fits. Texts without a word are left
-    out, blank lines at both ends removed.
+    Each cut is before the last line of the highest level that fits. Blank lines at both ends are
+    removed, empty texts left out.
     """
     sizes = [len(text.encode()) for _, text in lines]
     start = 0
@@ -208,15 +208,15 @@ def signature(node: Definition) -> str:
     return f"{keyword} {node.name}({ast.unparse(node.args)})"
 
 
-def _page_lines(body: Sequence[ast.stmt], indent: str, once: Once) -> Iterator[Line]:
+def _page_lines(body: Sequence[ast.stmt], indent: str, seen: SeenTexts) -> Iterator[Line]:
     for node in definitions(body):
         inner = (
-            list(_page_lines(node.body, indent + "    ", once))
+            list(_page_lines(node.body, indent + "    ", seen))
             if isinstance(node, ast.ClassDef)
             else []
         )
         docstring = ast.get_docstring(node)
-        if docstring and not once.is_new(docstring):
+        if docstring and not seen.is_new(docstring):
             docstring = ""
         if not docstring and not inner:
             continue
@@ -241,9 +241,9 @@ def _split_lines(text: str) -> list[str]:
 
 
 def _without_docstrings(module: Module) -> list[str]:
-    """Return the source's lines with docstrings blanked out by position; `pass` where one was all.
+    """Return the source's lines without docstrings; `pass` where a body had nothing else.
 
-    Lines keep their numbers: one that is gone is empty, without even its line end.
+    Lines keep their numbers: a removed one is empty, without a line end.
     """
     lines = [line.encode() for line in _split_lines(module.source)]
     for node in ast.walk(module.tree):
@@ -263,7 +263,7 @@ def _without_docstrings(module: Module) -> list[str]:
 
 
 def _first_line(node: ast.stmt, lines: Sequence[str]) -> int:
-    """Return the index of the line a statement begins at, with its decorators and comments."""
+    """Return the index of a statement's first line, with its decorators and comments."""
     first = node.lineno - 1
     if isinstance(node, Definition):
         first = min([first, *(decorator.lineno - 1 for decorator in node.decorator_list)])

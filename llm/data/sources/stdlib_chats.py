@@ -1,7 +1,7 @@
-"""Make chats of the standard library: questions on functions, most answerable from the question.
+"""Chats about the standard library's functions, most answerable from the question alone.
 
-Exact match on functions held out then measures a skill a small model can learn, which is to read a
-signature. The other kinds ask what only the library's documentation tells.
+So exact match on held-out functions measures a skill that a small model can learn: to read a
+signature. The other kinds need knowledge of the library.
 """
 
 import ast
@@ -60,7 +60,7 @@ PHRASINGS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chat:
-    """One question and its answer. One `group`, a signature, falls to one side of the split."""
+    """A question and its answer; `group`, a signature, decides the side of the split."""
 
     kind: str
     group: str
@@ -81,7 +81,7 @@ class Chat:
 
 
 def chat_records() -> Iterator[dict[str, Json]]:
-    """Yield the chats of all functions of the library, each once, kinds in balance."""
+    """Yield distinct chats of all functions of the library, with kinds in balance."""
     chats = list(dict.fromkeys(_chats()))
     from_memory = [chat for chat in chats if chat.kind in FROM_MEMORY]
     num_wanted = round((len(chats) - len(from_memory)) * (1 / ANSWERABLE_SHARE - 1))
@@ -91,9 +91,9 @@ def chat_records() -> Iterator[dict[str, Json]]:
 
 def _chats() -> Iterator[Chat]:
     for module in read_modules():
-        seen: set[str] = set()  # a name defined twice, under `if` and `else` say, has no one answer
+        seen: set[str] = set()  # a name defined twice, say under `if` and `else`, is ambiguous
         for name, node in _functions(module.tree.body, module.name):
-            # as it is called, so that the name has no space before it, as in the answer
+            # without `def `, so that the name has no space before it, as in the answer
             text = signature(node).removeprefix("async ").removeprefix("def ")
             if name in seen or len(text) > MAX_SIGNATURE_CHARACTERS:
                 continue
@@ -122,7 +122,7 @@ def _functions(
 
 
 def _answers(node: ast.FunctionDef | ast.AsyncFunctionDef, text: str) -> dict[tuple[str, str], str]:
-    """Return what the signature itself tells, by (kind, what is asked about)."""
+    """Return the answers contained in the signature, by (kind, name asked about)."""
     arguments = node.args
     positional = [*arguments.posonlyargs, *arguments.args]
     names = [argument.arg for argument in positional]
@@ -132,7 +132,7 @@ def _answers(node: ast.FunctionDef | ast.AsyncFunctionDef, text: str) -> dict[tu
     answers = {("name", ""): node.name, ("parameters", ""): ", ".join(names) or "none"}
     if len(names) > 1:
         answers["last_parameter", ""] = names[-1]
-    if len(names) > 1 and names[0] not in ("self", "cls"):  # else one answer would be nearly all
+    if len(names) > 1 and names[0] not in ("self", "cls"):  # else most answers would be the same
         answers["first_parameter", ""] = names[0]
     values = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
     defaults = {
@@ -142,14 +142,14 @@ def _answers(node: ast.FunctionDef | ast.AsyncFunctionDef, text: str) -> dict[tu
         )
         if value is not None
     }
-    told = {key: value for key, value in defaults.items() if value != "None"}
-    return answers | (told or defaults)  # None would be more than half of all answers
+    informative = {key: value for key, value in defaults.items() if value != "None"}
+    return answers | (informative or defaults)  # else half of all answers would be None
 
 
 def _answers_from_memory(
     name: str, node: ast.FunctionDef | ast.AsyncFunctionDef, text: str
 ) -> dict[tuple[str, str], str]:
-    """Return what only someone who knows the library can tell, by (kind, dotted name)."""
+    """Return the answers that need knowledge of the library, by (kind, dotted name)."""
     paragraph = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
     sentence = re.split(r"(?<=[a-z)\"'`]\.)\s", paragraph, maxsplit=1)[0]
     is_sentence = sentence.endswith(".") and " " in sentence

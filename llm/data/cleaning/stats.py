@@ -1,7 +1,7 @@
-"""What became of documents: each is kept, or counted under one reason; the steps are a funnel."""
+"""Cleaning statistics: each document is kept or counted under one drop reason, step by step."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
@@ -9,15 +9,14 @@ from llm.artifact import Json
 from llm.data.raw.records import Skip
 
 MAX_REJECTED_EXAMPLES = 20
-"""Kept of each reason."""
+"""Per drop reason."""
 STEPS = ("read", "filters", "length", "exact duplicates", "near duplicates", "decontamination")
-"""In their order."""
 COUNTERS = ("num_kept", "kept_bytes", "skipped", "skipped_at")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """A document that was left out."""
+    """A dropped document."""
 
     reason: str
     file: str
@@ -25,12 +24,12 @@ class Example:
     excerpt: str
     shard: int = 0
     record: int = 0
-    """Which of the shard's records it is: examples are shown in the order they were read in."""
+    """Ordinal among the shard's records: examples are listed in reading order."""
 
 
 @dataclass(kw_only=True, slots=True)
-class Tally:
-    """The counts: read = train + validation + skipped."""
+class CleaningStats:
+    """Counts of documents: read = train + validation + skipped."""
 
     num_read: int = 0
     num_kept: Counter[str] = field(default_factory=Counter[str])
@@ -42,39 +41,43 @@ class Tally:
     skipped_at: Counter[str] = field(default_factory=Counter[str])
     """Documents by step."""
     examples: list[Example] = field(default_factory=list[Example])
-    """At least the first of each reason."""
+    """At least the first MAX_REJECTED_EXAMPLES of each reason."""
     num_decode_errors: int = 0
 
     def skip(self, skip: Skip, record: int, step: str) -> None:
-        """Count a document that is left out, and show it while it is one of the first."""
+        """Count a dropped document; keep it as an example if it is among the first."""
         self.count(skip.reason, step, 1)
         if self.skipped[skip.reason] <= MAX_REJECTED_EXAMPLES:
-            self.show(skip, record)
+            self.add_example(skip, record)
 
     def count(self, reason: str, step: str, num_documents: int) -> None:
-        """Count documents that are left out; the first are for the caller to show."""
+        """Count dropped documents; the caller adds the first as examples."""
         if num_documents:
             self.skipped_at[step] += num_documents
             self.skipped[reason] += num_documents
 
-    def show(self, skip: Skip, record: int, shard: int = 0) -> None:
-        """Keep a document that was left out as an example."""
-        place = skip.place
+    def add_example(self, skip: Skip, record: int, shard: int = 0) -> None:
+        """Keep a dropped document as an example."""
         self.examples.append(
-            Example(reason=skip.reason, file=place.file, line=place.line, excerpt=skip.excerpt,
-                    shard=shard, record=record)
-        )  # fmt: skip
+            Example(
+                reason=skip.reason,
+                file=skip.location.file,
+                line=skip.location.line,
+                excerpt=skip.excerpt,
+                shard=shard,
+                record=record,
+            )
+        )
 
     def keep(self, side: str, size_bytes: int, num_documents: int = 1) -> None:
-        """Count documents that are written."""
+        """Count kept documents."""
         self.num_kept[side] += num_documents
         self.kept_bytes[side] += size_bytes
 
-    def add(self, other: "Tally", shard: int, lines_before: int) -> None:
-        """Add what a shard read and left out; what it kept may be left out later.
+    def add(self, other: "CleaningStats", shard: int, lines_before: int) -> None:
+        """Add what a shard read and dropped; what it kept may still be dropped.
 
-        Shards are added in their order. What this one read begins `lines_before` lines after the
-        beginning of its file.
+        Its first record is `lines_before` lines after the start of its file.
         """
         self.num_read += other.num_read
         self.num_decode_errors += other.num_decode_errors
@@ -85,7 +88,7 @@ class Tally:
             self.examples.append(replace(example, shard=shard, line=line))
 
     def rejected(self) -> list[dict[str, Json]]:
-        """Return the first examples of each reason, in the order they were read in."""
+        """Return the first examples of each reason, in reading order."""
         num_shown = Counter[str]()
         rejected: list[dict[str, Json]] = []
         for example in sorted(self.examples, key=lambda one: (one.shard, one.record)):
@@ -106,8 +109,8 @@ class Tally:
         }
 
     @classmethod
-    def from_json(cls, found: Json) -> "Tally":
-        """Return the tally that `to_json` described."""
+    def from_json(cls, found: Json) -> "CleaningStats":
+        """Return the stats that `to_json` described."""
         fields = cast(Mapping[str, Mapping[str, int]], found)
         examples = [
             Example(**example) for example in cast(list[dict[str, Any]], fields["examples"])
@@ -119,13 +122,13 @@ class Tally:
             **{name: Counter(fields[name]) for name in COUNTERS},
         )
 
-    def funnel(self, steps: Sequence[str] = STEPS) -> list[Json]:
-        """Return for each step how many documents it dropped and how many it left."""
+    def funnel(self) -> list[Json]:
+        """Return for each step how many documents it dropped and left."""
         assert self.num_read == self.num_kept.total() + self.skipped.total()
-        assert set(self.skipped_at) <= set(steps)
+        assert set(self.skipped_at) <= set(STEPS)
         rows: list[Json] = []
         num_left = self.num_read
-        for step in steps:
+        for step in STEPS:
             num_left -= self.skipped_at[step]
             rows.append({"step": step, "dropped": self.skipped_at[step], "left": num_left})
         return rows

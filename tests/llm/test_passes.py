@@ -1,5 +1,6 @@
-"""The optional steps of cleaning together: counted, in any order the same, done once for all."""
+"""The optional steps of cleaning together: counted, independent of order, idempotent."""
 
+import hashlib
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.llm.cleaning import TEXTS, corpus, jsonl, run_clean, texts_of
 pytest.importorskip("rensa", reason="needs the library that signs texts")
 WORDS = [f"word{number}" for number in range(3000)]
 NEAR: Mapping[str, Json] = {"unit": "document", "min_words": 8}
-DROP: Mapping[str, Json] = {"action": "drop", "ngram_words": 4, "max_documents": 0}
+DROP: Mapping[str, Json] = {"action": "drop", "ngram_words": 4}
 EVERYTHING: dict[str, Json] = {
     "line_ends": "lf", "unicode_form": "nfc", "masks_emails": True, "masks_ip_addresses": True,
     "filters": "gopher+c4", "near_duplicates": NEAR, "decontamination": DROP,  # type: ignore[dict-item]
@@ -40,7 +41,7 @@ def kept(outputs: Mapping[str, Any]) -> set[str]:
     return texts_of(outputs["train"] + outputs["validation"])
 
 
-def test_every_step_has_its_place_in_the_funnel(tmp_path: Path) -> None:
+def test_every_step_is_a_row_of_the_funnel(tmp_path: Path) -> None:
     texts = [sentences(number) for number in range(100)]
     texts += ["so {short}", "Two a@b.de", "x", texts[0], *near_copies(500, 4)]
     summary, outputs, _ = run_clean(
@@ -82,30 +83,6 @@ def test_chats_are_compared_whole_and_never_filtered(tmp_path: Path) -> None:
         near_duplicates=dict(NEAR),
     )  # fmt: skip
     assert summary["skipped"] == {"near duplicate": 4}
-    summary, _, _ = run_clean(
-        tmp_path / "paragraphs", {"a.jsonl": jsonl(chats)}, "chats",
-        near_duplicates=dict(NEAR) | {"unit": "paragraph"},
-    )  # fmt: skip
-    assert summary["skipped"] == {}
-
-
-def test_paragraphs_that_are_kept_elsewhere_are_cut_out(tmp_path: Path) -> None:
-    boilerplate = near_copies(1, 40)
-    own = [sentences(100 + number) for number in range(40)]
-    texts = [f"{a}\n\n{b}\n\nshort end" for a, b in zip(own, boilerplate, strict=True)]
-    texts += [f"{boilerplate[0]} And more.", "short end"]
-    summary, outputs, _ = run_clean(
-        tmp_path, {"a.jsonl": corpus(texts)}, validation_fraction=0.3,
-        near_duplicates=dict(NEAR) | {"unit": "paragraph"},
-    )  # fmt: skip
-    assert summary["removed_paragraphs"] == 40
-    found = "\n".join(kept(outputs))
-    assert all(text in found for text in own)
-    assert sum(text in found for text in boilerplate) == 1
-    _, alone, _ = run_clean(tmp_path / "alone", {"a.jsonl": corpus(texts)}, validation_fraction=0.3)
-    sides = {document["id"]: side for side in ("train", "validation") for document in alone[side]}
-    for side in ("train", "validation"):
-        assert all(sides[document["id"]] == side for document in outputs[side])
 
 
 def test_training_documents_that_give_validation_away_are_dropped_or_counted(
@@ -118,9 +95,7 @@ def test_training_documents_that_give_validation_away_are_dropped_or_counted(
     leaks = [f"Someone wrote {' '.join(words[n : n + 13])} {sentences(900 + n)}" for n in range(8)]
     leaks += [f"{sentences(800)} {lesson.lower()}"]
     for action, contaminated in (("count", {}), ("drop", {"contaminated": None})):
-        decontamination: dict[str, Json] = {
-            "action": action, "ngram_words": 4, "texts": [lesson], "max_documents": 8
-        }  # fmt: skip
+        decontamination: dict[str, Json] = {"action": action, "ngram_words": 4, "texts": [lesson]}
         summary, cleaned, _ = run_clean(
             tmp_path / action, {"a.jsonl": corpus(texts + leaks)}, decontamination=decontamination
         )
@@ -134,6 +109,21 @@ def test_training_documents_that_give_validation_away_are_dropped_or_counted(
         assert bool(left) == (action == "count")
 
 
+def test_validation_documents_that_are_dropped_protect_nothing(tmp_path: Path) -> None:
+    copies = near_copies(7, 30)
+    variants = (f"{sentences(number)} {' '.join(copies[number % 30].split()[-4:])}"
+                for number in range(900, 1100))  # fmt: skip
+    leaks = [text for text in variants if hashlib.sha256(text.encode()).digest()[0] >= 128]
+    files = {"a.jsonl": corpus([*map(sentences, range(60)), *copies, *leaks])}
+    chosen: dict[str, Json] = {"near_duplicates": dict(NEAR), "validation_fraction": 0.5}
+    _, before, _ = run_clean(tmp_path / "before", files, **chosen)
+    _, after, _ = run_clean(tmp_path / "after", files, **chosen, decontamination=dict(DROP))
+    (survivor,) = texts_of(before["validation"]) & set(copies)
+    assert set(leaks) <= texts_of(before["train"])
+    expected = {leak for leak in leaks if leak.split()[-4:] == survivor.split()[-4:]}
+    assert expected and set(leaks) - texts_of(after["train"]) == expected
+
+
 PARTS = st.lists(
     st.sampled_from([
         "", "\n\n", " ", "x", "{", "a@b.de", "8.8.8.8", "[1]", "e\u0301\r\n",
@@ -142,19 +132,14 @@ PARTS = st.lists(
     ]), max_size=6,
 ).map("".join)  # fmt: skip
 DOCUMENTS = st.lists(PARTS | st.text(max_size=30), max_size=12)
-UNITS = st.sampled_from(["document", "paragraph"])
 
 
-def everything(unit: str) -> dict[str, Json]:
-    return EVERYTHING | {"near_duplicates": {**NEAR, "unit": unit}}
-
-
-@given(DOCUMENTS, UNITS, st.randoms(use_true_random=False))
+@given(DOCUMENTS, st.randoms(use_true_random=False))
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_what_survives_is_the_same_in_any_order_and_when_cleaned_again(
-    tmp_path_factory: pytest.TempPathFactory, texts: list[str], unit: str, rng: random.Random
+def test_kept_documents_do_not_depend_on_order_and_cleaning_is_idempotent(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], rng: random.Random
 ) -> None:
-    folder, chosen = tmp_path_factory.mktemp("any"), everything(unit)
+    folder, chosen = tmp_path_factory.mktemp("any"), EVERYTHING
     others = [sentences(1000 + number, 14) for number in range(30)]
     _, outputs, digest = run_clean(folder / "0", {"a.jsonl": corpus(others + texts)}, **chosen)
     assert run_clean(folder / "1", {"a.jsonl": corpus(others + texts)}, **chosen)[2] == digest
@@ -164,19 +149,18 @@ def test_what_survives_is_the_same_in_any_order_and_when_cleaned_again(
     _, again, _ = run_clean(folder / "2", files, **chosen)
     for side in ("train", "validation"):
         assert texts_of(outputs[side]) == texts_of(again[side])
-    if unit == "document":
-        summary, again, _ = run_clean(
-            folder / "3", {"a.jsonl": corpus(sorted(kept(outputs)))}, **chosen
-        )
-        assert summary["skipped"] == {} and kept(again) == kept(outputs)
+    summary, again, _ = run_clean(
+        folder / "3", {"a.jsonl": corpus(sorted(kept(outputs)))}, **chosen
+    )
+    assert summary["skipped"] == {} and kept(again) == kept(outputs)
 
 
-@given(DOCUMENTS, DOCUMENTS, UNITS)
+@given(DOCUMENTS, DOCUMENTS)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_more_documents_move_none_to_the_other_side(
-    tmp_path_factory: pytest.TempPathFactory, texts: list[str], more: list[str], unit: str
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], more: list[str]
 ) -> None:
-    folder, chosen = tmp_path_factory.mktemp("any"), everything(unit)
+    folder, chosen = tmp_path_factory.mktemp("any"), EVERYTHING
     others = [sentences(1000 + number, 14) for number in range(30)]
     _, few, _ = run_clean(folder / "few", {"a.jsonl": corpus(others + texts)}, **chosen)
     _, many, _ = run_clean(folder / "many", {"a.jsonl": corpus(others + texts + more)}, **chosen)
