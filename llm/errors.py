@@ -17,10 +17,6 @@ class ArtifactError(FromscratchError):
     """An artifact is missing or damaged. The message names its folder and what to run."""
 
 
-class PlaceError(FromscratchError):
-    """A disk or store that keeps files of an artifact is not there, full, or does not answer."""
-
-
 class DiskFullError(FromscratchError):
     """A disk is full. The message names the file, and the bytes that are needed and free."""
 

@@ -65,21 +65,17 @@ def find_problems(plan: Sequence[PlannedStep], config: RunConfig, store: Store) 
 
 def _folder_problems(config: RunConfig, store: Store) -> Iterator[str]:
     parts = [store.root / name for name in ("staging", "keys", "locks", "stamps")]
-    folders = {"artifacts_dir": [store.root, *(part for part in parts if part.is_dir())]}
-    if config.runtime.cache_dir:
-        folders["cache_dir"] = [Path(config.runtime.cache_dir).absolute()]
-    for setting, paths in folders.items():
-        for path in paths:
-            existing = next(folder for folder in (path, *path.parents) if folder.exists())
-            if not existing.is_dir():
-                yield f"runtime.{setting}: {existing} is a file; expected a folder that can be made"
-                break
-            if reason := _why_not_writable(existing):
-                yield (
-                    f"runtime.{setting}: {existing} cannot be written ({reason}); make it writable,"
-                    " or name another folder"
-                )
-                break
+    for path in (store.root, *(part for part in parts if part.is_dir())):
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not existing.is_dir():
+            yield f"runtime.artifacts_dir: {existing} is a file; expected a folder that can be made"
+            break
+        if reason := _why_not_writable(existing):
+            yield (
+                f"runtime.artifacts_dir: {existing} cannot be written ({reason}); make it writable,"
+                " or name another folder"
+            )
+            break
 
 
 def _why_not_writable(folder: Path) -> str:

@@ -33,8 +33,7 @@ from llm.artifact import (
     read_manifest,
     write_json_atomically,
 )
-from llm.errors import ArtifactError, PlaceError
-from llm.storage.elsewhere import InStore, OnDisk, Place, check_size, read_elsewhere
+from llm.errors import ArtifactError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,22 +97,22 @@ class Store:
         if record is None:
             return None
         folder = self.folder(parts.stage, record.digest)
-        if not folder.is_dir():
+        if not _exists(folder):
             return None
         try:
             self.verify(folder)
             return record, load_artifact(folder)
         except ArtifactError:
             with self._lock_of(folder):
-                self._set_aside_if(ArtifactError, folder)  # another may have, and made it again
+                self._set_aside_if_damaged(folder)  # another process may have, and rebuilt it
             return None
 
     def damage(self, record: KeyRecord) -> str:
         """Say what keeps a recorded artifact from being used, or nothing."""
         folder = self.folder(record.parts.stage, record.digest)
-        if not folder.is_dir():
-            return "its artifact was deleted"
         try:
+            if not _exists(folder):
+                return "its artifact was deleted"
             self.verify(folder)
         except ArtifactError as error:
             return f"its artifact is damaged: {error}"
@@ -144,7 +143,7 @@ class Store:
         manifest = read_manifest(out)
         folder = self.folder(parts.stage, manifest.digest)
         with self._lock_of(folder):
-            self._set_aside_if((ArtifactError, PlaceError), folder)
+            self._set_aside_if_damaged(folder)
             if folder.is_dir():
                 shutil.rmtree(out)
             else:
@@ -157,33 +156,20 @@ class Store:
     def verify(self, folder: Path, *, is_thorough: bool = False) -> None:
         """Check that every file of an artifact is there and whole.
 
-        A file whose size, times and inode are as when it was last verified is taken for
-        unchanged; any other is hashed again, and with `is_thorough` all are. So it is on another
-        disk. A file in a store is trusted until it is read, which checks it; with `is_thorough` it
-        is asked for its size.
+        A file whose size, times and inode are as when it was last verified is taken for unchanged;
+        any other is hashed again, and with `is_thorough` all are.
 
         Raises:
-            ArtifactError: naming the first file that is missing or differs. PlaceError: the disk or
-            the store where a file was put is not there, which is no reason to make it again.
+            ArtifactError: naming the first file that is missing or differs.
         """
-        manifest, elsewhere = read_manifest(folder), read_elsewhere(folder)
+        manifest = read_manifest(folder)
         stamps = {} if is_thorough else self._read_stamps(folder)
         has_news = False
         for record in (*manifest.files, *manifest.logs):
-            place = _place(folder, record.path, elsewhere)
-            if isinstance(place, InStore):
-                if is_thorough:
-                    check_size(place, record)
-                continue
-            path = place.path
-            if record.path in elsewhere:
-                check_size(place, record)
+            path = folder / record.path
             try:
                 stamp = _stamp(path)
             except OSError as error:
-                if read_elsewhere(folder) != elsewhere:  # it was moved just now
-                    self.verify(folder, is_thorough=is_thorough)
-                    return
                 raise ArtifactError(f"{path}: missing ({error.strerror})") from error
             if stamp[0] != record.size_bytes:
                 raise ArtifactError(f"{path}: {stamp[0]} bytes, expected {record.size_bytes}")
@@ -198,18 +184,16 @@ class Store:
         """Move a damaged artifact out of the way, its reason with it, and return where to."""
         target = self.root / "damaged" / f"{folder.parent.name}-{folder.name}-{time.time_ns()}"
         target.parent.mkdir(parents=True, exist_ok=True)
+        written = folder.resolve() if folder.is_symlink() else target  # a link may be relative
         folder.rename(target)
-        (target / "REASON.txt").write_text(reason + "\n", encoding="utf-8")
+        (written / "REASON.txt").write_text(reason + "\n", encoding="utf-8")
         return target
 
-    def _set_aside_if(
-        self, errors: type[Exception] | tuple[type[Exception], ...], folder: Path
-    ) -> None:
-        """Set the artifact in `folder` aside, if one is there, when looking at it raises these."""
-        if folder.is_dir():
+    def _set_aside_if_damaged(self, folder: Path) -> None:
+        if _exists(folder):
             try:
                 self.verify(folder)
-            except errors as error:
+            except ArtifactError as error:
                 self.set_aside(folder, str(error))
 
     def _lock_of(self, folder: Path) -> AbstractContextManager[None]:
@@ -268,11 +252,8 @@ class Store:
         manifest = read_manifest(folder)
         path = self._stamps_path(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
-        elsewhere = read_elsewhere(folder)
         records = (*manifest.files, *manifest.logs)
-        places = {record.path: _place(folder, record.path, elsewhere) for record in records}
-        stamps = {n: _stamp(place.path) for n, place in places.items() if isinstance(place, OnDisk)}
-        write_json_atomically(path, stamps)
+        write_json_atomically(path, {r.path: _stamp(folder / r.path) for r in records})
 
 
 def library_versions(libraries: Sequence[str]) -> dict[str, str]:
@@ -288,10 +269,19 @@ def library_versions(libraries: Sequence[str]) -> dict[str, str]:
     return {library: version(library) for library in libraries}
 
 
-def _place(folder: Path, name: str, elsewhere: Mapping[str, Place]) -> Place:
-    """Return where a file is: in the artifact's folder, or where it was moved to."""
-    path = folder / name
-    return elsewhere[name] if name in elsewhere and not path.exists() else OnDisk(path)
+def _exists(folder: Path) -> bool:
+    """Tell whether an artifact's folder is there.
+
+    Raises:
+        ArtifactError: it is a link to a missing folder. Its disk may only be unmounted, so the
+        artifact is not built again.
+    """
+    if folder.is_symlink() and not folder.exists():
+        raise ArtifactError(
+            f"{folder}: links to {folder.readlink()}, which is missing; mount its disk, or delete"
+            " the link to have the artifact built again"
+        )
+    return folder.is_dir()
 
 
 def _stamp(path: Path) -> list[int]:

@@ -2,9 +2,9 @@
 
 It covers the stage's module and every project module that it imports, transitively, also inside
 functions, up to a wall: packages that decide no bytes of an artifact (`llm.runtime`,
-`llm.monitoring`, `llm.storage`) are never covered, and neither is what only they import. Three
-modules beside them are not: `llm.config` and `llm.settings`, whose values are in the cache key
-themselves, and `llm.errors`, whose texts go to people.
+`llm.monitoring`) are never covered, and neither is what only they import. Three modules beside them
+are not: `llm.config` and `llm.settings`, whose values are in the cache key themselves, and
+`llm.errors`, whose texts go to people.
 """
 
 import ast
@@ -18,7 +18,7 @@ from llm.artifact import DIGEST_HEX_CHARACTERS
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
 NOT_COVERED = frozenset({"llm.config", "llm.errors", "llm.settings"})
-NOT_COVERED_PACKAGES = frozenset({"llm.runtime", "llm.monitoring", "llm.storage"})
+NOT_COVERED_PACKAGES = frozenset({"llm.runtime", "llm.monitoring"})
 
 # CPython 3.11 counts the depth of `ast.parse` once for all threads, and raises a SystemError
 # where two are at it; tasks that are submitted together ask for their digests together

@@ -17,7 +17,6 @@ from llm.errors import (
     DataError,
     DiskFullError,
     FromscratchError,
-    PlaceError,
     StageError,
     TransientError,
 )
@@ -31,7 +30,6 @@ KINDS = (
     ConfigError,
     DataError,
     ArtifactError,
-    PlaceError,
     DiskFullError,
     TransientError,
     StageError,

@@ -26,7 +26,6 @@ from llm.monitoring.metrics import MetricsFile, write_num_parameters
 from llm.monitoring.throughput import TERA, flops_per_token, peak_flops, peak_memory_bytes
 from llm.runtime.job import METRICS, Job
 from llm.seeds import derive_seed
-from llm.storage.file_cache import file_cache
 from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.load import load_tokenizer
 from llm.training.batches import MaskedTokens, NextToken, even_size
@@ -122,7 +121,6 @@ class _Run:
             write_num_parameters(job.work, model.num_parameters())
         self.tokenizer = load_tokenizer(tokenizer_folder)
         rows, self._validation_sequences = _open_rows(job, model, self.tokenizer)
-        rows.fetch(self._report_fetching)
         self.flops_per_token = flops_per_token(model)
         self.peak = peak_flops(device, config.precision)
         is_gpu = device.type == "cuda"
@@ -161,11 +159,6 @@ class _Run:
                 or self.is_due(step, runtime.validate_every_steps)
             ),
         )
-
-    def _report_fetching(self, done_bytes: int, total_bytes: int) -> None:
-        if self.is_writer:
-            self._job.report_progress(done_bytes, total_bytes, "bytes fetched")
-        self._job.raise_if_stopping()
 
     def is_due(self, step: int, every_steps: int) -> bool:
         """Tell whether what happens every so many steps, and after the last, happens at `step`."""
@@ -279,8 +272,8 @@ def _open_rows(
     Raises:
         DataError: they are of another context or vocabulary, or there are none.
     """
-    folder, cache = Path(job.inputs["sequences"]), file_cache(job.runtime)
-    splits = PackedSequences(folder, "train", cache), PackedSequences(folder, "validation", cache)
+    folder = Path(job.inputs["sequences"])
+    splits = PackedSequences(folder, "train"), PackedSequences(folder, "validation")
     layout = splits[0].layout
     problems: list[str] = []
     if layout.seq_len != model.seq_len:

@@ -20,7 +20,6 @@ from llm.errors import (
     DataError,
     DiskFullError,
     Interrupted,
-    PlaceError,
     StageError,
     TransientError,
 )
@@ -89,9 +88,7 @@ def test_finished_stage_leaves_an_artifact_and_its_progress_is_seen(
     assert (tmp_path / "staging" / "out" / "manifest.json").is_file()
 
 
-@pytest.mark.parametrize(
-    "kind", [ArtifactError, ConfigError, DataError, DiskFullError, PlaceError, StageError]
-)
+@pytest.mark.parametrize("kind", [ArtifactError, ConfigError, DataError, DiskFullError, StageError])
 def test_user_error_arrives_as_it_was_raised_and_without_a_traceback(
     kind: type[Exception], run_stage: Callable[..., None]
 ) -> None:
