@@ -1,5 +1,6 @@
 """How a step becomes a cached, tracked artifact: key -> verified hit, or build and publish."""
 
+import contextlib
 import shutil
 import threading
 import time
@@ -15,9 +16,17 @@ from llm.runtime.disk import refuse_full_disk
 from llm.runtime.job import Job, is_finished
 from tasks.launch import Progress, launch
 from tasks.plan import PlannedStep, Selection, explain, key_parts, reusable, section_of
-from tasks.stages import PipelineStep
+from tasks.stages import CLEAN, PACK, PipelineStep
 from tasks.store import KeyParts, KeyRecord, Store
-from tasks.tracking.tracker import Dataset, Tracker
+from tasks.tracking.journal import (
+    Dataset,
+    ModelFinished,
+    ModelStarted,
+    StageCached,
+    StageFinished,
+    StageStarted,
+)
+from tasks.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +106,7 @@ class Builder:
             Interrupted, StageError, DataError: as `launch` does. DiskFullError: here or there.
             ConfigError: before a training, a prompt of `evaluate` that is longer than the context.
         """
-        inputs = {name: self.outcomes[made_first] for name, made_first in step.inputs.items()}
+        inputs = {name: self.outcomes[dependency] for name, dependency in step.inputs.items()}
         digests = {name: outcome.digest for name, outcome in inputs.items()}
         parts = key_parts(step, self.config, digests, self.store)
         lock_name = f"{parts.stage}-{parts.key}"
@@ -142,8 +151,7 @@ class Builder:
             return None
         record, artifact = hit
         outcome = _outcome(parts, artifact, "cached", reason, 0.0, record.links)
-        run_id = record.links.get("mlflow_run_id", "")
-        self.tracker.stage_cached(parts.stage, parts.role, artifact.digest, run_id)
+        self.tracker.log(cached_event(outcome))
         return outcome
 
     def _declare_reused(self, parts: KeyParts) -> tuple[KeyRecord, Artifact] | None:
@@ -179,7 +187,10 @@ class Builder:
         job = self._job(step, parts, inputs, folder)
         self._display.started(step.name, reason)
         started_at = time.monotonic()
-        self.tracker.stage_started(parts.stage, parts.role, parts.key, {"reason": reason})
+        stage, role = parts.stage, parts.role
+        self.tracker.log(
+            StageStarted(stage=stage, role=role, key=parts.key, tags={"reason": reason})
+        )
         if step.stage.is_training:
             self._start_model_run(step, parts, job.work)
 
@@ -205,9 +216,9 @@ class Builder:
         except BaseException as error:
             seconds = time.monotonic() - started_at
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
-            self.tracker.stage_finished(parts.stage, parts.role, "", seconds, {}, status)
+            self.tracker.log(StageFinished(stage=stage, role=role, seconds=seconds, status=status))
             if step.stage.is_training:
-                self.tracker.model_interrupted(parts.stage, status)
+                self.tracker.log(ModelFinished(stage=stage, status=status))
             raise
         seconds = time.monotonic() - started_at
         return self._remember(step, parts, artifact, reason, seconds)
@@ -220,7 +231,7 @@ class Builder:
         reason: str,
         seconds: float,
     ) -> Outcome:
-        """Write the key's record and tell the tracker."""
+        """Write the key's record and log the end of the stage."""
         record = KeyRecord(
             key=parts.key,
             parts=parts,
@@ -231,12 +242,16 @@ class Builder:
         )
         self.store.remember(record)
         self._records[step] = record
-        self.tracker.stage_finished(
-            parts.stage, parts.role, artifact.digest, seconds, artifact.summary, "FINISHED"
+        stage, content, summary = parts.stage, artifact.digest, artifact.summary
+        self.tracker.log(
+            StageFinished(
+                stage=stage, role=parts.role, seconds=seconds, digest=content, summary=summary
+            )
         )
         if step.stage.is_training:
-            self.tracker.model_finished(
-                parts.stage, artifact.digest, artifact.path, artifact.summary, "FINISHED"
+            folder = str(artifact.path)
+            self.tracker.log(
+                ModelFinished(stage=stage, digest=content, folder=folder, summary=summary)
             )
         return _outcome(parts, artifact, "built", reason, seconds, self._links)
 
@@ -257,28 +272,26 @@ class Builder:
         )
 
     def _start_model_run(self, step: PipelineStep, parts: KeyParts, work: Path) -> None:
-        """Begin the model's run: every setting from the corpus on, and its data."""
-        made_from = _all_inputs(step)
-        sections = {made_first.stage.name for made_first in made_from} | {parts.stage}
+        """Log the start of training: the settings of all stages up to it, and its data."""
+        with contextlib.suppress(OSError):  # `launch` reports it
+            work.mkdir(parents=True, exist_ok=True)
+        dependencies = _all_inputs(step)
+        sections = {dependency.stage.name for dependency in dependencies} | {parts.stage}
         settings = {
             key: value
             for key, value in flatten(self.config).items()
             if key.split(".")[0] in sections | {"name", "seed"}
         }
-        datasets: list[Dataset] = []
-        for made_first in made_from:
-            if made_first.stage.name in ("clean", "pack"):
-                outcome = self.outcomes[made_first]
-                datasets.append(
-                    Dataset(
-                        name=made_first.name,
-                        digest=outcome.digest,
-                        path=outcome.path,
-                        context="training",
-                    )
-                )
-        self.tracker.model_started(
-            parts.stage, parts.key, settings, datasets, work, dict(self._links)
+        data = [self.outcomes[known] for known in dependencies if known.stage in (CLEAN, PACK)]
+        self.tracker.log(
+            ModelStarted(
+                stage=parts.stage,
+                key=parts.key,
+                settings=settings,
+                datasets=[Dataset(name=o.name, digest=o.digest, path=o.path) for o in data],
+                work_folder=str(work),
+                links=self._links,
+            )
         )
 
 
@@ -289,6 +302,16 @@ def cached_outcome(item: PlannedStep, store: Store) -> Outcome:
         raise ValueError(f"{item.step.name} is not cached")
     artifact = load_artifact(store.folder(record.parts.stage, record.digest))
     return _outcome(record.parts, artifact, "cached", item.reason, 0.0, record.links)
+
+
+def cached_event(outcome: Outcome) -> StageCached:
+    """Return the tracking event of a cached step."""
+    return StageCached(
+        stage=outcome.stage,
+        role=outcome.role,
+        digest=outcome.digest,
+        run_id=outcome.links.get("mlflow_run_id", ""),
+    )
 
 
 def _refuse_long_prompts(config: RunConfig, inputs: Mapping[str, Outcome]) -> None:
@@ -302,8 +325,8 @@ def _refuse_long_prompts(config: RunConfig, inputs: Mapping[str, Outcome]) -> No
 
 def _all_inputs(step: PipelineStep) -> Sequence[PipelineStep]:
     found: dict[PipelineStep, None] = {}
-    for made_first in step.inputs.values():
-        found |= dict.fromkeys(_all_inputs(made_first)) | {made_first: None}
+    for dependency in step.inputs.values():
+        found |= dict.fromkeys(_all_inputs(dependency)) | {dependency: None}
     return list(found)
 
 

@@ -1,8 +1,7 @@
-"""The curves of a model: from the file its training writes to its MLflow run, live and once each.
+"""Training curves: read the growing metrics file and send each point to MLflow once, live.
 
-MLflow itself is asked how far a run's curves are, per metric, whenever that is not certain: after
-an outage, or when a training goes on in another process. So there is no second record to be wrong,
-and a step that a resumed training repeats is not drawn twice.
+After an outage, or when training continues in another process, MLflow is asked for the last step of
+each metric. No second record is kept, and a step that a resumed training repeats is not sent twice.
 """
 
 import json
@@ -13,19 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tasks.tracking.client import MlflowStore
+from tasks.tracking.client import MlflowConnection
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow.entities import Metric
 
-METRICS_PER_BATCH = 900  # MLflow takes 1000 entities in a call
+METRICS_PER_BATCH = 900  # MLflow accepts 1000 entities per call
 TOKENS_AXIS, SECONDS_AXIS = "x-axis/tokens", "x-axis/seconds"  # listed after the curves
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One line of `metrics.jsonl`: what was measured at a step."""
+    """One line of `metrics.jsonl`: the metrics of a step."""
 
     step: int
     tokens: int
@@ -33,23 +32,23 @@ class Point:
     metrics: Mapping[str, float]
 
     def values(self) -> dict[str, float]:
-        """Return the metrics with the two other axes one may want to see them over."""
+        """Return the metrics, and tokens and seconds as alternative x axes."""
         return {**self.metrics, TOKENS_AXIS: self.tokens, SECONDS_AXIS: self.seconds}
 
 
 class PointFile:
-    """Reads a growing `metrics.jsonl`; a training that resumes may cut it and write on."""
+    """Reads a growing `metrics.jsonl`, which a resumed training may truncate and extend."""
 
     def __init__(self, path: Path) -> None:
-        """Start at the beginning of a file that need not exist yet."""
+        """Start at the beginning; the file need not exist yet."""
         self.path = path
         self.started_at_ms = 0
-        """When second zero was, told by the last line and by when the file was last written."""
+        """When second zero was, computed from the last line and the file's modification time."""
         self._offset_bytes = 0
         self._last_line = b""
 
     def read_new(self) -> list[Point]:
-        """Return the points of all whole lines not returned yet; all, if the file was rewritten."""
+        """Return the points of new complete lines, or of all lines of a rewritten file."""
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
@@ -74,27 +73,27 @@ class PointFile:
 class Curves:
     """Sends points to one run, in order, each once."""
 
-    def __init__(self, store: MlflowStore, run_id: str, *, is_new: bool) -> None:
-        """Send to `run_id`, which has no points at all if it `is_new`."""
-        self._store = store
+    def __init__(self, mlflow: MlflowConnection, run_id: str, *, is_new: bool) -> None:
+        """Send to `run_id`; `is_new` says that it has no points yet."""
+        self._mlflow = mlflow
         self._run_id = run_id
         self._last_step: dict[str, int] = {}
         self._is_certain = is_new
         self._pending: list[Point] = []
 
     def send_new(self, file: PointFile) -> None:
-        """Send what `file` has and the run has not. After an error, call it again."""
+        """Send the points that the run lacks. After an error, call it again."""
         self._pending += file.read_new()
         try:
             batch: list[Metric] = []
             for point in self._pending:
                 missing = self._missing(point, file.started_at_ms)
                 if len(batch) + len(missing) > METRICS_PER_BATCH:
-                    self._store.client.log_batch(self._run_id, metrics=batch)
+                    self._mlflow.client.log_batch(self._run_id, metrics=batch)
                     batch = []
                 batch += missing
             if batch:
-                self._store.client.log_batch(self._run_id, metrics=batch)
+                self._mlflow.client.log_batch(self._run_id, metrics=batch)
         except Exception:
             self._last_step.clear()
             self._is_certain = False
@@ -111,17 +110,17 @@ class Curves:
                 self._last_step[key] = -1 if self._is_certain else self._last_delivered_step(key)
             if point.step > self._last_step[key]:
                 self._last_step[key] = point.step
-                shown = math.nan if math.isinf(value) else value  # drawn as 1.8e308 otherwise
+                shown = math.nan if math.isinf(value) else value  # MLflow would draw 1.8e308
                 missing.append(Metric(key, shown, at_ms, point.step))
         return missing
 
     def _last_delivered_step(self, key: str) -> int:
-        history = self._store.client.get_metric_history(self._run_id, key)
+        history = self._mlflow.client.get_metric_history(self._run_id, key)
         return max((metric.step for metric in history), default=-1)
 
 
 def draw_losses(points: Sequence[Point], title: str) -> "Figure":
-    """Draw training and validation loss over the tokens seen."""
+    """Plot training and validation loss over tokens."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
@@ -139,7 +138,7 @@ def draw_losses(points: Sequence[Point], title: str) -> "Figure":
 
 
 def _point(line: bytes) -> Point | None:
-    """Read one line; one that a kill tore apart is no point."""
+    """Parse one line; None if a kill truncated it."""
     try:
         data = cast(dict[str, Any], json.loads(line))
         return Point(

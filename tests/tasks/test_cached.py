@@ -10,6 +10,7 @@ import pytest
 from llm.artifact import read_manifest
 from llm.errors import DataError, Interrupted
 from tasks.store import Store
+from tasks.tracking.journal import StageFinished
 from tests import tiny
 
 
@@ -111,7 +112,7 @@ def test_two_runs_at_once_build_once(sources: list[str], tmp_path: Path) -> None
     assert statuses == ["built", "cached"]
 
 
-def test_bad_data_is_told_to_the_tracker_and_nothing_is_published(tmp_path: Path) -> None:
+def test_bad_data_is_logged_as_a_failed_stage_and_nothing_is_published(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("")
     (tmp_path / "chats.jsonl").write_text("")
     overrides = [
@@ -121,8 +122,8 @@ def test_bad_data_is_told_to_the_tracker_and_nothing_is_published(tmp_path: Path
     tracker = tiny.SilentTracker()
     with pytest.raises(DataError):
         tiny.build(tmp_path / "artifacts", overrides, "clean corpus", tracker=tracker)
-    finished = [arguments for name, arguments in tracker.told if name == "stage_finished"]
-    assert finished[-1][-1] == "FAILED"
+    finished = [event for event in tracker.events if isinstance(event, StageFinished)]
+    assert finished[-1].status == "FAILED"
     assert not list((tmp_path / "artifacts").glob("clean/*"))
 
 
