@@ -216,7 +216,13 @@ def _result(
     from flows.result import cached_result
 
     if all(item.status == "cached" and item.reason == "unchanged" for item in plan):
-        return cached_result(config, plan, store)
+        result = cached_result(config, plan, store)
+        if getattr(options, "sweep", ""):
+            from tasks.cached import log_cached_run
+
+            links = {"sweep": options.sweep}
+            log_cached_run(config, store, result.outcomes, options.name, links)
+        return result
     refuse_what_cannot_run(plan, config, store)
     return _run_flow(options, config, store)
 
@@ -322,7 +328,7 @@ def _show_plan(
         stages = [
             {
                 "stage": item.step.stage.name,
-                "role": item.step.role,
+                "role": str(item.step.role),
                 "status": item.status,
                 "reason": item.reason,
                 "digest": item.digest,

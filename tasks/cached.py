@@ -1,6 +1,7 @@
-"""How a step becomes a cached, tracked artifact: key -> verified hit, or build and publish."""
+"""Build the steps of a run: compute the key, return a verified artifact or build and publish it."""
 
 import contextlib
+import functools
 import shutil
 import threading
 import time
@@ -16,12 +17,13 @@ from llm.runtime.disk import refuse_full_disk
 from llm.runtime.job import Job, is_finished
 from tasks.launch import Progress, launch
 from tasks.plan import PlannedStep, Selection, explain, key_parts, reusable, section_of
-from tasks.stages import CLEAN, PACK, PipelineStep
+from tasks.stages import CLEAN, PACK, PipelineStep, step_name
 from tasks.store import KeyParts, KeyRecord, Store
 from tasks.tracking.journal import (
     Dataset,
     ModelFinished,
     ModelStarted,
+    PipelineStarted,
     StageCached,
     StageFinished,
     StageStarted,
@@ -31,7 +33,7 @@ from tasks.tracking.tracker import Tracker
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What became of one step: small, so that it can pass between tasks in place of data."""
+    """The result of one step, small enough to pass between tasks instead of data."""
 
     stage: str
     role: str
@@ -44,35 +46,35 @@ class Outcome:
     """The artifact's folder."""
     summary: Mapping[str, Json] = field(default_factory=dict[str, Json])
     links: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Ids of the runs that made it: `mlflow_run_id`, `mlflow_model_run_id`, `prefect_run_id`."""
+    """Ids of the runs that built it: `mlflow_run_id`, `mlflow_model_run_id`, `prefect_run_id`."""
 
     @property
     def name(self) -> str:
-        """What people call it: `pack corpus`, `pretrain`."""
-        return f"{self.stage} {self.role}".strip()
+        """The display name: `pack corpus`, `pretrain`."""
+        return step_name(self.stage, self.role)
 
 
 class Display(Protocol):
-    """Shows a person how a run goes. Called from several threads."""
+    """Shows the progress of a run. Called from several threads."""
 
     def started(self, name: str, reason: str) -> None:
-        """A step is being built, for this reason."""
+        """A step is being built."""
 
     def waits(self, name: str) -> None:
-        """Another run is building the same artifact; this one waits for it."""
+        """The step waits for another run that builds the same artifact."""
 
     def progressed(self, name: str, progress: Progress) -> None:
-        """A step went on."""
+        """A step made progress."""
 
     def restarted(self, name: str, why: str) -> None:
-        """A step's process was killed or hung, and is started again."""
+        """A step's process was killed or hung, and is restarted."""
 
     def finished(self, outcome: Outcome) -> None:
         """A step is built or was cached."""
 
 
 class Builder:
-    """Builds the steps of one run, each once, or takes them from the store."""
+    """Builds the steps of one run, each once, or takes them from the artifact store."""
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class Builder:
         should_stop: Callable[[], bool] = lambda: False,
         links: Mapping[str, str] | None = None,
     ) -> None:
-        """Prepare to build with one resolved recipe. `links` names the Prefect run, say."""
+        """Prepare to build. `links` holds ids and URLs, such as that of the Prefect run."""
         self.config = config
         self.store = store
         self.tracker = tracker
@@ -100,20 +102,20 @@ class Builder:
     def build(
         self, step: PipelineStep, on_progress: Callable[[Progress], None] | None = None
     ) -> Outcome:
-        """Return the outcome of `step`, whose inputs were built by this builder before.
+        """Build `step`, whose inputs this builder has built before, or find it in the store.
 
         Raises:
-            Interrupted, StageError, DataError: as `launch` does. DiskFullError: here or there.
-            ConfigError: before a training, a prompt of `evaluate` that is longer than the context.
+            Interrupted, StageError, DataError: as `launch`. DiskFullError: in the stage or here.
+            ConfigError: before training: a prompt of `evaluate` exceeds the context.
         """
         inputs = {name: self.outcomes[dependency] for name, dependency in step.inputs.items()}
         digests = {name: outcome.digest for name, outcome in inputs.items()}
         parts = key_parts(step, self.config, digests, self.store)
         lock_name = f"{parts.stage}-{parts.key}"
-        say_once = _once(lambda: self._display.waits(step.name))
+        show_once = functools.cache(lambda: self._display.waits(step.name))
 
         def wait() -> None:
-            say_once()
+            show_once()
             self._raise_if_stopping(step)
 
         self._raise_if_stopping(step)
@@ -127,7 +129,7 @@ class Builder:
         return outcome
 
     def finish(self) -> None:
-        """After the tracker is closed: note in which runs the new artifacts are to be seen."""
+        """Add MLflow run ids to the records of new artifacts, after the tracker is closed."""
         for step, record in self._records.items():
             links = {**record.links, "mlflow_run_id": self.tracker.pipeline_run_id}
             if step.stage.is_training:
@@ -138,7 +140,7 @@ class Builder:
 
     def _raise_if_stopping(self, step: PipelineStep) -> None:
         if self._should_stop():
-            raise Interrupted(f"{step.name} was not begun: the run was stopped")
+            raise Interrupted(f"{step.name} was not started: the run was stopped")
 
     def _from_store(self, step: PipelineStep, parts: KeyParts) -> Outcome | None:
         if self._selection.is_forced(step.stage):
@@ -155,7 +157,7 @@ class Builder:
         return outcome
 
     def _declare_reused(self, parts: KeyParts) -> tuple[KeyRecord, Artifact] | None:
-        """File the newest artifact that differs in code alone under this key too, saying so."""
+        """Record the newest artifact that differs in code or libraries alone under this key too."""
         old = reusable(parts, self.store)
         if old is None:
             return None
@@ -180,7 +182,7 @@ class Builder:
         on_progress: Callable[[Progress], None] | None,
     ) -> Outcome:
         is_forced = self._selection.is_forced(step.stage)
-        reason = "asked for (--force or --from)" if is_forced else explain(parts, self.store)
+        reason = "requested (--force or --from)" if is_forced else explain(parts, self.store)
         if step.stage.is_training:
             _refuse_long_prompts(self.config, inputs)
         folder = self.store.staging(parts)
@@ -200,7 +202,7 @@ class Builder:
                 on_progress(progress)
 
         try:
-            if not is_finished(job.out):  # a parent killed before it could publish leaves one
+            if not is_finished(job.out):  # else an earlier run was killed before publishing
                 launch(
                     job,
                     folder,
@@ -209,7 +211,8 @@ class Builder:
                     should_stop=self._should_stop,
                     on_restart=lambda why: self._display.restarted(step.name, why),
                 )
-            # They share files with the artifact, whose stamps are taken when it is published.
+            # Shards share files with the artifact by hard links: removing them later would change
+            # the stamps that `publish` takes.
             for name in ("checkpoints", "shards"):
                 shutil.rmtree(job.work / name, ignore_errors=True)
             artifact = self.store.publish(parts, job.out)
@@ -314,9 +317,25 @@ def cached_event(outcome: Outcome) -> StageCached:
     )
 
 
+def log_cached_run(
+    config: RunConfig,
+    store: Store,
+    outcomes: Sequence[Outcome],
+    name: str,
+    links: Mapping[str, str],
+) -> None:
+    """Log a run whose steps are all cached, so that a sweep lists and tags it like its others."""
+    tracker = Tracker(config, store.root)
+    project, settings = config.runtime.project, flatten(config)
+    tracker.log(PipelineStarted(project=project, name=name, settings=settings, links=links))
+    for outcome in outcomes:
+        tracker.log(cached_event(outcome))
+    tracker.close()
+
+
 def _refuse_long_prompts(config: RunConfig, inputs: Mapping[str, Outcome]) -> None:
-    """Raise now, rather than after a training, for prompts that the evaluation could not use."""
-    from llm.evaluation.prompts import encode_prompts  # brings numpy and tokenizers
+    """Raise before training, rather than after, for prompts that evaluation cannot use."""
+    from llm.evaluation.prompts import encode_prompts  # imports numpy and tokenizers
     from llm.tokenizer.load import load_tokenizer
 
     folder = inputs["tokenizer" if "tokenizer" in inputs else "base"].path
@@ -350,15 +369,3 @@ def _outcome(
         summary=artifact.summary,
         links=links,
     )
-
-
-def _once(function: Callable[[], None]) -> Callable[[], None]:
-    """Return a function that calls `function` the first time only."""
-    calls: list[None] = []
-
-    def call() -> None:
-        if not calls:
-            calls.append(None)
-            function()
-
-    return call

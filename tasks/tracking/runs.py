@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from tasks.stages import step_name
 from tasks.store import Store
 from tasks.tracking.client import (
     DIGEST_TAG,
@@ -63,7 +64,7 @@ class PipelineRuns:
 
     def start_stage(self, event: StageStarted, at_ms: int) -> None:
         """Start a child run with the stage's own settings."""
-        title = f"{event.stage} {event.role}".strip()
+        title = step_name(event.stage, event.role)
         tags = {
             "mlflow.parentRunId": self._book.run_ids["pipeline"],
             STAGE_TAG: event.stage,
@@ -79,12 +80,13 @@ class PipelineRuns:
 
     def finish_stage(self, event: StageFinished, at_ms: int) -> None:
         """End a child run with the summary of the stage's artifact."""
-        name = f"stage/{event.stage} {event.role}".strip()
+        title = step_name(event.stage, event.role)
+        name = f"stage/{title}"
         run_id = self._book.run_ids[name]
         metrics, texts = split_summary(without_funnel(event.summary))
         self._mlflow.log_metrics(run_id, {"seconds": event.seconds, **metrics}, at_ms)
         self._mlflow.set_tags(run_id, {**texts, DIGEST_TAG: event.digest})
-        log_funnel(self._mlflow, run_id, f"{event.stage} {event.role}".strip(), event.summary)
+        log_funnel(self._mlflow, run_id, title, event.summary)
         if event.stage == "train_tokenizer" and event.digest:
             folder = Store(self._artifacts_dir).folder(event.stage, event.digest)
             log_tokenizer_report(self._mlflow, run_id, folder)
@@ -97,7 +99,7 @@ class PipelineRuns:
             tags = {STAGE_TAG: event.stage, DIGEST_TAG: event.digest}
             found = self._mlflow.find_run("pipelines", tags)
             built_in = found.info.run_id if found else "unknown"
-        name = f"{event.stage} {event.role}".strip()
+        name = step_name(event.stage, event.role)
         tag = {f"cached/{name}": f"{event.digest} built in run {built_in}"}
         self._mlflow.set_tags(self._book.run_ids["pipeline"], tag)
 

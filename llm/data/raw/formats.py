@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llm.errors import DataError
+from llm.role import Role
 
 Content = Literal["text", "chats"]
 
@@ -49,7 +50,7 @@ def format_of(name: str) -> Format | None:
 def content_of(role: str) -> Content:
     """Return what a source holds by its role: `corpus` is text, `chats.sources.1` are chats."""
     contents: dict[str, Content] = {"corpus": "text", "chats": "chats"}
-    return contents[role.partition(".")[0]]
+    return contents[Role.parse(role).name]
 
 
 def keys_of(content: Content, text_key: str) -> tuple[str, ...]:
