@@ -161,17 +161,7 @@ class Builder:
         old = reusable(parts, self.store)
         if old is None:
             return None
-        self.store.remember(
-            KeyRecord(
-                key=parts.key,
-                parts=parts,
-                digest=old.digest,
-                seconds=old.seconds,
-                made_at=old.made_at,
-                reused_from=old.key,
-                links=old.links,
-            )
-        )
+        self.store.remember(replace(old, key=parts.key, parts=parts, reused_from=old.key))
         return self.store.find(parts)
 
     def _build(

@@ -31,7 +31,7 @@ from llm.runtime.job import (
 )
 from tasks.cluster.runner import ShardRunner
 
-SECONDS_BETWEEN_POLLS = 0.05
+CHILD_POLL_SECONDS = 0.05
 SECONDS_TO_SAVE = 60.0  # for a stopped child to save a checkpoint before it is killed
 
 
@@ -140,7 +140,7 @@ def _run(
         watch = _Watch(job.work, on_progress, job.runtime.stall_seconds if is_training else 0)
         while True:
             try:
-                return _End(code=child.wait(timeout=SECONDS_BETWEEN_POLLS))
+                return _End(code=child.wait(timeout=CHILD_POLL_SECONDS))
             except subprocess.TimeoutExpired:
                 watch.poll()
                 runner.poll()
@@ -189,7 +189,7 @@ class _Watch:
         now = time.monotonic()
         if now < self._next_at:
             return
-        self._next_at = now + 4 * SECONDS_BETWEEN_POLLS
+        self._next_at = now + 4 * CHILD_POLL_SECONDS
         seen = tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in self._files)
         if seen != self._seen:
             self._seen, self._seen_at = seen, now
@@ -207,4 +207,4 @@ def _wait_for_leftovers(work: Path, should_stop: Callable[[], bool]) -> None:
             except BlockingIOError:
                 if should_stop():
                     raise Interrupted("stopped while an earlier attempt was ending") from None
-                time.sleep(SECONDS_BETWEEN_POLLS)
+                time.sleep(CHILD_POLL_SECONDS)

@@ -1,6 +1,7 @@
 """Plan a run: for every step, whether it is cached or why it has to be built."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,11 +48,8 @@ class Selection:
 
     def is_forced(self, stage: Stage) -> bool:
         """Tell whether a stage is built even if cached."""
-        names = [known.name for known in STAGES]
-        comes_later = bool(self.start_from) and names.index(stage.name) >= names.index(
-            self.start_from
-        )
-        return stage.name in self.force or comes_later
+        later = itertools.dropwhile(lambda known: known.name != self.start_from, STAGES)
+        return stage.name in self.force or stage in later
 
     def takes(self, steps: Sequence[PipelineStep]) -> list[PipelineStep]:
         """Return the steps of a run: all, or with `--only` one stage and its dependencies."""
@@ -156,13 +154,13 @@ def explain(parts: KeyParts, store: Store) -> str:
     nearest: list[str] | None = None
     for record in store.records(parts.stage):
         if record.parts.role == parts.role:
-            found = list(differences(record.parts, parts))
+            found = list(key_differences(record.parts, parts))
             if nearest is None or len(found) < len(nearest):
                 nearest = found
     return "never built" if nearest is None else "; ".join(nearest)
 
 
-def differences(before: KeyParts, now: KeyParts) -> Iterator[str]:
+def key_differences(before: KeyParts, now: KeyParts) -> Iterator[str]:
     """Yield each difference between the parts of two keys, for people."""
     prefix = f"{now.stage}.{now.role}" if now.stage == "download" else now.stage
     old, new = flatten(before.settings, prefix), flatten(now.settings, prefix)
@@ -191,14 +189,10 @@ def differences(before: KeyParts, now: KeyParts) -> Iterator[str]:
 
 def reusable(parts: KeyParts, store: Store) -> KeyRecord | None:
     """Return the newest record that differs from `parts` in code or library versions only."""
+    wanted = dataclasses.replace(parts, code={}, libraries={})
     for record in store.records(parts.stage):
-        old = record.parts
-        if (old.role, old.settings, old.seed, old.inputs) == (
-            parts.role,
-            parts.settings,
-            parts.seed,
-            parts.inputs,
-        ) and store.find(old):
+        found = dataclasses.replace(record.parts, code={}, libraries={})
+        if found == wanted and store.find(record.parts):
             return record
     return None
 

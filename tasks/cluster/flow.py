@@ -41,13 +41,13 @@ from llm.errors import StageError
 from llm.runtime.failures import error_to_json
 from llm.runtime.job import Job, die_with_parent, is_finished, read_job
 from llm.runtime.shards import MAX_ATTEMPTS, Wanted, read_wanted
-from tasks.cluster.runner import ERROR
+from tasks.cluster.runner import CLUSTER_ERROR
 from tasks.cluster.worker import Lease, ShardKilledError, run_shard
 from tasks.stages import step_name
 
 MAX_AT_ONCE = 512  # one thread each
-SECONDS_BETWEEN_POLLS = 0.5
-SECONDS_BETWEEN_CANCEL_POLLS = 3.0
+SHARD_POLL_SECONDS = 0.5
+CANCEL_POLL_SECONDS = 3.0
 SECONDS_TO_CONNECT = 30
 RAY_OBJECT_BYTES = 80 * 2**20  # Ray's minimum: no data passes through it
 
@@ -150,7 +150,7 @@ def shards_flow(job: Job, wanted: Wanted, submit: Submit) -> Flow[[], State[Any]
                     future = shard.submit(waiting.popleft())
                     future.add_done_callback(ended.put)
                 with contextlib.suppress(queue.Empty):
-                    ended.get(timeout=SECONDS_BETWEEN_POLLS).result()
+                    ended.get(timeout=SHARD_POLL_SECONDS).result()
                     left -= 1
                 if not lease.is_wanted and not _are_finished(folder, wanted):
                     return Cancelled(message="the stage that needs them has ended")
@@ -178,7 +178,7 @@ def _as_task(
         wait = submit(str(folder), name, wanted.id)
         while not is_over.is_set():
             try:
-                wait(SECONDS_BETWEEN_POLLS)
+                wait(SHARD_POLL_SECONDS)
             except TimeoutError:
                 continue
             return Completed()
@@ -206,7 +206,7 @@ def main() -> None:
             _run(job, shards_flow(job, wanted, submit))
     except BaseException as error:
         traceback.print_exc()
-        write_json_atomically(job.work / "shards" / ERROR, error_to_json(error))
+        write_json_atomically(job.work / "shards" / CLUSTER_ERROR, error_to_json(error))
         raise SystemExit(1) from None
 
 
@@ -244,7 +244,7 @@ def _cancel_watch() -> Callable[[], bool]:
     def is_cancelled() -> bool:
         if time.monotonic() < next_at[0]:
             return False
-        next_at[0] = time.monotonic() + SECONDS_BETWEEN_CANCEL_POLLS
+        next_at[0] = time.monotonic() + CANCEL_POLL_SECONDS
         with contextlib.suppress(httpx.HTTPError), get_client(sync_client=True) as client:
             state = client.read_flow_run(run_id).state
             return state is not None and (state.is_cancelling() or state.is_cancelled())

@@ -16,7 +16,7 @@ from llm.runtime.failures import error_from_json, error_to_json, how_it_ended
 from llm.runtime.job import Job
 from llm.runtime.shards import WANTED, read_wanted
 
-ERROR = "cluster_error.json"
+CLUSTER_ERROR = "cluster_error.json"
 LOG = "cluster.log"
 SECONDS_TO_FINISH = 20.0  # to shut down a local cluster
 EXTRAS = {"dask": "prefect_dask", "ray": "prefect_ray"}
@@ -49,7 +49,7 @@ class ShardRunner:
         self._is_used = job.runtime.shard_runner != "processes"
         if problem := missing_runner(job.runtime):
             raise ConfigError(problem)
-        for stale in (WANTED, ERROR):  # left by a killed stage
+        for stale in (WANTED, CLUSTER_ERROR):  # left by a killed stage
             (self._folder / stale).unlink(missing_ok=True)
 
     def poll(self) -> None:
@@ -107,7 +107,7 @@ class ShardRunner:
     def _failure(self, code: int) -> FromscratchError:
         where = self._job.runtime.cluster_address or "a cluster on this machine"
         try:
-            found = json.loads((self._folder / ERROR).read_bytes())
+            found = json.loads((self._folder / CLUSTER_ERROR).read_bytes())
         except FileNotFoundError:
             found = error_to_json(StageError(f"its process {how_it_ended(code)}"))
         kind = type(error_from_json(found, self._job.stage))

@@ -13,7 +13,7 @@ from llm.runtime.failures import OUTPUT, how_it_ended, read_failure
 from llm.runtime.job import is_finished, read_job
 from llm.runtime.shards import JOB, WANTED, end_processes, read_wanted, shard_work, start_shard
 
-SECONDS_BETWEEN_POLLS = 0.2
+LEASE_POLL_SECONDS = 0.2
 SECONDS_TO_APPEAR = 15.0  # for a file that another machine wrote
 SECONDS_UNTIL_EXPIRED = 180.0  # three times as long as NFS may serve stale attributes of a file
 
@@ -62,7 +62,7 @@ def run_shard(folder: str, name: str, wanted_id: str) -> None:
         process = start_shard(work, job.stage, output)
     try:
         while process.poll() is None and lease.is_wanted:
-            time.sleep(SECONDS_BETWEEN_POLLS)
+            time.sleep(LEASE_POLL_SECONDS)
     finally:
         end_processes([process])
     if is_finished(job.out) or not lease.is_wanted:
@@ -86,4 +86,4 @@ def _wait_for(path: Path) -> None:
                 f"{platform.node()} does not see {path}: every machine of the cluster needs the"
                 " artifacts under the same path; set runtime.artifacts_dir to a shared folder"
             )
-        time.sleep(SECONDS_BETWEEN_POLLS)
+        time.sleep(LEASE_POLL_SECONDS)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SCHEME = "mlflow-artifacts"
 ROOT = f"{SCHEME}:/"
 DATABASE, FOLDER = "mlflow.db", "mlruns"
-COLUMNS = (
+LOCATION_COLUMNS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
@@ -66,7 +66,7 @@ def correct_locations(artifacts_dir: Path) -> int:
     timeout = SECONDS_TO_WAIT_FOR_A_WRITER
     with closing(sqlite3.connect(database, timeout=timeout)) as connection, connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
-        for table, column in COLUMNS:
+        for table, column in LOCATION_COLUMNS:
             if table not in tables:
                 continue
             select = f"SELECT rowid, {column} FROM {table} WHERE {column} LIKE '%/{FOLDER}%'"

@@ -34,7 +34,7 @@ from tasks.tracking.journal import (
 )
 from tasks.tracking.runs import MlflowRuns
 
-SECONDS_BETWEEN_POLLS = 2.0
+METRICS_POLL_SECONDS = 2.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 30.0
 SECONDS_FOR_OUTAGE = 5.0  # how long `close` waits when MLflow is already unreachable
 logger = logging.getLogger("fromscratch")
@@ -193,7 +193,7 @@ class Delivery:
             elif self._is_closing.is_set():
                 return False  # the disk was too full for PipelineFinished
             else:
-                self._has_news.wait(SECONDS_BETWEEN_POLLS)
+                self._has_news.wait(METRICS_POLL_SECONDS)
                 self._has_news.clear()
                 if not self._insist(mlflow, runs.follow, "metrics", on_refusal=runs.release):
                     return False

@@ -29,7 +29,7 @@ def tracked(
 @pytest.fixture
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Poll and retry more often than in production."""
-    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_POLLS", 0.1)
+    monkeypatch.setattr(tracking, "METRICS_POLL_SECONDS", 0.1)
     monkeypatch.setattr(tracking, "FIRST_PAUSE_SECONDS", 0.1)
     monkeypatch.setattr(tracking, "SECONDS_FOR_OUTAGE", 0.5)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

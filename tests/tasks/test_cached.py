@@ -1,4 +1,4 @@
-"""Steps are built once, found again, finished when a kill came between, and built by one of two."""
+"""Steps are built once, cached, resumed after a kill, and built by one of two runs."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Shards on clusters of this machine: the same bytes, whatever does them and whatever is killed."""
+"""Shards on local clusters: the same bytes, whoever runs them and whatever is killed."""
 
 import contextlib
 import importlib.util
@@ -219,7 +219,7 @@ def wanted(numbers: Callable[..., Job]) -> Callable[..., Path]:
     return make
 
 
-def test_worker_does_a_shard_once(wanted: Callable[..., Path]) -> None:
+def test_worker_runs_a_shard_once(wanted: Callable[..., Path]) -> None:
     folder = wanted()
     run_shard(str(folder), "part-3", "1")
     made_at = (folder / "part-3" / "manifest.json").stat().st_mtime_ns
@@ -227,7 +227,7 @@ def test_worker_does_a_shard_once(wanted: Callable[..., Path]) -> None:
     assert (folder / "part-3" / "manifest.json").stat().st_mtime_ns == made_at
 
 
-def test_worker_tells_a_shard_that_was_killed_from_one_that_failed(
+def test_worker_distinguishes_a_killed_shard_from_a_failed_one(
     wanted: Callable[..., Path],
 ) -> None:
     folder = wanted(**{"0": "kill itself", "1": "fail"})
@@ -238,7 +238,7 @@ def test_worker_tells_a_shard_that_was_killed_from_one_that_failed(
 
 
 @pytest.mark.parametrize("sign", ["gone", "of another", "old"])
-def test_worker_ends_a_shard_that_nobody_waits_for(
+def test_worker_ends_a_shard_that_no_stage_waits_for(
     sign: str, wanted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = wanted(**{"0": "last"})

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from mlflow.tracking._tracking_service import utils
 
-from tasks.tracking.files import COLUMNS, correct_locations
+from tasks.tracking.files import LOCATION_COLUMNS, correct_locations
 from tests.tasks.tracked_folder import TrackedFolder, finish_model, start_model, write_points
 
 
@@ -34,7 +34,7 @@ def locations(tracked: TrackedFolder) -> list[str]:
     with closing(sqlite3.connect(tracked.path / "mlflow.db")) as database:
         return [
             location
-            for table, column in COLUMNS
+            for table, column in LOCATION_COLUMNS
             for (location,) in database.execute(f"SELECT {column} FROM {table}")
         ]
 
@@ -43,7 +43,7 @@ def make_absolute(tracked: TrackedFolder) -> None:
     """Write the locations as earlier versions of this project did."""
     folder = (tracked.path / "mlruns").as_uri()
     with closing(sqlite3.connect(tracked.path / "mlflow.db")) as database, database:
-        for table, column in COLUMNS:
+        for table, column in LOCATION_COLUMNS:
             database.execute(
                 f"UPDATE {table} SET {column} = ? || rtrim('/' || substr({column}, 19), '/')",
                 (folder,),

@@ -1,4 +1,4 @@
-"""Plans say of every step whether it is cached, or which setting, input or code makes it build."""
+"""Plans: every step is cached, or has the setting, input or code that makes it build."""
 
 from pathlib import Path
 from typing import Any

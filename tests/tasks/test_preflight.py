@@ -1,4 +1,4 @@
-"""What a run will need is looked for before its first stage, and every problem is said at once."""
+"""Requirements are checked before the first stage, and all problems are reported at once."""
 
 import importlib.util
 import subprocess

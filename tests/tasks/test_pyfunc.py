@@ -1,4 +1,4 @@
-"""A logged model is whole in itself: a fresh process elsewhere loads it and it answers prompts."""
+"""A logged model is self-contained: a fresh process loads it and it answers prompts."""
 
 import json
 import os

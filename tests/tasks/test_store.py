@@ -1,4 +1,4 @@
-"""The store: a hit is a hit only when every byte was seen to be whole; damage is set aside."""
+"""The artifact store: only a verified artifact is a hit; a damaged one is set aside."""
 
 import contextlib
 import multiprocessing
