@@ -1,6 +1,6 @@
 """The command line, `fromscratch` or `python -m flows.cli`.
 
-    run | sweep | tokenizers | up | down | chat | export | import | spread | doctor
+    run | sweep | tokenizers | up | down | chat | export | import | doctor
 
 A run whose plan finds nothing to build imports neither prefect nor mlflow and needs no server.
 """
@@ -100,7 +100,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_artifacts(chat)
     chat.set_defaults(command=_chat)
     _add_exchange(commands)
-    _add_spread(commands)
     doctor = commands.add_parser("doctor", help="say what is wrong with this machine")
     doctor.add_argument("--verify", action="store_true", help="hash every file of every artifact")
     _add_artifacts(doctor)
@@ -149,18 +148,6 @@ def _add_exchange(commands: Any) -> None:
     importing.add_argument("folder", type=Path, help="as `save_pretrained` writes it")
     importing.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
     importing.set_defaults(command=_import)
-
-
-def _add_spread(commands: Any) -> None:
-    text = "move the shards of packed rows to other disks and stores"
-    spread = commands.add_parser("spread", help=text, description=text, epilog="see docs/stores.md")
-    spread.add_argument("artifact", help="its folder, or the beginning of its digest")
-    spread.add_argument(
-        "places", nargs="*", metavar="PLACE", help="a folder that is there, or a URL of fsspec"
-    )
-    spread.add_argument("--back", action="store_true", help="copy all of them back here")
-    _add_artifacts(spread)
-    spread.set_defaults(command=_spread)
 
 
 def _add_sweep(commands: Any) -> None:
@@ -229,7 +216,13 @@ def _result(
     from flows.result import cached_result
 
     if all(item.status == "cached" and item.reason == "unchanged" for item in plan):
-        return cached_result(config, plan, store)
+        result = cached_result(config, plan, store)
+        if getattr(options, "sweep", ""):
+            from tasks.cached import log_cached_run
+
+            links = {"sweep": options.sweep}
+            log_cached_run(config, store, result.outcomes, options.name, links)
+        return result
     refuse_what_cannot_run(plan, config, store)
     return _run_flow(options, config, store)
 
@@ -335,7 +328,7 @@ def _show_plan(
         stages = [
             {
                 "stage": item.step.stage.name,
-                "role": item.step.role,
+                "role": str(item.step.role),
                 "status": item.status,
                 "reason": item.reason,
                 "digest": item.digest,
@@ -450,14 +443,6 @@ def _import(options: argparse.Namespace) -> int:
 
     import_model(options.folder, options.to)
     print(options.to)
-    return 0
-
-
-def _spread(options: argparse.Namespace) -> int:
-    from flows.spread import move_shards
-
-    store = Store(options.artifacts)
-    move_shards(store, options.artifact, options.places, is_back=options.back)
     return 0
 
 

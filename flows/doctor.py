@@ -18,7 +18,7 @@ from rich.progress import track
 
 from flows.services.processes import HOST
 from flows.services.servers import FIRST_PORTS, log_errors, recorded
-from llm.errors import ArtifactError, ConfigError, PlaceError
+from llm.errors import ArtifactError
 from tasks.stages import STAGES
 from tasks.store import Store
 
@@ -128,5 +128,3 @@ def _store(artifacts: Path, is_thorough: bool) -> Iterator[Finding]:
         except ArtifactError as error:
             text = f"{error}; the next run that needs it sets it aside and builds it again"
             yield Finding(level="wrong", text=text)
-        except (PlaceError, ConfigError) as error:  # of a disk or store it was spread over
-            yield Finding(level="wrong", text=str(error))

@@ -36,6 +36,7 @@ from tasks.plan import Selection, make_plan
 from tasks.preflight import refuse_what_cannot_run
 from tasks.stages import DOWNLOAD, PipelineStep, in_order
 from tasks.store import Store
+from tasks.tracking.journal import PipelineStarted, ReportFinished
 from tasks.tracking.tracker import Tracker
 
 NAME_CHARACTERS = 120  # of a flow run, as its page shows it on one line
@@ -111,7 +112,9 @@ def _run(config: RunConfig, selection: Selection) -> RunResult:
             links=links,
         )
         try:
-            tracker.start_pipeline(flow_run.name, flatten(config), links)
+            project, settings = config.runtime.project, flatten(config)
+            name = str(flow_run.name)
+            tracker.log(PipelineStarted(project=project, name=name, settings=settings, links=links))
             outcomes = _build_all([item.step for item in plan], builder, link)
             _publish_report(outcomes[-1], tracker)
             status = "FINISHED"
@@ -137,7 +140,7 @@ def _build_all(steps: list[PipelineStep], builder: Builder, link: PrefectLink) -
     """
     futures: dict[PipelineStep, PrefectFuture[Any]] = {}
     for step in steps:
-        inputs = {name: futures[made_first] for name, made_first in step.inputs.items()}
+        inputs = {name: futures[dependency] for name, dependency in step.inputs.items()}
         futures[step] = _as_task(step, builder, link).submit(inputs)
     _wait_for_all(list(futures.values()), link)
     for future in futures.values():
@@ -207,9 +210,8 @@ def _publish_report(last: Outcome, tracker: Tracker) -> None:
     """Show the report in Prefect and MLflow, when the run came that far."""
     if last.stage != "evaluate":
         return
-    folder = Path(last.path)
-    tracker.report_finished(folder, last.summary)
-    report = (folder / "report.md").read_text(encoding="utf-8")
+    tracker.log(ReportFinished(folder=last.path, metrics=last.summary))
+    report = (Path(last.path) / "report.md").read_text(encoding="utf-8")
     with contextlib.suppress(httpx.HTTPError):
         create_markdown_artifact(report, key="report", description="Evaluation report")
 

@@ -470,12 +470,6 @@ class RuntimeConfig:
 
     artifacts_dir: str = "artifacts"
     """Folder of all artifacts, locks and logs."""
-    cache_dir: str = ""
-    """Folder for files fetched from stores (`fromscratch spread`); empty: artifacts_dir/cache."""
-    cache_bytes: Count = 0
-    """Of all files there; those unused for longest go first. 0 sets no limit. Training needs room
-    for all the rows it reads, since they come in one shuffled order.
-    """
     project: str = "fromscratch"
     """First part of the names of MLflow experiments."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -17,10 +17,6 @@ class ArtifactError(FromscratchError):
     """An artifact is missing or damaged. The message names its folder and the remedy."""
 
 
-class PlaceError(FromscratchError):
-    """A disk or store that keeps files of an artifact is not there, full, or does not answer."""
-
-
 class DiskFullError(FromscratchError):
     """A disk is full. The message names the file and the bytes needed and free."""
 

@@ -34,7 +34,6 @@ from llm.model.transformer import Transformer
 from llm.model.weights import load_model
 from llm.runtime.job import Job, run_job
 from llm.seeds import derive_seed
-from llm.storage.file_cache import file_cache
 from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.load import load_tokenizer
 
@@ -170,9 +169,8 @@ def _open_data(job: Job, config: EvaluateConfig, manifests: dict[str, Manifest])
             mask_id=tokenizer.mask_id,
             is_text=tokenizer.token_bytes > 0,
         )
-    cache = file_cache(job.runtime)
-    text = PackedSequences(Path(job.inputs["text_sequences"]), "validation", cache)
-    chats = PackedSequences(Path(job.inputs["chat_sequences"]), "validation", cache)
+    text = PackedSequences(Path(job.inputs["text_sequences"]), "validation")
+    chats = PackedSequences(Path(job.inputs["chat_sequences"]), "validation")
     return Data(
         tokenizer=tokenizer,
         text=text,

@@ -1,5 +1,7 @@
-"""How a step becomes a cached, tracked artifact: key -> verified hit, or build and publish."""
+"""Build the steps of a run: compute the key, return a verified artifact or build and publish it."""
 
+import contextlib
+import functools
 import shutil
 import threading
 import time
@@ -15,14 +17,23 @@ from llm.runtime.disk import refuse_full_disk
 from llm.runtime.job import Job, is_finished
 from tasks.launch import Progress, launch
 from tasks.plan import PlannedStep, Selection, explain, key_parts, reusable, section_of
-from tasks.stages import PipelineStep
+from tasks.stages import CLEAN, PACK, PipelineStep, step_name
 from tasks.store import KeyParts, KeyRecord, Store
-from tasks.tracking.tracker import Dataset, Tracker
+from tasks.tracking.journal import (
+    Dataset,
+    ModelFinished,
+    ModelStarted,
+    PipelineStarted,
+    StageCached,
+    StageFinished,
+    StageStarted,
+)
+from tasks.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What became of one step: small, so that it can pass between tasks in place of data."""
+    """The result of one step, small enough to pass between tasks instead of data."""
 
     stage: str
     role: str
@@ -35,35 +46,35 @@ class Outcome:
     """The artifact's folder."""
     summary: Mapping[str, Json] = field(default_factory=dict[str, Json])
     links: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Ids of the runs that made it: `mlflow_run_id`, `mlflow_model_run_id`, `prefect_run_id`."""
+    """Ids of the runs that built it: `mlflow_run_id`, `mlflow_model_run_id`, `prefect_run_id`."""
 
     @property
     def name(self) -> str:
-        """What people call it: `pack corpus`, `pretrain`."""
-        return f"{self.stage} {self.role}".strip()
+        """The display name: `pack corpus`, `pretrain`."""
+        return step_name(self.stage, self.role)
 
 
 class Display(Protocol):
-    """Shows a person how a run goes. Called from several threads."""
+    """Shows the progress of a run. Called from several threads."""
 
     def started(self, name: str, reason: str) -> None:
-        """A step is being built, for this reason."""
+        """A step is being built."""
 
     def waits(self, name: str) -> None:
-        """Another run is building the same artifact; this one waits for it."""
+        """The step waits for another run that builds the same artifact."""
 
     def progressed(self, name: str, progress: Progress) -> None:
-        """A step went on."""
+        """A step made progress."""
 
     def restarted(self, name: str, why: str) -> None:
-        """A step's process was killed or hung, and is started again."""
+        """A step's process was killed or hung, and is restarted."""
 
     def finished(self, outcome: Outcome) -> None:
         """A step is built or was cached."""
 
 
 class Builder:
-    """Builds the steps of one run, each once, or takes them from the store."""
+    """Builds the steps of one run, each once, or takes them from the artifact store."""
 
     def __init__(
         self,
@@ -76,7 +87,7 @@ class Builder:
         should_stop: Callable[[], bool] = lambda: False,
         links: Mapping[str, str] | None = None,
     ) -> None:
-        """Prepare to build with one resolved recipe. `links` names the Prefect run, say."""
+        """Prepare to build. `links` holds ids and URLs, such as that of the Prefect run."""
         self.config = config
         self.store = store
         self.tracker = tracker
@@ -91,20 +102,20 @@ class Builder:
     def build(
         self, step: PipelineStep, on_progress: Callable[[Progress], None] | None = None
     ) -> Outcome:
-        """Return the outcome of `step`, whose inputs were built by this builder before.
+        """Build `step`, whose inputs this builder has built before, or find it in the store.
 
         Raises:
-            Interrupted, StageError, DataError: as `launch` does. DiskFullError: here or there.
-            ConfigError: before a training, a prompt of `evaluate` that is longer than the context.
+            Interrupted, StageError, DataError: as `launch`. DiskFullError: in the stage or here.
+            ConfigError: before training: a prompt of `evaluate` exceeds the context.
         """
-        inputs = {name: self.outcomes[made_first] for name, made_first in step.inputs.items()}
+        inputs = {name: self.outcomes[dependency] for name, dependency in step.inputs.items()}
         digests = {name: outcome.digest for name, outcome in inputs.items()}
         parts = key_parts(step, self.config, digests, self.store)
         lock_name = f"{parts.stage}-{parts.key}"
-        say_once = _once(lambda: self._display.waits(step.name))
+        show_once = functools.cache(lambda: self._display.waits(step.name))
 
         def wait() -> None:
-            say_once()
+            show_once()
             self._raise_if_stopping(step)
 
         self._raise_if_stopping(step)
@@ -118,7 +129,7 @@ class Builder:
         return outcome
 
     def finish(self) -> None:
-        """After the tracker is closed: note in which runs the new artifacts are to be seen."""
+        """Add MLflow run ids to the records of new artifacts, after the tracker is closed."""
         for step, record in self._records.items():
             links = {**record.links, "mlflow_run_id": self.tracker.pipeline_run_id}
             if step.stage.is_training:
@@ -129,7 +140,7 @@ class Builder:
 
     def _raise_if_stopping(self, step: PipelineStep) -> None:
         if self._should_stop():
-            raise Interrupted(f"{step.name} was not begun: the run was stopped")
+            raise Interrupted(f"{step.name} was not started: the run was stopped")
 
     def _from_store(self, step: PipelineStep, parts: KeyParts) -> Outcome | None:
         if self._selection.is_forced(step.stage):
@@ -142,26 +153,15 @@ class Builder:
             return None
         record, artifact = hit
         outcome = _outcome(parts, artifact, "cached", reason, 0.0, record.links)
-        run_id = record.links.get("mlflow_run_id", "")
-        self.tracker.stage_cached(parts.stage, parts.role, artifact.digest, run_id)
+        self.tracker.log(cached_event(outcome))
         return outcome
 
     def _declare_reused(self, parts: KeyParts) -> tuple[KeyRecord, Artifact] | None:
-        """File the newest artifact that differs in code alone under this key too, saying so."""
+        """Record the newest artifact that differs in code or libraries alone under this key too."""
         old = reusable(parts, self.store)
         if old is None:
             return None
-        self.store.remember(
-            KeyRecord(
-                key=parts.key,
-                parts=parts,
-                digest=old.digest,
-                seconds=old.seconds,
-                made_at=old.made_at,
-                reused_from=old.key,
-                links=old.links,
-            )
-        )
+        self.store.remember(replace(old, key=parts.key, parts=parts, reused_from=old.key))
         return self.store.find(parts)
 
     def _build(
@@ -172,14 +172,17 @@ class Builder:
         on_progress: Callable[[Progress], None] | None,
     ) -> Outcome:
         is_forced = self._selection.is_forced(step.stage)
-        reason = "asked for (--force or --from)" if is_forced else explain(parts, self.store)
+        reason = "requested (--force or --from)" if is_forced else explain(parts, self.store)
         if step.stage.is_training:
             _refuse_long_prompts(self.config, inputs)
         folder = self.store.staging(parts)
         job = self._job(step, parts, inputs, folder)
         self._display.started(step.name, reason)
         started_at = time.monotonic()
-        self.tracker.stage_started(parts.stage, parts.role, parts.key, {"reason": reason})
+        stage, role = parts.stage, parts.role
+        self.tracker.log(
+            StageStarted(stage=stage, role=role, key=parts.key, tags={"reason": reason})
+        )
         if step.stage.is_training:
             self._start_model_run(step, parts, job.work)
 
@@ -189,7 +192,7 @@ class Builder:
                 on_progress(progress)
 
         try:
-            if not is_finished(job.out):  # a parent killed before it could publish leaves one
+            if not is_finished(job.out):  # else an earlier run was killed before publishing
                 launch(
                     job,
                     folder,
@@ -198,16 +201,17 @@ class Builder:
                     should_stop=self._should_stop,
                     on_restart=lambda why: self._display.restarted(step.name, why),
                 )
-            # They share files with the artifact, whose stamps are taken when it is published.
+            # Shards share files with the artifact by hard links: removing them later would change
+            # the stamps that `publish` takes.
             for name in ("checkpoints", "shards"):
                 shutil.rmtree(job.work / name, ignore_errors=True)
             artifact = self.store.publish(parts, job.out)
         except BaseException as error:
             seconds = time.monotonic() - started_at
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
-            self.tracker.stage_finished(parts.stage, parts.role, "", seconds, {}, status)
+            self.tracker.log(StageFinished(stage=stage, role=role, seconds=seconds, status=status))
             if step.stage.is_training:
-                self.tracker.model_interrupted(parts.stage, status)
+                self.tracker.log(ModelFinished(stage=stage, status=status))
             raise
         seconds = time.monotonic() - started_at
         return self._remember(step, parts, artifact, reason, seconds)
@@ -220,7 +224,7 @@ class Builder:
         reason: str,
         seconds: float,
     ) -> Outcome:
-        """Write the key's record and tell the tracker."""
+        """Write the key's record and log the end of the stage."""
         record = KeyRecord(
             key=parts.key,
             parts=parts,
@@ -231,12 +235,16 @@ class Builder:
         )
         self.store.remember(record)
         self._records[step] = record
-        self.tracker.stage_finished(
-            parts.stage, parts.role, artifact.digest, seconds, artifact.summary, "FINISHED"
+        stage, content, summary = parts.stage, artifact.digest, artifact.summary
+        self.tracker.log(
+            StageFinished(
+                stage=stage, role=parts.role, seconds=seconds, digest=content, summary=summary
+            )
         )
         if step.stage.is_training:
-            self.tracker.model_finished(
-                parts.stage, artifact.digest, artifact.path, artifact.summary, "FINISHED"
+            folder = str(artifact.path)
+            self.tracker.log(
+                ModelFinished(stage=stage, digest=content, folder=folder, summary=summary)
             )
         return _outcome(parts, artifact, "built", reason, seconds, self._links)
 
@@ -257,28 +265,26 @@ class Builder:
         )
 
     def _start_model_run(self, step: PipelineStep, parts: KeyParts, work: Path) -> None:
-        """Begin the model's run: every setting from the corpus on, and its data."""
-        made_from = _all_inputs(step)
-        sections = {made_first.stage.name for made_first in made_from} | {parts.stage}
+        """Log the start of training: the settings of all stages up to it, and its data."""
+        with contextlib.suppress(OSError):  # `launch` reports it
+            work.mkdir(parents=True, exist_ok=True)
+        dependencies = _all_inputs(step)
+        sections = {dependency.stage.name for dependency in dependencies} | {parts.stage}
         settings = {
             key: value
             for key, value in flatten(self.config).items()
             if key.split(".")[0] in sections | {"name", "seed"}
         }
-        datasets: list[Dataset] = []
-        for made_first in made_from:
-            if made_first.stage.name in ("clean", "pack"):
-                outcome = self.outcomes[made_first]
-                datasets.append(
-                    Dataset(
-                        name=made_first.name,
-                        digest=outcome.digest,
-                        path=outcome.path,
-                        context="training",
-                    )
-                )
-        self.tracker.model_started(
-            parts.stage, parts.key, settings, datasets, work, dict(self._links)
+        data = [self.outcomes[known] for known in dependencies if known.stage in (CLEAN, PACK)]
+        self.tracker.log(
+            ModelStarted(
+                stage=parts.stage,
+                key=parts.key,
+                settings=settings,
+                datasets=[Dataset(name=o.name, digest=o.digest, path=o.path) for o in data],
+                work_folder=str(work),
+                links=self._links,
+            )
         )
 
 
@@ -291,9 +297,35 @@ def cached_outcome(item: PlannedStep, store: Store) -> Outcome:
     return _outcome(record.parts, artifact, "cached", item.reason, 0.0, record.links)
 
 
+def cached_event(outcome: Outcome) -> StageCached:
+    """Return the tracking event of a cached step."""
+    return StageCached(
+        stage=outcome.stage,
+        role=outcome.role,
+        digest=outcome.digest,
+        run_id=outcome.links.get("mlflow_run_id", ""),
+    )
+
+
+def log_cached_run(
+    config: RunConfig,
+    store: Store,
+    outcomes: Sequence[Outcome],
+    name: str,
+    links: Mapping[str, str],
+) -> None:
+    """Log a run whose steps are all cached, so that a sweep lists and tags it like its others."""
+    tracker = Tracker(config, store.root)
+    project, settings = config.runtime.project, flatten(config)
+    tracker.log(PipelineStarted(project=project, name=name, settings=settings, links=links))
+    for outcome in outcomes:
+        tracker.log(cached_event(outcome))
+    tracker.close()
+
+
 def _refuse_long_prompts(config: RunConfig, inputs: Mapping[str, Outcome]) -> None:
-    """Raise now, rather than after a training, for prompts that the evaluation could not use."""
-    from llm.evaluation.prompts import encode_prompts  # brings numpy and tokenizers
+    """Raise before training, rather than after, for prompts that evaluation cannot use."""
+    from llm.evaluation.prompts import encode_prompts  # imports numpy and tokenizers
     from llm.tokenizer.load import load_tokenizer
 
     folder = inputs["tokenizer" if "tokenizer" in inputs else "base"].path
@@ -302,8 +334,8 @@ def _refuse_long_prompts(config: RunConfig, inputs: Mapping[str, Outcome]) -> No
 
 def _all_inputs(step: PipelineStep) -> Sequence[PipelineStep]:
     found: dict[PipelineStep, None] = {}
-    for made_first in step.inputs.values():
-        found |= dict.fromkeys(_all_inputs(made_first)) | {made_first: None}
+    for dependency in step.inputs.values():
+        found |= dict.fromkeys(_all_inputs(dependency)) | {dependency: None}
     return list(found)
 
 
@@ -327,15 +359,3 @@ def _outcome(
         summary=artifact.summary,
         links=links,
     )
-
-
-def _once(function: Callable[[], None]) -> Callable[[], None]:
-    """Return a function that calls `function` the first time only."""
-    calls: list[None] = []
-
-    def call() -> None:
-        if not calls:
-            calls.append(None)
-            function()
-
-    return call

@@ -1,8 +1,8 @@
 """Run one stage in a process group of its own: `python -m llm.<stage> JOB.json`.
 
-The child imports neither prefect nor mlflow, so neither can stall or kill a training. This side
-follows its progress, stops the whole group when asked, restarts what a signal killed, and turns a
-failure into one error with the child's own traceback and the command that reproduces it.
+The child imports neither prefect nor mlflow, so neither can stall or kill training. The parent
+follows its progress, stops the whole group on request, restarts a child that a signal killed, and
+turns a failure into one error with the child's traceback and the command that reproduces it.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ from llm.runtime.job import (
 )
 from tasks.cluster.runner import ShardRunner
 
-SECONDS_BETWEEN_LOOKS = 0.05
-SECONDS_TO_SAVE = 60.0  # a stopped child saves a checkpoint; then it is killed
+CHILD_POLL_SECONDS = 0.05
+SECONDS_TO_SAVE = 60.0  # for a stopped child to save a checkpoint before it is killed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How far a stage is: `done` of `total` (0: unknown) `unit`s."""
+    """Progress of a stage: `done` of `total` (0: unknown) `unit`s."""
 
     done: int
     total: int
@@ -55,14 +55,14 @@ def launch(
 ) -> None:
     """Run the stage of `job`, whose staging folder is `folder`, until its artifact is finished.
 
-    One that a signal killed, or that hung, is started again; `on_restart` takes the reason.
+    A child that was killed by a signal or hung is restarted; `on_restart` gets the reason.
 
     Raises:
-        Interrupted: `should_stop` said so, or the child was told by a signal; it can go on later.
-        DataError, ConfigError, ...: what the child raised for the user.
-        TransientError: it failed for a network.
-        ConfigError: the library of the cluster that does its shards is not installed.
-        StageError: it failed otherwise; the message holds its traceback.
+        Interrupted: `should_stop` returned True, or the child got a signal; it can be resumed.
+        DataError, ConfigError, ...: the user's error that the child raised.
+        TransientError: a network failed.
+        ConfigError: the library of the cluster for its shards is not installed.
+        StageError: any other failure; the message holds the traceback.
     """
     job.work.mkdir(parents=True, exist_ok=True)
     path = folder / "job.json"
@@ -75,11 +75,11 @@ def launch(
         if end.code == 0 and is_finished(job.out):
             return
         if should_stop() or (end.code == EXIT_INTERRUPTED and not end.is_stalled):
-            raise Interrupted(f"{job.stage} was stopped; run again to go on from where it was")
-        why = _why_again(job, path, end)
+            raise Interrupted(f"{job.stage} was stopped; run again to resume it")
+        why = _restart_reason(job, path, end)
         if attempt == job.runtime.max_restarts:
             raise StageError(
-                f"{job.stage} {why}, and was started {attempt + 1} times"
+                f"{job.stage} {why}, after {attempt + 1} attempts"
                 f" (runtime.max_restarts)\n{end_of_output(job.work)}\n{_reproduce(job, path)}"
             )
         on_restart(why)
@@ -87,23 +87,20 @@ def launch(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _End:
-    """How a child ended: its exit code, and whether it was stopped for having hung."""
+    """How a child ended: its exit code, and whether it was stopped because it hung."""
 
     code: int
     is_stalled: bool = False
 
 
-def _why_again(job: Job, path: Path, end: _End) -> str:
-    """Return the reason to start a stage again.
+def _restart_reason(job: Job, path: Path, end: _End) -> str:
+    """Return the reason to restart a stage.
 
     Raises:
-        DataError, ...: what it failed of, which another try would not cure.
+        DataError, ...: the error of a stage that a restart would not cure.
     """
     if end.is_stalled:
-        return (
-            f"reported nothing for {job.runtime.stall_seconds} seconds (runtime.stall_seconds) and"
-            " was taken for hung"
-        )
+        return f"hung: no progress for {job.runtime.stall_seconds} seconds (runtime.stall_seconds)"
     failure = read_failure(job.work, end.code, job.stage, prefix=f"{job.stage}: ")
     if failure is None:
         return how_it_ended(end.code)
@@ -123,11 +120,11 @@ def _run(
     on_progress: Callable[[Progress], None],
     should_stop: Callable[[], bool],
 ) -> _End:
-    """Start the child, follow it to its end, and return how it ended. Its group is gone then."""
+    """Start the child and follow it until its whole process group has ended."""
     environment = child_environment() | {"PYTHONUNBUFFERED": "1"}
-    # How long a thread that waits for work spins before it sleeps. A hundred times as long, the
-    # default, is three times slower where others use the cores too; not at all is two times slower
-    # for a small model where nobody does (docs/log.md).
+    # How long an idle OpenMP thread spins before it sleeps. The default, 100 times as long, is
+    # three times slower on shared cores; not spinning at all is two times slower for a small model
+    # on idle cores (docs/log.md).
     environment.setdefault("GOMP_SPINCOUNT", "3000")
     runner = ShardRunner(job, path)
     with (job.work / OUTPUT).open("ab") as output:
@@ -143,10 +140,10 @@ def _run(
         watch = _Watch(job.work, on_progress, job.runtime.stall_seconds if is_training else 0)
         while True:
             try:
-                return _End(code=child.wait(timeout=SECONDS_BETWEEN_LOOKS))
+                return _End(code=child.wait(timeout=CHILD_POLL_SECONDS))
             except subprocess.TimeoutExpired:
-                watch.look()
-                runner.look()
+                watch.poll()
+                runner.poll()
             if should_stop() or watch.is_stalled:
                 return _End(is_stalled=watch.is_stalled, code=_end(child))
     finally:
@@ -155,7 +152,7 @@ def _run(
 
 
 def _end(child: subprocess.Popen[bytes]) -> int:
-    """Stop the child's group: ask first, so that it saves, then kill."""
+    """Stop the child's group: SIGTERM, time to save, then SIGKILL."""
     if child.poll() is None:
         _signal_group(child.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -172,7 +169,7 @@ def _signal_group(group: int, number: signal.Signals) -> None:
 
 
 class _Watch:
-    """Looks at what a child reports, and for how long it has reported nothing."""
+    """Follows a child's progress and metrics files; notices when they stop changing."""
 
     def __init__(
         self, work: Path, on_progress: Callable[[Progress], None], stall_seconds: int
@@ -188,11 +185,11 @@ class _Watch:
     def is_stalled(self) -> bool:
         return 0 < self._stall_seconds < time.monotonic() - self._seen_at
 
-    def look(self) -> None:
+    def poll(self) -> None:
         now = time.monotonic()
         if now < self._next_at:
             return
-        self._next_at = now + 4 * SECONDS_BETWEEN_LOOKS
+        self._next_at = now + 4 * CHILD_POLL_SECONDS
         seen = tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in self._files)
         if seen != self._seen:
             self._seen, self._seen_at = seen, now
@@ -201,7 +198,7 @@ class _Watch:
 
 
 def _wait_for_leftovers(work: Path, should_stop: Callable[[], bool]) -> None:
-    """Wait until no process of an earlier attempt is left; one may still be saving."""
+    """Wait until every process of an earlier attempt has ended; one may still be saving."""
     with (work / "alive.lock").open("w") as file:
         while True:
             try:
@@ -210,4 +207,4 @@ def _wait_for_leftovers(work: Path, should_stop: Callable[[], bool]) -> None:
             except BlockingIOError:
                 if should_stop():
                     raise Interrupted("stopped while an earlier attempt was ending") from None
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+                time.sleep(CHILD_POLL_SECONDS)

@@ -1,6 +1,7 @@
-"""What a run would do, and why, before anything is done: every step cached or to build."""
+"""Plan a run: for every step, whether it is cached or why it has to be built."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,25 +15,25 @@ from llm.runtime.code import code_digests
 from tasks.stages import CLEAN, DOWNLOAD, PACK, STAGES, TRAIN_TOKENIZER, PipelineStep, Stage
 from tasks.store import KeyParts, KeyRecord, Store, library_versions
 
-PLACES = ("path", "url")  # where a source's bytes lie; the bytes count, by its fingerprint
-UNKNOWN = ""  # digest of an input that is yet to be built
+LOCATIONS = ("path", "url")  # not in the key, which has the fingerprint of the source's bytes
+UNKNOWN = ""  # digest of an input that is not built yet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
-    """What the user asked for beyond the recipe: stage names of `--only`, `--from` and so on."""
+    """Stage names given with `--only`, `--from`, `--force` and `--reuse`."""
 
     only: str = ""
-    """Build this stage alone; what it needs must be there."""
+    """Build this stage alone; its inputs must exist."""
     start_from: str = ""
-    """Build this stage and all that follow, even if cached."""
+    """Build this stage and all later ones, even if cached."""
     force: Collection[str] = ()
-    """Build these even if cached."""
+    """Build these stages even if cached."""
     reuse: Collection[str] = ()
-    """Take the newest artifact of these as if changed code had made it."""
+    """Use the newest artifacts of these stages although code or libraries changed."""
 
     def __post_init__(self) -> None:
-        """Refuse names that are no stage."""
+        """Raise ConfigError for unknown stages."""
         known = [stage.name for stage in STAGES]
         given = {"--only": [self.only], "--from": [self.start_from]}
         given |= {"--force": list(self.force), "--reuse": list(self.reuse)}
@@ -46,15 +47,12 @@ class Selection:
             raise ConfigError("\n".join(problems))
 
     def is_forced(self, stage: Stage) -> bool:
-        """Tell whether a stage is built even if it is cached."""
-        names = [known.name for known in STAGES]
-        comes_later = bool(self.start_from) and names.index(stage.name) >= names.index(
-            self.start_from
-        )
-        return stage.name in self.force or comes_later
+        """Tell whether a stage is built even if cached."""
+        later = itertools.dropwhile(lambda known: known.name != self.start_from, STAGES)
+        return stage.name in self.force or stage in later
 
     def takes(self, steps: Sequence[PipelineStep]) -> list[PipelineStep]:
-        """Return the steps of a run: all, or with `--only` one stage and what it needs."""
+        """Return the steps of a run: all, or with `--only` one stage and its dependencies."""
         if not self.only:
             return list(steps)
         needed: dict[PipelineStep, None] = {}
@@ -66,7 +64,7 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedStep:
-    """One step of a plan. `digest` is that of its artifact, or UNKNOWN before it is built."""
+    """One step of a plan. `digest` is its artifact's, or UNKNOWN before it is built."""
 
     step: PipelineStep
     status: Literal["cached", "build"]
@@ -74,17 +72,17 @@ class PlannedStep:
     digest: str = UNKNOWN
     record: KeyRecord | None = None
     note: str = ""
-    """What a hit does not say: made by another torch, declared by --reuse."""
+    """A remark on a cached step: built with another torch, declared by --reuse."""
 
 
 def make_plan(
     steps: Sequence[PipelineStep], config: RunConfig, store: Store, selection: Selection
 ) -> list[PlannedStep]:
-    """Say of every step whether it is cached, or why it is to be built. Changes nothing on disk.
+    """Decide for every step whether it is cached or has to be built. Changes nothing on disk.
 
     Raises:
-        ArtifactError: `--only` names a stage whose inputs are not all there.
-        DataError: a source's files are not there.
+        ArtifactError: `--only` names a stage whose inputs are not all built.
+        DataError: a source's files are missing.
     """
     planned: dict[PipelineStep, PlannedStep] = {}
     for step in selection.takes(steps):
@@ -104,43 +102,42 @@ def make_plan(
 
 
 def section_of(step: PipelineStep, config: RunConfig) -> dict[str, Json]:
-    """Return a step's settings as plain JSON: its section, or its part of `download`."""
+    """Return a step's settings as plain JSON: its section of the recipe, or its source."""
     if step.stage is DOWNLOAD:
         return _fields(SourceConfig, source_of(step, config))
     settings = _clean(config) if step.stage is CLEAN else getattr(config, step.stage.name)
     section = cast(dict[str, Json], canonical(settings, step.stage.name))
     if step.stage is PACK:
-        mixture: MixtureConfig = getattr(config.download, step.role)
+        mixture: MixtureConfig = getattr(config.download, step.role.name)
         section["shares"] = [_fields(ShareConfig, source) for source in mixture.sources]
     return section
 
 
 def source_of(step: PipelineStep, config: RunConfig) -> SourceConfig:
-    """Return the source of a download, by its place: `corpus`, or `chats.sources.1`."""
-    role, _, index = step.role.partition(".sources.")
-    mixture: MixtureConfig = getattr(config.download, role)
-    return mixture.sources[int(index)] if index else mixture
+    """Return the source of a download step."""
+    mixture: MixtureConfig = getattr(config.download, step.role.name)
+    return mixture if step.role.source is None else mixture.sources[step.role.source]
 
 
 def key_parts(
     step: PipelineStep, config: RunConfig, input_digests: Mapping[str, str], store: Store
 ) -> KeyParts:
-    """Return all that decides the bytes of `step`. A download's input is what its source gives."""
+    """Return the key parts of `step`. The input of a download is its source's fingerprint."""
     stage = step.stage
     settings = section_of(step, config)
     inputs = dict(input_digests)
     if stage is DOWNLOAD:
         source = source_of(step, config)
-        settings = {name: value for name, value in settings.items() if name not in PLACES}
-        inputs = {"source": fingerprint(source, step.role, store.root / "sources.json")}
+        settings = {name: value for name, value in settings.items() if name not in LOCATIONS}
+        inputs = {"source": fingerprint(source, str(step.role), store.root / "sources.json")}
     libraries = list(stage.libraries)
     if stage is TRAIN_TOKENIZER:
-        del settings["path"]  # its files have one sha256 wherever they lie
+        del settings["path"]  # the sha256 of the files counts instead
     if "tokenizers" in libraries and config.train_tokenizer.kind == "sentencepiece":
         libraries.append("sentencepiece")
     return KeyParts(
         stage=stage.name,
-        role=step.role,
+        role=str(step.role),
         settings=settings,
         seed=config.seed if stage.has_seed else None,
         inputs=inputs,
@@ -150,21 +147,21 @@ def key_parts(
 
 
 def explain(parts: KeyParts, store: Store) -> str:
-    """Say why nothing is cached for `parts`: how they differ from the nearest that was built."""
+    """Return why `parts` is not cached: the differences to the most similar built artifact."""
     record = store.record(parts.stage, parts.key)
     if record is not None:
         return store.damage(record) or "its artifact was damaged and set aside"
     nearest: list[str] | None = None
     for record in store.records(parts.stage):
         if record.parts.role == parts.role:
-            found = list(differences(record.parts, parts))
+            found = list(key_differences(record.parts, parts))
             if nearest is None or len(found) < len(nearest):
                 nearest = found
     return "never built" if nearest is None else "; ".join(nearest)
 
 
-def differences(before: KeyParts, now: KeyParts) -> Iterator[str]:
-    """Yield each difference between two keys' parts in the user's words."""
+def key_differences(before: KeyParts, now: KeyParts) -> Iterator[str]:
+    """Yield each difference between the parts of two keys, for people."""
     prefix = f"{now.stage}.{now.role}" if now.stage == "download" else now.stage
     old, new = flatten(before.settings, prefix), flatten(now.settings, prefix)
     for name in sorted(old.keys() | new.keys()):
@@ -175,7 +172,7 @@ def differences(before: KeyParts, now: KeyParts) -> Iterator[str]:
     for name in sorted(before.inputs.keys() | now.inputs.keys()):
         was, is_now = before.inputs.get(name, ""), now.inputs.get(name, "")
         if is_now == UNKNOWN:
-            yield f"input {name} is to be built"
+            yield f"input {name} has to be built"
         elif was != is_now:
             yield f"input {name}: {was[:8] or 'none'} -> {is_now[:8]}"
     for name in sorted(before.libraries.keys() | now.libraries.keys()):
@@ -192,14 +189,10 @@ def differences(before: KeyParts, now: KeyParts) -> Iterator[str]:
 
 def reusable(parts: KeyParts, store: Store) -> KeyRecord | None:
     """Return the newest record that differs from `parts` in code or library versions only."""
+    wanted = dataclasses.replace(parts, code={}, libraries={})
     for record in store.records(parts.stage):
-        old = record.parts
-        if (old.role, old.settings, old.seed, old.inputs) == (
-            parts.role,
-            parts.settings,
-            parts.seed,
-            parts.inputs,
-        ) and store.find(old):
+        found = dataclasses.replace(record.parts, code={}, libraries={})
+        if found == wanted and store.find(record.parts):
             return record
     return None
 
@@ -211,12 +204,12 @@ def _plan_step(
     selection: Selection,
     planned: Mapping[PipelineStep, PlannedStep],
 ) -> PlannedStep:
-    inputs = {name: planned[made_first].digest for name, made_first in step.inputs.items()}
+    inputs = {name: planned[dependency].digest for name, dependency in step.inputs.items()}
     parts = key_parts(step, config, inputs, store)
     if UNKNOWN in inputs.values():
         return PlannedStep(step=step, status="build", reason=_first_reason(parts, store))
     if selection.is_forced(step.stage):
-        return PlannedStep(step=step, status="build", reason="asked for (--force or --from)")
+        return PlannedStep(step=step, status="build", reason="requested (--force or --from)")
     record = store.record(parts.stage, parts.key)
     if record is not None and not store.damage(record):
         return PlannedStep(
@@ -236,30 +229,30 @@ def _plan_step(
 
 
 def _first_reason(parts: KeyParts, store: Store) -> str:
-    """Explain a step some of whose inputs are yet to be built."""
+    """Return why a step with inputs that are not built yet has to be built."""
     unknown = [name for name, content in parts.inputs.items() if content == UNKNOWN]
     reason = explain(parts, store)
-    return f"input {', '.join(unknown)} is to be built" if reason == "never built" else reason
+    return f"input {', '.join(unknown)} has to be built" if reason == "never built" else reason
 
 
 def _note(record: KeyRecord, store: Store) -> str:
-    """Say what is worth knowing of a hit."""
+    """Return a remark on a cached step, or an empty string."""
     notes = ["declared unchanged by --reuse"] if record.reused_from else []
     manifest = store.folder(record.parts.stage, record.digest) / "manifest.json"
     versions = json.loads(manifest.read_bytes())["provenance"].get("versions", {})
     if record.parts.stage in ("pretrain", "finetune", "evaluate") and "torch" in versions:
         now = library_versions(["torch"])["torch"]
         if versions["torch"] != now:
-            notes.append(f"made with torch {versions['torch']}, here is {now}")
+            notes.append(f"built with torch {versions['torch']}, installed is {now}")
     return "; ".join(notes)
 
 
 def _clean(config: RunConfig) -> CleanConfig:
-    """Return the section `clean`, the prompts of `evaluate` among what is kept out of training."""
+    """Return the section `clean` with the prompts of `evaluate` added to its decontamination."""
     decontamination = config.clean.decontamination
     if decontamination.action == "none":
         return config.clean
-    prompts = [  # a word has a character: what is shorter than an n-gram cannot be found
+    prompts = [  # fewer characters than an n-gram has words cannot match
         prompt for prompt in config.evaluate.prompts if len(prompt) >= decontamination.ngram_words
     ]
     decontamination = dataclasses.replace(decontamination, texts=(*decontamination.texts, *prompts))
@@ -267,7 +260,7 @@ def _clean(config: RunConfig) -> CleanConfig:
 
 
 def _fields(kind: type, section: object) -> dict[str, Json]:
-    """Return those settings of a section that `kind` has."""
+    """Return the settings of a section that are fields of `kind`."""
     names = [known.name for known in dataclasses.fields(kind)]
     return {name: canonical(getattr(section, name), name) for name in names}
 
@@ -277,6 +270,6 @@ def _shown(value: object) -> str:
 
 
 def _add_with_inputs(step: PipelineStep, found: dict[PipelineStep, None]) -> None:
-    for made_first in step.inputs.values():
-        _add_with_inputs(made_first, found)
+    for dependency in step.inputs.values():
+        _add_with_inputs(dependency, found)
     found.setdefault(step)

@@ -1,6 +1,6 @@
-"""What a run will need is looked for before its first stage: devices, libraries, folders.
+"""Check a run's requirements before its first stage: devices, libraries, writable folders.
 
-Only what is to be built counts: a run that finds everything cached needs nothing of it.
+Only steps that will be built count; a run with everything cached has no requirements.
 """
 
 import functools
@@ -24,7 +24,7 @@ from tasks.stages import CLEAN, DOWNLOAD, PACK, STAGES, TRAIN_TOKENIZER, Pipelin
 from tasks.store import Store
 
 READERS = {".zst": "backports.zstd", ".tzst": "backports.zstd", ".parquet": "pyarrow"}
-"""The library that reads files of a name that ends so."""
+"""The library that reads files with a suffix."""
 GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 ASK_TORCH = """
 import json, sys
@@ -39,10 +39,10 @@ except ConfigError as error:
 
 
 def refuse_what_cannot_run(plan: Sequence[PlannedStep], config: RunConfig, store: Store) -> None:
-    """Raise where building what `plan` says cannot work out on this machine.
+    """Raise if this machine cannot build the steps of `plan`.
 
     Raises:
-        ConfigError: with every problem found, each by its setting.
+        ConfigError: every problem found, each with its setting.
     """
     if problems := find_problems(plan, config, store):
         listed = "\n".join(f"  {problem}" for problem in problems)
@@ -52,7 +52,7 @@ def refuse_what_cannot_run(plan: Sequence[PlannedStep], config: RunConfig, store
 
 
 def find_problems(plan: Sequence[PlannedStep], config: RunConfig, store: Store) -> list[str]:
-    """Return what keeps the steps that `plan` builds from running here, each by its setting."""
+    """Return every problem that keeps this machine from building `plan`, each with its setting."""
     steps = [item.step for item in plan if item.status == "build"]
     if not steps:
         return []
@@ -65,25 +65,21 @@ def find_problems(plan: Sequence[PlannedStep], config: RunConfig, store: Store) 
 
 def _folder_problems(config: RunConfig, store: Store) -> Iterator[str]:
     parts = [store.root / name for name in ("staging", "keys", "locks", "stamps")]
-    folders = {"artifacts_dir": [store.root, *(part for part in parts if part.is_dir())]}
-    if config.runtime.cache_dir:
-        folders["cache_dir"] = [Path(config.runtime.cache_dir).absolute()]
-    for setting, paths in folders.items():
-        for path in paths:
-            existing = next(folder for folder in (path, *path.parents) if folder.exists())
-            if not existing.is_dir():
-                yield f"runtime.{setting}: {existing} is a file; expected a folder that can be made"
-                break
-            if reason := _why_not_writable(existing):
-                yield (
-                    f"runtime.{setting}: {existing} cannot be written ({reason}); make it writable,"
-                    " or name another folder"
-                )
-                break
+    for path in (store.root, *(part for part in parts if part.is_dir())):
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not existing.is_dir():
+            yield f"runtime.artifacts_dir: {existing} is a file; expected a folder that can be made"
+            break
+        if reason := _why_not_writable(existing):
+            yield (
+                f"runtime.artifacts_dir: {existing} cannot be written ({reason}); make it writable,"
+                " or name another folder"
+            )
+            break
 
 
 def _why_not_writable(folder: Path) -> str:
-    """Try it: permissions alone tell nothing of root, nor of a file system that is read only."""
+    """Try to write: permission bits do not tell about root or read-only file systems."""
     try:
         Path(tempfile.mkdtemp(prefix=".writable-", dir=folder)).rmdir()
     except OSError as error:
@@ -113,7 +109,7 @@ def _library_problems(steps: Sequence[PipelineStep], config: RunConfig) -> Itera
 
 
 def _source_problems(step: PipelineStep, config: RunConfig) -> Iterator[str]:
-    """Yield the libraries that are missing to get or read what a source gives."""
+    """Yield the missing libraries that a source needs."""
     source = source_of(step, config)
     dotted = f"download.{step.role}"
     needed: dict[str, str] = {}
@@ -123,7 +119,7 @@ def _source_problems(step: PipelineStep, config: RunConfig) -> Iterator[str]:
         needed = _readers([file_name(source.url)], f"{dotted}.url")
     elif source.kind == "files":
         needed = _readers(
-            [name for name, _ in list_files(source, step.role).files], f"{dotted}.path"
+            [name for name, _ in list_files(source, str(step.role)).files], f"{dotted}.path"
         )
     for library, found in needed.items():
         if _lacks(library):
@@ -140,7 +136,7 @@ def _readers(names: Sequence[str], dotted: str) -> dict[str, str]:
 
 
 def _device_problems(steps: Sequence[PipelineStep], runtime: RuntimeConfig) -> Iterator[str]:
-    """Ask torch where the settings ask for GPUs: it takes seconds to import, and the rest works."""
+    """Ask torch only if the settings request GPUs: importing it takes seconds."""
     has_driver = any(path.exists() for path in GPU_DRIVERS)
     asks_for_gpus = runtime.device == "cuda" or (
         runtime.device == "auto" and runtime.num_processes > 1 and has_driver
@@ -151,7 +147,7 @@ def _device_problems(steps: Sequence[PipelineStep], runtime: RuntimeConfig) -> I
 
 @functools.cache
 def _ask_torch(runtime: str) -> list[str]:
-    """Return what the processes of a training would refuse, asked of one that ends at once."""
+    """Return the errors that placing the ranks of a training raises, from a short process."""
     asked = subprocess.run(
         [sys.executable, "-c", ASK_TORCH, runtime],
         env=child_environment(),
@@ -160,13 +156,13 @@ def _ask_torch(runtime: str) -> list[str]:
         check=False,
     )
     if asked.returncode != 0:
-        reason = asked.stderr.strip().splitlines()[-1:] or ["it says nothing"]
-        return [f"runtime.device: torch cannot say which GPUs there are: {reason[0]}"]
+        reason = asked.stderr.strip().splitlines()[-1:] or ["no message"]
+        return [f"runtime.device: torch cannot list the GPUs: {reason[0]}"]
     return asked.stdout.splitlines()
 
 
 def _lacks(library: str) -> bool:
     try:
         return importlib.util.find_spec(library) is None
-    except ModuleNotFoundError:  # of the package it is part of
+    except ModuleNotFoundError:  # its parent package is missing
         return True

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llm.config import CleanConfig, DownloadConfig, MixtureConfig
+from llm.role import Role
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,21 +39,25 @@ class PipelineStep:
     """One stage at its place in a pipeline: what it is made from, by name. Equal only to itself."""
 
     stage: Stage
-    role: str = ""
-    """corpus or chats; of one of several sources, its place in `download`: `corpus.sources.0`."""
+    role: Role = field(default_factory=Role)
     inputs: Mapping[str, "PipelineStep"] = field(default_factory=dict[str, "PipelineStep"])
 
     @property
     def name(self) -> str:
         """What people call it: `pack corpus`, `pretrain`."""
-        return f"{self.stage.name} {self.role}".strip()
+        return step_name(self.stage.name, self.role)
+
+
+def step_name(stage: str, role: Role | str) -> str:
+    """Return a step's display name: `pack corpus`, `pretrain`."""
+    return f"{stage} {role}".strip()
 
 
 def download(role: str, settings: DownloadConfig) -> list[PipelineStep]:
     """Fetch the raw files of `download.corpus` or `download.chats`, each of its sources alone."""
     mixture: MixtureConfig = getattr(settings, role)
-    roles = [f"{role}.sources.{index}" for index in range(len(mixture.sources))]
-    return [PipelineStep(stage=DOWNLOAD, role=place) for place in roles or [role]]
+    roles = [Role(role, index) for index in range(len(mixture.sources))]
+    return [PipelineStep(stage=DOWNLOAD, role=part) for part in roles or [Role(role)]]
 
 
 def clean(
@@ -66,7 +71,7 @@ def clean(
     inputs = {"raw": raw[0]} if len(raw) == 1 else {f"raw_{k}": step for k, step in enumerate(raw)}
     if held_out is not None and settings.decontamination.action != "none":
         inputs["held_out"] = held_out
-    return PipelineStep(stage=CLEAN, role=raw[0].role.partition(".")[0], inputs=inputs)
+    return PipelineStep(stage=CLEAN, role=Role(raw[0].role.name), inputs=inputs)
 
 
 def train_tokenizer(documents: PipelineStep) -> PipelineStep:
@@ -116,8 +121,8 @@ def in_order(last: PipelineStep) -> list[PipelineStep]:
     found: dict[PipelineStep, None] = {}
 
     def visit(step: PipelineStep) -> None:
-        for made_first in step.inputs.values():
-            visit(made_first)
+        for dependency in step.inputs.values():
+            visit(dependency)
         found.setdefault(step)
 
     visit(last)

@@ -1,14 +1,13 @@
-"""The store: artifacts by the digest of their bytes, and keys that say what gave which bytes.
+"""The artifact store: artifacts by content digest, and records of the cache key of each.
 
-    artifacts/<stage>/<digest>/         a published artifact, whole
-    artifacts/keys/<stage>/<key>.json   what it was made from, and which digest came out
+    artifacts/<stage>/<digest>/         a published artifact
+    artifacts/keys/<stage>/<key>.json   the parts of the key, and the digest of the artifact
     artifacts/stamps/<stage>/<digest>   size, times, inode of each file when it was last verified
-    artifacts/staging/<stage>-<key>/    one being made: job.json, out/, work/ (which outlives kills)
-    artifacts/locks/                    kernel locks: two runs that want one artifact build it once
-    artifacts/damaged/                  what was found damaged, each with its reason
+    artifacts/staging/<stage>-<key>/    in progress: job.json, out/, work/ (survives kills)
+    artifacts/locks/                    kernel locks: two runs that need one artifact build it once
+    artifacts/damaged/                  damaged artifacts, each with the reason
 
-It needs no server, and is the truth about what is there: a hit is a hit only if every file was
-seen to be whole.
+It needs no server. A key is a hit only if every file of its artifact is verified.
 """
 
 import contextlib
@@ -33,13 +32,13 @@ from llm.artifact import (
     read_manifest,
     write_json_atomically,
 )
-from llm.errors import ArtifactError, PlaceError
-from llm.storage.elsewhere import InStore, OnDisk, Place, check_size, read_elsewhere
+from llm.errors import ArtifactError
+from llm.role import Role
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyParts:
-    """All that decides the bytes a step makes. `key` is the digest of it."""
+    """Everything that decides the bytes of a step's artifact. `key` is its digest."""
 
     stage: str
     role: str
@@ -50,46 +49,46 @@ class KeyParts:
     inputs: Mapping[str, str]
     """Content digest of each input."""
     libraries: Mapping[str, str]
-    """Versions of the libraries that decide the bytes."""
+    """Versions of the libraries that affect the bytes."""
     code: Mapping[str, str]
     """Digest of each module's code."""
 
     @property
     def key(self) -> str:
-        """The cache key. Which of several sources a download is does not count, what it is does."""
-        return digest(replace(self, role=self.role.partition(".")[0]))
+        """The cache key. The index of a source does not count, only what it gives."""
+        return digest(replace(self, role=Role.parse(self.role).name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyRecord:
-    """What is remembered under a key: which digest came out, and where to read about it."""
+    """The record of a key: the digest of its artifact, and links to the runs that built it."""
 
     key: str
     parts: KeyParts
     digest: str
     seconds: float
-    """Wall time of the building."""
+    """Wall time of the build."""
     made_at: str
-    """When, UTC."""
+    """Time of the build, UTC."""
     reused_from: str = ""
-    """The key whose artifact someone declared to hold for this one too (`--reuse`)."""
+    """The key whose artifact the user declared valid for this key too (`--reuse`)."""
     links: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Ids of the MLflow and Prefect runs that made it."""
+    """Ids of the MLflow and Prefect runs that built it."""
 
 
 class Store:
-    """The artifacts folder."""
+    """The artifact store in one folder."""
 
     def __init__(self, root: Path) -> None:
-        """Open the store in `root`; nothing is made before something is written."""
+        """Open the store in `root`; the folder is created at the first write."""
         self.root = root.absolute()
 
     def staging(self, parts: KeyParts) -> Path:
-        """Return the folder in which the artifact of `parts` is made."""
+        """Return the folder in which the artifact of `parts` is built."""
         return self.root / "staging" / f"{parts.stage}-{parts.key}"
 
     def folder(self, stage: str, content_digest: str) -> Path:
-        """Return where the artifact with these bytes lies, or would."""
+        """Return the folder of the artifact with this digest; it need not exist."""
         return self.root / stage / content_digest
 
     def find(self, parts: KeyParts) -> tuple[KeyRecord, Artifact] | None:
@@ -98,29 +97,29 @@ class Store:
         if record is None:
             return None
         folder = self.folder(parts.stage, record.digest)
-        if not folder.is_dir():
+        if not _exists(folder):
             return None
         try:
             self.verify(folder)
             return record, load_artifact(folder)
         except ArtifactError:
             with self._lock_of(folder):
-                self._set_aside_if(ArtifactError, folder)  # another may have, and made it again
+                self._set_aside_if_damaged(folder)  # another process may have, and rebuilt it
             return None
 
     def damage(self, record: KeyRecord) -> str:
-        """Say what keeps a recorded artifact from being used, or nothing."""
+        """Return why a recorded artifact cannot be used, or an empty string."""
         folder = self.folder(record.parts.stage, record.digest)
-        if not folder.is_dir():
-            return "its artifact was deleted"
         try:
+            if not _exists(folder):
+                return "its artifact was deleted"
             self.verify(folder)
         except ArtifactError as error:
             return f"its artifact is damaged: {error}"
         return ""
 
     def record(self, stage: str, key: str) -> KeyRecord | None:
-        """Return what is remembered under a key; an unreadable record counts as none."""
+        """Return the record of a key; None if it is missing or unreadable."""
         return _read_record(self.root / "keys" / stage / f"{key}.json")
 
     def records(self, stage: str, *, newest: int = 200) -> list[KeyRecord]:
@@ -130,7 +129,7 @@ class Store:
         return [record for path in paths[:newest] if (record := _read_record(path)) is not None]
 
     def remember(self, record: KeyRecord) -> None:
-        """Write a key's record, durably."""
+        """Write the record of a key durably."""
         folder = self.root / "keys" / record.parts.stage
         make_folder(folder)
         write_json_atomically(folder / f"{record.key}.json", record)
@@ -138,13 +137,13 @@ class Store:
     def publish(self, parts: KeyParts, out: Path) -> Artifact:
         """Give a finished staging folder its final name in one rename, and return the artifact.
 
-        When the same bytes are there already, whole, they stay and `out` is dropped. Two keys may
-        give the same bytes at the same time.
+        If the same artifact exists undamaged, it is kept and `out` is removed: two keys may give
+        the same bytes, even at the same time.
         """
         manifest = read_manifest(out)
         folder = self.folder(parts.stage, manifest.digest)
         with self._lock_of(folder):
-            self._set_aside_if((ArtifactError, PlaceError), folder)
+            self._set_aside_if_damaged(folder)
             if folder.is_dir():
                 shutil.rmtree(out)
             else:
@@ -155,35 +154,22 @@ class Store:
         return load_artifact(folder)
 
     def verify(self, folder: Path, *, is_thorough: bool = False) -> None:
-        """Check that every file of an artifact is there and whole.
+        """Check that every file of an artifact exists with the expected bytes.
 
-        A file whose size, times and inode are as when it was last verified is taken for
-        unchanged; any other is hashed again, and with `is_thorough` all are. So it is on another
-        disk. A file in a store is trusted until it is read, which checks it; with `is_thorough` it
-        is asked for its size.
+        A file whose size, times and inode have not changed since it was last verified counts as
+        unchanged; any other is hashed, and `is_thorough` hashes all.
 
         Raises:
-            ArtifactError: naming the first file that is missing or differs. PlaceError: the disk or
-            the store where a file was put is not there, which is no reason to make it again.
+            ArtifactError: naming the first file that is missing or differs.
         """
-        manifest, elsewhere = read_manifest(folder), read_elsewhere(folder)
+        manifest = read_manifest(folder)
         stamps = {} if is_thorough else self._read_stamps(folder)
         has_news = False
         for record in (*manifest.files, *manifest.logs):
-            place = _place(folder, record.path, elsewhere)
-            if isinstance(place, InStore):
-                if is_thorough:
-                    check_size(place, record)
-                continue
-            path = place.path
-            if record.path in elsewhere:
-                check_size(place, record)
+            path = folder / record.path
             try:
                 stamp = _stamp(path)
             except OSError as error:
-                if read_elsewhere(folder) != elsewhere:  # it was moved just now
-                    self.verify(folder, is_thorough=is_thorough)
-                    return
                 raise ArtifactError(f"{path}: missing ({error.strerror})") from error
             if stamp[0] != record.size_bytes:
                 raise ArtifactError(f"{path}: {stamp[0]} bytes, expected {record.size_bytes}")
@@ -195,25 +181,23 @@ class Store:
             self._write_stamps(folder)
 
     def set_aside(self, folder: Path, reason: str) -> Path:
-        """Move a damaged artifact out of the way, its reason with it, and return where to."""
+        """Move a damaged artifact to damaged/ with the reason, and return its new folder."""
         target = self.root / "damaged" / f"{folder.parent.name}-{folder.name}-{time.time_ns()}"
         target.parent.mkdir(parents=True, exist_ok=True)
+        written = folder.resolve() if folder.is_symlink() else target  # a link may be relative
         folder.rename(target)
-        (target / "REASON.txt").write_text(reason + "\n", encoding="utf-8")
+        (written / "REASON.txt").write_text(reason + "\n", encoding="utf-8")
         return target
 
-    def _set_aside_if(
-        self, errors: type[Exception] | tuple[type[Exception], ...], folder: Path
-    ) -> None:
-        """Set the artifact in `folder` aside, if one is there, when looking at it raises these."""
-        if folder.is_dir():
+    def _set_aside_if_damaged(self, folder: Path) -> None:
+        if _exists(folder):
             try:
                 self.verify(folder)
-            except errors as error:
+            except ArtifactError as error:
                 self.set_aside(folder, str(error))
 
     def _lock_of(self, folder: Path) -> AbstractContextManager[None]:
-        """Hold the lock of the artifact in `folder`: whoever names or removes it does."""
+        """Hold the lock of the artifact in `folder`, to publish or remove it."""
         return self.lock(f"{folder.parent.name}-{folder.name}.artifact")
 
     def artifacts(self, stages: Sequence[str]) -> list[Path]:
@@ -222,7 +206,7 @@ class Store:
         return sorted(path.parent for folder in folders for path in folder.glob(f"*/{MANIFEST}"))
 
     def sweep(self) -> None:
-        """Remove the staging folders of artifacts that are published and that nobody is making."""
+        """Remove the staging folders of published artifacts that no run is building."""
         for folder in (self.root / "staging").glob("*-*"):
             stage, _, key = folder.name.rpartition("-")
             if self.record(stage, key) is not None:
@@ -233,7 +217,7 @@ class Store:
     def lock(
         self, name: str, *, on_wait: Callable[[], None] | None = None, is_waiting: bool = True
     ) -> Generator[None]:
-        """Hold the lock `name`, which the kernel frees when its holder dies.
+        """Hold the lock `name`; the kernel frees it when the holder dies.
 
         `on_wait` is called every 0.1 s while another process holds it.
 
@@ -262,36 +246,42 @@ class Store:
         try:
             return json.loads(self._stamps_path(folder).read_bytes())
         except (OSError, ValueError, RecursionError):
-            return {}  # then every file is hashed again, which is always right
+            return {}  # every file is hashed again
 
     def _write_stamps(self, folder: Path) -> None:
         manifest = read_manifest(folder)
         path = self._stamps_path(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
-        elsewhere = read_elsewhere(folder)
         records = (*manifest.files, *manifest.logs)
-        places = {record.path: _place(folder, record.path, elsewhere) for record in records}
-        stamps = {n: _stamp(place.path) for n, place in places.items() if isinstance(place, OnDisk)}
-        write_json_atomically(path, stamps)
+        write_json_atomically(path, {r.path: _stamp(folder / r.path) for r in records})
 
 
 def library_versions(libraries: Sequence[str]) -> dict[str, str]:
-    """Return the installed version of each library, or `none`, from its metadata alone."""
-    from importlib import metadata  # 30 ms that only some callers need
+    """Return the installed version of each library, or `none`, without importing it."""
+    from importlib import metadata  # takes 30 ms
 
     def version(library: str) -> str:
         try:
             return metadata.version(library)
-        except metadata.PackageNotFoundError:  # the stage itself says how to install it
+        except metadata.PackageNotFoundError:  # the stage raises, with how to install it
             return "none"
 
     return {library: version(library) for library in libraries}
 
 
-def _place(folder: Path, name: str, elsewhere: Mapping[str, Place]) -> Place:
-    """Return where a file is: in the artifact's folder, or where it was moved to."""
-    path = folder / name
-    return elsewhere[name] if name in elsewhere and not path.exists() else OnDisk(path)
+def _exists(folder: Path) -> bool:
+    """Tell whether an artifact's folder is there.
+
+    Raises:
+        ArtifactError: it is a link to a missing folder. Its disk may only be unmounted, so the
+        artifact is not built again.
+    """
+    if folder.is_symlink() and not folder.exists():
+        raise ArtifactError(
+            f"{folder}: links to {folder.readlink()}, which is missing; mount its disk, or delete"
+            " the link to have the artifact built again"
+        )
+    return folder.is_dir()
 
 
 def _stamp(path: Path) -> list[int]:

@@ -23,7 +23,7 @@ Shapes: B rows read, T positions, N rows, P pieces and D documents of a shard, S
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +36,6 @@ from llm.artifact import ArtifactWriter, Json
 from llm.data.permutation import permute
 from llm.errors import ArtifactError
 from llm.seeds import derive_seed
-from llm.storage.file_cache import ArtifactFiles, FileCache
 
 PACK_JSON = "pack.json"
 FORMAT, VERSION = "fromscratch.rows", 2
@@ -44,7 +43,6 @@ MAGIC = b"\x89FSROWS\n"
 HEADER = struct.Struct("<8sI4x8s16sQQ8x")  # magic, version, type of an item, name, shape
 DOCUMENT_ID_BYTES = 16
 PADDING_ID = -1  # in place of a document's ordinal: padding is of none
-OF_DOCUMENTS = ("document_ids", "kinds")  # what is read of documents, not of rows
 
 Content = Literal["text", "chats"]
 
@@ -172,10 +170,8 @@ def add_counts(shards: Sequence[PackedShard]) -> PackedCounts:
 class PackedSequences:
     """The rows of one split, memory-mapped: only the rows asked for are read."""
 
-    def __init__(self, folder: Path, split: str, cache: FileCache | None = None) -> None:
+    def __init__(self, folder: Path, split: str) -> None:
         """Open a split of a pack artifact; its shards are opened when rows of them are read.
-
-        Those that are in a store are fetched into `cache` then, or all at once by `fetch`.
 
         Raises:
             ArtifactError: `pack.json` is missing or damaged, or does not know the split.
@@ -188,9 +184,8 @@ class PackedSequences:
         self.num_rows, self.seq_len = self.info.num_rows, self.layout.seq_len
         self._first_rows = starts([info.counts.num_rows for info in infos])
         self._first_documents = starts([info.counts.num_documents for info in infos])
-        self._files = ArtifactFiles(folder, cache)
         self._shards = [
-            _Shard(self._files, shard_prefix(split, number), self.layout, info)
+            _Shard(folder, shard_prefix(split, number), self.layout, info)
             for number, info in enumerate(infos)
         ]
 
@@ -220,17 +215,6 @@ class PackedSequences:
         rows.document_ids[rows.tokens == self.layout.pad_id] = PADDING_ID
         return rows
 
-    def fetch(self, report: Callable[[int, int], None]) -> None:
-        """Bring the shards here that are in a store: a shuffled order wants all of them at once.
-
-        `report` is told how many bytes have come, and of how many; what it raises ends the
-        fetching.
-
-        Raises:
-            ConfigError, PlaceError, ArtifactError: as `ArtifactFiles.fetch`.
-        """
-        self._files.fetch([name for shard in self._shards for name in shard.row_files()], report)
-
     def cut_documents(self) -> npt.NDArray[np.int64]:
         """Return the ordinals of the documents that are in several pieces, ascending."""
         found = [np.zeros(0, dtype=np.int64)]
@@ -247,15 +231,8 @@ class PackedSequences:
 class _Shard:
     """The files of a shard, each mapped when it is first needed."""
 
-    def __init__(
-        self, files: ArtifactFiles, prefix: str, layout: PackedLayout, info: PackedShard
-    ) -> None:
-        self._files, self._prefix, self._layout, self._info = files, prefix, layout, info
-
-    def row_files(self) -> list[str]:
-        """Return the names of the files that reading rows takes."""
-        shapes = file_shapes(self._layout, self._info.counts)
-        return [f"{self._prefix}{name}.bin" for name in shapes if name not in OF_DOCUMENTS]
+    def __init__(self, folder: Path, prefix: str, layout: PackedLayout, info: PackedShard) -> None:
+        self._folder, self._prefix, self._layout, self._info = folder, prefix, layout, info
 
     def read(self, indices: npt.NDArray[np.int64]) -> PackedArrays:
         """Return rows; documents are counted from the shard's first."""
@@ -312,7 +289,7 @@ class _Shard:
     def _map(self, name: str) -> npt.NDArray[Any]:
         kind, *shape = file_shapes(self._layout, self._info.counts)[name]
         try:
-            file = self._files.open(f"{self._prefix}{name}.bin")
+            file = (self._folder / f"{self._prefix}{name}.bin").open("rb")
         except FileNotFoundError as error:
             raise ArtifactError(f"{error.filename}: not there; run pack again") from error
         with file:

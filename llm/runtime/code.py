@@ -17,7 +17,7 @@ from llm.artifact import DIGEST_HEX_CHARACTERS
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
 NOT_COVERED = frozenset({"llm.config", "llm.errors", "llm.settings"})
-NOT_COVERED_PACKAGES = frozenset({"llm.runtime", "llm.monitoring", "llm.storage"})
+NOT_COVERED_PACKAGES = frozenset({"llm.runtime", "llm.monitoring"})
 
 # CPython 3.11 counts the depth of `ast.parse` once for all threads, and raises a SystemError when
 # two threads parse; Prefect tasks submitted together ask for their digests together

@@ -16,7 +16,6 @@ from llm.errors import (
     DataError,
     DiskFullError,
     FromscratchError,
-    PlaceError,
     StageError,
     TransientError,
 )
@@ -30,7 +29,6 @@ ERROR_TYPES = (
     ConfigError,
     DataError,
     ArtifactError,
-    PlaceError,
     DiskFullError,
     TransientError,
     StageError,

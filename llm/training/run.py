@@ -26,7 +26,6 @@ from llm.monitoring.metrics import METRICS_FILE, MetricsWriter, write_num_parame
 from llm.monitoring.throughput import TERA, flops_per_token, peak_flops, peak_memory_bytes
 from llm.runtime.job import Job
 from llm.seeds import derive_seed
-from llm.storage.file_cache import file_cache
 from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.load import load_tokenizer
 from llm.training.batches import even_size
@@ -135,7 +134,6 @@ class _Run:
             write_num_parameters(job.work, model.num_parameters())
         self.tokenizer = load_tokenizer(tokenizer_folder)
         sequences, self._validation_sequences = _open_sequences(job, model, self.tokenizer)
-        sequences.fetch(self._report_fetching)
         self.flops_per_token = flops_per_token(model)
         self.peak = peak_flops(device, config.precision)
         is_gpu = device.type == "cuda"
@@ -189,11 +187,6 @@ class _Run:
                 or self.is_due(step, runtime.validate_every_steps)
             ),
         )
-
-    def _report_fetching(self, done_bytes: int, total_bytes: int) -> None:
-        if self.is_writer:
-            self._job.report_progress(done_bytes, total_bytes, "bytes fetched")
-        self._job.raise_if_stopping()
 
     def is_due(self, step: int, every_steps: int) -> bool:
         """Tell whether something done every so many steps, and after the last, is due."""
@@ -310,8 +303,8 @@ def _open_sequences(
     Raises:
         DataError: another context or vocabulary, or no sequences.
     """
-    folder, cache = Path(job.inputs["sequences"]), file_cache(job.runtime)
-    splits = PackedSequences(folder, "train", cache), PackedSequences(folder, "validation", cache)
+    folder = Path(job.inputs["sequences"])
+    splits = PackedSequences(folder, "train"), PackedSequences(folder, "validation")
     layout = splits[0].layout
     problems: list[str] = []  # all at once: each run that fails costs the start of a process
     if layout.seq_len != model.seq_len:

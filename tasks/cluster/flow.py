@@ -1,12 +1,10 @@
-"""Have a cluster do the shards that a stage leaves to one: a Prefect flow, a task for each.
+"""Run a stage's shards on a Dask or Ray cluster: a Prefect flow with one task per shard.
 
-`tasks.cluster.runner` starts this as a process of its own beside the stage's, so that a cluster
-that goes away takes nothing else with it. `prefect-dask` and `prefect-ray` start the cluster or
-connect to it. The tasks run here, and to the cluster go the paths of shards alone
-(`tasks.cluster.worker`):
-a task that ran there would have to reach Prefect's server from there, which listens on 127.0.0.1.
-All of it lasts as long as the stage keeps `wanted.json` fresh: however that ends, the flow, and the
-shards on whatever machine, end by themselves.
+`tasks.cluster.runner` starts this in a separate process, so that a lost cluster takes nothing else
+down. `prefect-dask` and `prefect-ray` start the cluster or connect to it. The tasks run here and
+send only the paths of shards to the cluster (`tasks.cluster.worker`): tasks on the workers would
+need access to Prefect's server, which listens on 127.0.0.1. When the stage stops touching
+`wanted.json`, for whatever reason, the flow and all its shards end by themselves.
 """
 
 import contextlib
@@ -44,24 +42,25 @@ from llm.runtime.failures import error_to_json
 from llm.runtime.job import Job, is_finished, read_job
 from llm.runtime.shards import MAX_ATTEMPTS, Wanted, read_wanted
 from llm.runtime.termination import die_with_parent
-from tasks.cluster.runner import ERROR
-from tasks.cluster.worker import Lease, ShardKilledError, do_shard
+from tasks.cluster.runner import CLUSTER_ERROR
+from tasks.cluster.worker import Lease, ShardKilledError, run_shard
+from tasks.stages import step_name
 
-MAX_AT_ONCE = 512  # each has a thread here
-SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_BETWEEN_CANCEL_LOOKS = 3.0
+MAX_AT_ONCE = 512  # one thread each
+SHARD_POLL_SECONDS = 0.5
+CANCEL_POLL_SECONDS = 3.0
 SECONDS_TO_CONNECT = 30
-RAY_OBJECT_BYTES = 80 * 2**20  # the least that Ray takes: no data goes through it
+RAY_OBJECT_BYTES = 80 * 2**20  # Ray's minimum: no data passes through it
 
 Wait = Callable[[float], None]
-"""Returns when a shard is done, raises what it raised, or TimeoutError after so many seconds."""
+"""Waits for a shard; raises the shard's error, or TimeoutError after the given seconds."""
 Submit = Callable[[str, str, str], Wait]
-"""Gives a cluster the arguments of `do_shard`."""
+"""Submits the arguments of `run_shard` to a cluster."""
 
 
 @contextlib.contextmanager
 def dask_cluster(runtime: RuntimeConfig) -> Generator[Submit]:
-    """Connect to Dask, or start it on 127.0.0.1 with a certificate made for this process."""
+    """Connect to Dask, or start a local cluster with a certificate for this process."""
     runner = importlib.import_module("prefect_dask").DaskTaskRunner
     if runtime.cluster_address:
         settings = {"timeout": SECONDS_TO_CONNECT}
@@ -70,7 +69,7 @@ def dask_cluster(runtime: RuntimeConfig) -> Generator[Submit]:
         local = {
             "n_workers": _num_local_workers(runtime),
             "threads_per_worker": 1,
-            "memory_limit": 0,  # Dask would count its own process alone
+            "memory_limit": 0,  # Dask would count only its own process
             "security": True,
             "dashboard_address": None,
         }
@@ -79,7 +78,7 @@ def dask_cluster(runtime: RuntimeConfig) -> Generator[Submit]:
         client = cluster.client
 
         def submit(*arguments: str) -> Wait:
-            future = client.submit(do_shard, *arguments, pure=False)
+            future = client.submit(run_shard, *arguments, pure=False)
             is_done = threading.Event()
 
             def done(future: object) -> None:
@@ -88,7 +87,7 @@ def dask_cluster(runtime: RuntimeConfig) -> Generator[Submit]:
             future.add_done_callback(done)
 
             def wait(seconds: float) -> None:
-                if not is_done.wait(seconds):  # Dask's own time-out fails now and then
+                if not is_done.wait(seconds):  # Dask's own timeout fails now and then
                     raise TimeoutError
                 future.result()
 
@@ -99,7 +98,7 @@ def dask_cluster(runtime: RuntimeConfig) -> Generator[Submit]:
 
 @contextlib.contextmanager
 def ray_cluster(runtime: RuntimeConfig) -> Generator[Submit]:
-    """Connect to Ray, or start it on 127.0.0.1 with a token known to this process."""
+    """Connect to Ray, or start a local cluster with a token for this process."""
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temporary:
         settings: dict[str, Any] = {"log_to_driver": False}
         if not runtime.cluster_address:
@@ -109,13 +108,13 @@ def ray_cluster(runtime: RuntimeConfig) -> Generator[Submit]:
                 "object_store_memory": RAY_OBJECT_BYTES,
                 "_temp_dir": temporary,
             }
-            # read when Ray is imported; the last has it listen on 127.0.0.1 alone, as on a Mac
+            # read when Ray is imported; the last makes it listen on 127.0.0.1 only, as on a Mac
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         runner = importlib.import_module("prefect_ray").RayTaskRunner
         ray = importlib.import_module("ray")
         with runner(address=runtime.cluster_address or None, init_kwargs=settings):
-            remote = ray.remote(do_shard)
+            remote = ray.remote(run_shard)
 
             def submit(*arguments: str) -> Wait:
                 reference = remote.remote(*arguments)
@@ -124,7 +123,7 @@ def ray_cluster(runtime: RuntimeConfig) -> Generator[Submit]:
                     try:
                         ray.get(reference, timeout=seconds)
                     except ray.exceptions.RayTaskError as error:
-                        raise error.cause from error  # what the worker raised, with its own message
+                        raise error.cause from error  # the worker's own error
 
                 return wait
 
@@ -135,9 +134,7 @@ CLUSTERS = {"dask": dask_cluster, "ray": ray_cluster}
 
 
 def shards_flow(job: Job, wanted: Wanted, submit: Submit) -> Flow[[], State[Any]]:
-    """Return the flow that has the wanted shards of a stage done, `runtime.shard_workers` at a
-    time.
-    """
+    """Return the flow that runs a stage's shards, `runtime.shard_workers` at a time."""
     folder = job.work / "shards"
     lease, is_over = Lease(folder, wanted.id), threading.Event()
     num_at_once = min(job.runtime.shard_workers or MAX_AT_ONCE, len(wanted.names))
@@ -154,10 +151,10 @@ def shards_flow(job: Job, wanted: Wanted, submit: Submit) -> Flow[[], State[Any]
                     future = shard.submit(waiting.popleft())
                     future.add_done_callback(ended.put)
                 with contextlib.suppress(queue.Empty):
-                    ended.get(timeout=SECONDS_BETWEEN_LOOKS).result()
+                    ended.get(timeout=SHARD_POLL_SECONDS).result()
                     left -= 1
                 if not lease.is_wanted and not _are_finished(folder, wanted):
-                    return Cancelled(message="the stage that wanted them ended")
+                    return Cancelled(message="the stage that needs them has ended")
                 if is_cancelled():
                     raise StageError("the run of the shards was canceled in Prefect")
         finally:
@@ -167,7 +164,7 @@ def shards_flow(job: Job, wanted: Wanted, submit: Submit) -> Flow[[], State[Any]
     return Flow(
         fn=do_all,
         name="shards",
-        description="The shards of one stage, on a cluster",
+        description="The shards of one stage on a cluster",
         task_runner=cast(TaskRunner[PrefectFuture[Any]], threads),
         persist_result=False,
     )
@@ -176,17 +173,17 @@ def shards_flow(job: Job, wanted: Wanted, submit: Submit) -> Flow[[], State[Any]
 def _as_task(
     folder: Path, wanted: Wanted, submit: Submit, is_over: threading.Event
 ) -> Task[[str], State[Any]]:
-    """Return the Prefect task that has one shard done on the cluster."""
+    """Return the Prefect task that runs one shard on the cluster."""
 
     def shard(name: str) -> State[Any]:
         wait = submit(str(folder), name, wanted.id)
         while not is_over.is_set():
             try:
-                wait(SECONDS_BETWEEN_LOOKS)
+                wait(SHARD_POLL_SECONDS)
             except TimeoutError:
                 continue
             return Completed()
-        return Cancelled(message="nobody waits for it any more")
+        return Cancelled(message="the stage no longer waits for it")
 
     return Task(
         fn=shard,
@@ -199,7 +196,7 @@ def _as_task(
 
 
 def main() -> None:
-    """Do what the stage with the job file named on the command line wants done."""
+    """Run the shards that a stage waits for; its job file is the first argument."""
     die_with_parent()
     job = read_job(Path(sys.argv[1]))
     wanted = read_wanted(job.work / "shards")
@@ -210,17 +207,17 @@ def main() -> None:
             _run(job, shards_flow(job, wanted, submit))
     except BaseException as error:
         traceback.print_exc()
-        write_json_atomically(job.work / "shards" / ERROR, error_to_json(error))
+        write_json_atomically(job.work / "shards" / CLUSTER_ERROR, error_to_json(error))
         raise SystemExit(1) from None
 
 
 def _run(job: Job, flow: Flow[[], State[Any]]) -> None:
-    """Run the flow as a part of the run of the task that builds the stage."""
+    """Run the flow as a child of the task run that builds the stage."""
     parent = os.environ.get("FROMSCRATCH_TASK_RUN_ID")
     with get_client(sync_client=True) as client:
         run = client.create_flow_run(
             flow,
-            name=f"{job.stage} {job.role}".strip() + " shards",
+            name=f"{step_name(job.stage, job.role)} shards",
             parent_task_run_id=UUID(parent) if parent else None,
             tags=[job.stage],
         )
@@ -242,13 +239,13 @@ def _was_killed(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 
 
 def _cancel_watch() -> Callable[[], bool]:
-    """Return a function that tells whether someone canceled this flow run, asking now and then."""
+    """Return a function that tells whether this flow run was canceled, polling Prefect."""
     run_id, next_at = UUID(str(flow_run.id)), [time.monotonic()]
 
     def is_cancelled() -> bool:
         if time.monotonic() < next_at[0]:
             return False
-        next_at[0] = time.monotonic() + SECONDS_BETWEEN_CANCEL_LOOKS
+        next_at[0] = time.monotonic() + CANCEL_POLL_SECONDS
         with contextlib.suppress(httpx.HTTPError), get_client(sync_client=True) as client:
             state = client.read_flow_run(run_id).state
             return state is not None and (state.is_cancelling() or state.is_cancelled())

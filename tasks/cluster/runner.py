@@ -1,4 +1,4 @@
-"""Have a cluster do the shards that a stage leaves to one: the side that follows the stage."""
+"""Run a stage's shards on a cluster: start `tasks.cluster.flow` when the stage waits for them."""
 
 import contextlib
 import importlib.util
@@ -16,14 +16,14 @@ from llm.runtime.failures import error_from_json, error_to_json, how_it_ended
 from llm.runtime.job import Job
 from llm.runtime.shards import WANTED, read_wanted
 
-ERROR = "cluster_error.json"
+CLUSTER_ERROR = "cluster_error.json"
 LOG = "cluster.log"
-SECONDS_TO_FINISH = 20.0  # to close a cluster on this machine
+SECONDS_TO_FINISH = 20.0  # to shut down a local cluster
 EXTRAS = {"dask": "prefect_dask", "ray": "prefect_ray"}
 
 
 def missing_runner(runtime: RuntimeConfig) -> str:
-    """Say that the library of the cluster that shards are done on is not there, or nothing."""
+    """Return an error if the library of the configured cluster is missing, or an empty string."""
     kind = runtime.shard_runner
     if kind == "processes" or importlib.util.find_spec(EXTRAS[kind]) is not None:
         return ""
@@ -34,13 +34,13 @@ def missing_runner(runtime: RuntimeConfig) -> str:
 
 
 class ShardRunner:
-    """Starts `python -m tasks.cluster.flow` when a stage wants shards; stops it with the stage."""
+    """Starts `python -m tasks.cluster.flow` when a stage needs shards; stops it with the stage."""
 
     def __init__(self, job: Job, job_path: Path) -> None:
         """Prepare for the stage of `job`, whose job file is `job_path`.
 
         Raises:
-            ConfigError: the library of its cluster is not installed.
+            ConfigError: the library of the cluster is not installed.
         """
         self._job, self._path = job, job_path
         self._folder = job.work / "shards"
@@ -49,15 +49,15 @@ class ShardRunner:
         self._is_used = job.runtime.shard_runner != "processes"
         if problem := missing_runner(job.runtime):
             raise ConfigError(problem)
-        for stale in (WANTED, ERROR):  # of a stage that was killed
+        for stale in (WANTED, CLUSTER_ERROR):  # left by a killed stage
             (self._folder / stale).unlink(missing_ok=True)
 
-    def look(self) -> None:
-        """Start the process when the stage began to wait, and see whether it failed.
+    def poll(self) -> None:
+        """Start the process if the stage has begun to wait, and check whether it failed.
 
         Raises:
-            DataError, ConfigError, ...: what a shard raised for the user.
-            StageError: the shards cannot be done.
+            DataError, ConfigError, ...: the user's error that a shard raised.
+            StageError: the cluster failed.
         """
         if not self._is_used:
             return
@@ -72,7 +72,7 @@ class ShardRunner:
                 self._process = self._start()
 
     def close(self) -> None:
-        """Wait for the process, which ends when the stage wants nothing, and see that it does."""
+        """Wait for the process, which ends when the stage needs no shards; then kill it."""
         if self._process is None:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -82,7 +82,7 @@ class ShardRunner:
         self._process.wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        from prefect.runtime import task_run  # the flow that builds the stage has it already
+        from prefect.runtime import task_run  # already imported by the flow that builds the stage
 
         source = str(Path(tasks.__file__).parents[1])
         environment = {
@@ -107,11 +107,11 @@ class ShardRunner:
     def _failure(self, code: int) -> FromscratchError:
         where = self._job.runtime.cluster_address or "a cluster on this machine"
         try:
-            found = json.loads((self._folder / ERROR).read_bytes())
+            found = json.loads((self._folder / CLUSTER_ERROR).read_bytes())
         except FileNotFoundError:
             found = error_to_json(StageError(f"its process {how_it_ended(code)}"))
         kind = type(error_from_json(found, self._job.stage))
         return kind(
-            f"{self._job.stage}: its shards could not be done by {self._job.runtime.shard_runner},"
-            f" {where}: {found['message']}\nmore in {self._folder / LOG}"
+            f"{self._job.stage}: shards failed on {self._job.runtime.shard_runner}, {where}:"
+            f" {found['message']}\nsee {self._folder / LOG}"
         )

@@ -1,1 +1,1 @@
-"""MLflow: what a run logs, and how it gets there."""
+"""MLflow tracking: journals of events, their delivery, runs, models and plots."""

@@ -1,6 +1,6 @@
-"""The connection to MLflow: where it is, its two experiments, and what its errors mean.
+"""Client for MLflow: its address, the two experiments, and which errors are worth a retry.
 
-mlflow is imported on first use, because that takes two seconds.
+mlflow is imported at first use, because that takes two seconds.
 """
 
 import json
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
 
 Experiment = Literal["pipelines", "models"]
 
-MAX_PARAMETER_CHARACTERS = 6000  # MLflow cuts longer ones without a word
+MAX_PARAMETER_CHARACTERS = 6000  # MLflow truncates longer ones silently
 MAX_TAG_CHARACTERS = 8000
 PARAMETERS_PER_BATCH = 100
 NOTE = "mlflow.note.content"
 UID_TAG = "fromscratch.uid"
 STAGE_TAG, DIGEST_TAG, KEY_TAG = "fromscratch.stage", "fromscratch.digest", "fromscratch.key"
 SWEEP_TAG = "fromscratch.sweep"  # the runs of one sweep are grouped by it
-# Set where the user has not: a server that is away must be noticed in seconds, not minutes, and
-# nothing may be printed or sent that was not asked for.
+# Defaults for what the user has not set: an outage is noticed in seconds instead of minutes, and
+# MLflow prints and reports nothing by itself.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -53,13 +53,12 @@ ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
 }
 DESCRIPTIONS: Mapping[Experiment, str] = {
-    "pipelines": "One run for each run of the pipeline, with a child for each stage that was built."
-    " A stage that was cached is a tag that names the run which made it.",
-    "models": "One run for each trained model, base and chat. The chart view lays their curves over"
-    " each other, the table view puts their sample answers side by side; select some and press"
-    " Compare to see the settings that differ.",
+    "pipelines": "One run per pipeline run, with a child run per built stage. A cached stage is a"
+    " tag that names the run which built it.",
+    "models": "One run per trained model. The chart view overlays their curves, the table view"
+    " shows their samples side by side; select some and press Compare to see how settings differ.",
 }
-# Answers that no waiting will change; everything else may be an outage.
+# Errors that a retry cannot cure; every other error may be an outage.
 REFUSALS = frozenset(
     {
         "BAD_REQUEST",
@@ -71,11 +70,11 @@ REFUSALS = frozenset(
 )
 
 
-class MlflowStore:
-    """One MLflow, reached through its client; nothing global is set."""
+class MlflowConnection:
+    """An MLflow server or database with the two experiments of a project; sets no global state."""
 
     def __init__(self, uri: str, artifacts_dir: Path, project: str) -> None:
-        """Remember where MLflow is; nothing is imported or opened yet."""
+        """Store the address; nothing is imported or opened yet."""
         self.uri = uri
         self.known_as = known_as(uri, artifacts_dir)
         self._artifacts_dir = artifacts_dir
@@ -85,10 +84,10 @@ class MlflowStore:
 
     @cached_property
     def client(self) -> "MlflowClient":
-        """The client, made at first use."""
+        """The client, created at first use."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        # what mlflow's modules and the libraries under it have to settle among themselves
+        # deprecations between mlflow and the libraries it uses
         warnings.filterwarnings("ignore", module=r"mlflow\b")
         from mlflow import MlflowClient
 
@@ -104,17 +103,17 @@ class MlflowStore:
         return MlflowClient(tracking_uri=self.uri)
 
     def path(self, text: str) -> Path:
-        """Return a path that an event holds: relative to the artifacts folder where it is in it."""
+        """Return the absolute path of an event's path, which may be relative to artifacts_dir."""
         return self._artifacts_dir / text
 
     def scratch_folder(self) -> Path:
-        """Return a folder for files on their way, on the disk of the artifacts: /tmp is small."""
+        """Return a folder for temporary files, on the artifacts' disk because /tmp may be small."""
         folder = self._artifacts_dir / "tracking"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def connect(self) -> None:
-        """Open the connection and both experiments. Whatever this raises is an outage."""
+        """Open both experiments. Any exception counts as an outage."""
         if self._is_connected:
             return
         for experiment in DESCRIPTIONS:
@@ -124,7 +123,7 @@ class MlflowStore:
         self._is_connected = True
 
     def experiment_id(self, experiment: Experiment) -> str:
-        """Return the id of `<project>/pipelines` or `<project>/models`, made when missing."""
+        """Return the id of `<project>/pipelines` or `<project>/models`, created if missing."""
         if experiment not in self._experiment_ids:
             self._experiment_ids[experiment] = self._find_or_create(experiment)
         return self._experiment_ids[experiment]
@@ -137,9 +136,8 @@ class MlflowStore:
         tags: Mapping[str, str],
         started_at_ms: int,
     ) -> str:
-        """Return the run that was created under `uid`, created now when there is none.
-
-        A call that timed out may have reached MLflow all the same: looking first keeps it one run.
+        """Return the run with the tag `uid`, created if there is none: an earlier call that timed
+        out may have succeeded.
         """
         found = self.find_run(experiment, {UID_TAG: uid})
         if found is not None:
@@ -164,7 +162,7 @@ class MlflowStore:
         return runs[0] if runs else None
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Set tags, those too long for MLflow cut visibly."""
+        """Set tags; those too long for MLflow are truncated visibly."""
         from mlflow.entities import RunTag
 
         entities = [RunTag(key, value) for key, value in _cut(tags).items()]
@@ -172,8 +170,8 @@ class MlflowStore:
             self.client.log_batch(run_id, tags=entities)
 
     def log_parameters(self, run_id: str, parameters: Mapping[str, object]) -> None:
-        """Log settings that the run does not have yet (one that is there can never change), and
-        all of them, uncut, as `settings.json`.
+        """Log new parameters (logged ones can never change), and all of them, not truncated, as
+        `settings.json`.
         """
         from mlflow.entities import Param
 
@@ -196,9 +194,8 @@ class MlflowStore:
         *,
         model_id: str = "",
     ) -> None:
-        """Log figures that belong to no step (MLflow draws bars of them), beside the run for the
-        logged model too. It knows a point it has by key, step, time and value, so that doing it
-        again adds nothing.
+        """Log metrics without a step, which MLflow draws as bars, to the run and the logged model.
+        MLflow drops a point with the same key, step, time and value, so repeating adds nothing.
         """
         from mlflow.entities import Metric
 
@@ -209,9 +206,9 @@ class MlflowStore:
         self.client.log_batch(run_id, metrics=entities)
 
     def log_table(self, run_id: str, file: str, rows: Sequence[Mapping[str, object]]) -> None:
-        """Log `rows` as a table that MLflow shows and compares, in place of an earlier one.
+        """Log `rows` as a table that MLflow shows and compares; replaces an earlier one.
 
-        Its own `log_table` appends to what is there, so that a second try would double the rows.
+        MLflow's own `log_table` appends, so a retry would duplicate the rows.
         """
         columns = list(rows[0]) if rows else []
         table = {"columns": columns, "data": [[row[name] for name in columns] for row in rows]}
@@ -235,13 +232,13 @@ class MlflowStore:
             try:
                 return self.client.create_experiment(name, self._artifact_location(), tags)
             except MlflowException:
-                found = self.client.get_experiment_by_name(name)  # another process was faster
+                found = self.client.get_experiment_by_name(name)  # another process created it first
                 if found is None:
                     raise
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)
         for key, view in views.items():
-            if found.tags.get(key) != view:  # of an earlier version of this project
+            if found.tags.get(key) != view:  # written by an earlier version of this project
                 self.client.set_experiment_tag(found.experiment_id, key, view)
         return found.experiment_id
 
@@ -251,8 +248,8 @@ class MlflowStore:
         return self.uri == database_uri(self._artifacts_dir)
 
     def _artifact_location(self) -> str | None:
-        """Return where files go: beside the database of the artifacts folder; with any other
-        database, into the artifacts folder too; a server decides for itself.
+        """Return where artifact files go: into artifacts_dir for any database; None lets a server
+        decide.
         """
         if re.match(r"https?:|databricks", self.uri):
             return None
@@ -262,34 +259,34 @@ class MlflowStore:
 class RunBook:
     """The runs of one journal by name: `pipeline`, `stage/pack chats`, `model/pretrain`."""
 
-    def __init__(self, store: MlflowStore, journal_name: str) -> None:
+    def __init__(self, mlflow: MlflowConnection, journal_name: str) -> None:
         """Start with no runs."""
-        self.store = store
+        self.mlflow = mlflow
         self.run_ids: dict[str, str] = {}
         self.open: set[str] = set()
-        """Names of runs that have no end state yet."""
+        """Names of runs that have not ended."""
         self._journal_name = journal_name
 
     def begin(
         self, name: str, experiment: Experiment, title: str, tags: Mapping[str, str], at_ms: int
     ) -> str:
-        """Create the run, or find the one that an earlier telling of the same event created."""
-        run_id = self.store.create_run(experiment, self.uid(name), title, tags, at_ms)
+        """Create the run, or find the one that an earlier delivery of the event created."""
+        run_id = self.mlflow.create_run(experiment, self.uid(name), title, tags, at_ms)
         self.reopen(name, run_id)
         return run_id
 
     def reopen(self, name: str, run_id: str) -> None:
-        """Go on with a run that was begun before."""
+        """Continue a run that exists."""
         self.run_ids[name] = run_id
         self.open.add(name)
 
     def end(self, name: str, status: Status, at_ms: int) -> None:
-        """Give a run its end state."""
-        self.store.client.set_terminated(self.run_ids[name], status, at_ms)
+        """End a run."""
+        self.mlflow.client.set_terminated(self.run_ids[name], status, at_ms)
         self.open.discard(name)
 
     def uid(self, name: str) -> str:
-        """Return what MLflow knows a run by, whoever tells of it and how often."""
+        """Return the unique id of a run, the same at every delivery."""
         return f"{self._journal_name}/{name}"
 
 
@@ -299,17 +296,17 @@ def tracking_uri(setting: str, artifacts_dir: Path) -> str:
 
 
 def known_as(uri: str, artifacts_dir: Path) -> str:
-    """Return what files in the artifacts folder call an MLflow, also after it was moved."""
+    """Return the name of a tracking URI in files: independent of where artifacts_dir is."""
     return DATABASE if uri == database_uri(artifacts_dir) else without_password(uri)
 
 
 def without_password(uri: str) -> str:
-    """Return `uri` fit to be shown and kept: without user and password."""
+    """Return `uri` without user and password."""
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def described(links: Mapping[str, str], *lines: str) -> dict[str, str]:
-    """Return the tags that hold links, and the description that shows them."""
+    """Return links as tags, and a description that shows them."""
     shown = [
         f"[{name.removesuffix('_url').capitalize()}]({link})"
         for name, link in links.items()
@@ -320,19 +317,19 @@ def described(links: Mapping[str, str], *lines: str) -> dict[str, str]:
 
 
 def split_summary(summary: Mapping[str, Json]) -> tuple[dict[str, float], dict[str, str]]:
-    """Split what a stage says of its artifact into figures and, as tags, everything else."""
-    figures: dict[str, float] = {}
+    """Split a stage's summary into metrics and, for everything else, tags."""
+    metrics: dict[str, float] = {}
     texts: dict[str, str] = {}
     for key, value in flatten(summary).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            figures[_allowed(key)] = float(value)
+            metrics[_allowed(key)] = float(value)
         else:
             texts[f"summary.{_allowed(key)}"] = str(value)
-    return figures, texts
+    return metrics, texts
 
 
 def is_refusal(error: Exception) -> bool:
-    """Tell an answer that will stay the same from an outage, which delivery waits out."""
+    """Tell a permanent error from an outage, which delivery waits out."""
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
@@ -341,13 +338,13 @@ def is_refusal(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """Return what an error says in one line that may be shown."""
+    """Return an error as one line without passwords."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {without_password(lines[0])[:200]}"
 
 
 def _is_locked(error: BaseException) -> bool:
-    """Tell whether SQLite had no turn for us or no space, which MLflow also calls a bad request."""
+    """Tell whether SQLite was locked or out of space, which MLflow reports as a bad request."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(getattr(cause, "orig", cause), sqlite3.OperationalError):
@@ -361,7 +358,7 @@ def _cut(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def _allowed(key: str) -> str:
-    """Return `key` with what MLflow takes in names: a reason for skipping may hold anything."""
+    """Return `key` with the characters MLflow allows; drop reasons may hold any text."""
     return re.sub(r"[^\w\-. /]", "_", key, flags=re.ASCII)
 
 

@@ -1,8 +1,7 @@
-"""The curves of a model: from the file its training writes to its MLflow run, live and once each.
+"""Training curves: read the growing metrics file and send each point to MLflow once, live.
 
-MLflow itself is asked how far a run's curves are, per metric, whenever that is not certain: after
-an outage, or when a training goes on in another process. So there is no second record to be wrong,
-and a step that a resumed training repeats is not drawn twice.
+After an outage, or when training continues in another process, MLflow is asked for the last step of
+each metric. No second record is kept, and a step that a resumed training repeats is not sent twice.
 """
 
 import math
@@ -10,40 +9,40 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llm.monitoring.metrics import MetricsReader, Point
-from tasks.tracking.client import MlflowStore
+from tasks.tracking.client import MlflowConnection
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow.entities import Metric
 
-METRICS_PER_BATCH = 900  # MLflow takes 1000 entities in a call
+METRICS_PER_BATCH = 900  # MLflow accepts 1000 entities per call
 TOKENS_AXIS, SECONDS_AXIS = "x-axis/tokens", "x-axis/seconds"  # listed after the curves
 
 
 class Curves:
     """Sends points to one run, in order, each once."""
 
-    def __init__(self, store: MlflowStore, run_id: str, *, is_new: bool) -> None:
-        """Send to `run_id`, which has no points at all if it `is_new`."""
-        self._store = store
+    def __init__(self, mlflow: MlflowConnection, run_id: str, *, is_new: bool) -> None:
+        """Send to `run_id`; `is_new` says that it has no points yet."""
+        self._mlflow = mlflow
         self._run_id = run_id
         self._last_step: dict[str, int] = {}
         self._is_certain = is_new
         self._pending: list[Point] = []
 
     def send_new(self, file: MetricsReader) -> None:
-        """Send what `file` has and the run has not. After an error, call it again."""
+        """Send the points that the run lacks. After an error, call it again."""
         self._pending += file.read_new()
         try:
             batch: list[Metric] = []
             for point in self._pending:
                 missing = self._missing(point, file.started_at_ms)
                 if len(batch) + len(missing) > METRICS_PER_BATCH:
-                    self._store.client.log_batch(self._run_id, metrics=batch)
+                    self._mlflow.client.log_batch(self._run_id, metrics=batch)
                     batch = []
                 batch += missing
             if batch:
-                self._store.client.log_batch(self._run_id, metrics=batch)
+                self._mlflow.client.log_batch(self._run_id, metrics=batch)
         except Exception:
             self._last_step.clear()
             self._is_certain = False
@@ -60,17 +59,17 @@ class Curves:
                 self._last_step[key] = -1 if self._is_certain else self._last_delivered_step(key)
             if point.step > self._last_step[key]:
                 self._last_step[key] = point.step
-                shown = math.nan if math.isinf(value) else value  # drawn as 1.8e308 otherwise
+                shown = math.nan if math.isinf(value) else value  # MLflow would draw 1.8e308
                 missing.append(Metric(key, shown, at_ms, point.step))
         return missing
 
     def _last_delivered_step(self, key: str) -> int:
-        history = self._store.client.get_metric_history(self._run_id, key)
+        history = self._mlflow.client.get_metric_history(self._run_id, key)
         return max((metric.step for metric in history), default=-1)
 
 
 def draw_losses(points: Sequence[Point], title: str) -> "Figure":
-    """Draw training and validation loss over the tokens seen."""
+    """Plot training and validation loss over tokens."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")

@@ -1,10 +1,9 @@
-"""Where MLflow's files are: in `mlruns` beside its database, which names them relative to that.
+"""MLflow's artifact files: in `mlruns` beside the database, with locations relative to it.
 
-The database says `mlflow-artifacts:/RUN/artifacts`. A server reads this as a path in its own folder
-(`--artifacts-destination`), so the artifacts folder can be moved and copied. MLflow's Python client
-reads it only through a server; `local_files` is its plugin for a client without one (registered for
-every process of this environment in pyproject.toml). Databases that hold absolute paths, as MLflow
-writes them by default, are corrected when they are opened.
+The database says `mlflow-artifacts:/RUN/artifacts`, which a server resolves in its own folder
+(`--artifacts-destination`), so that artifacts_dir can be moved and copied. MLflow's Python client
+resolves it only through a server; `local_files` is a plugin (registered in pyproject.toml) for a
+client without one. Databases with absolute paths, MLflow's default, are corrected when opened.
 """
 
 import re
@@ -20,14 +19,14 @@ if TYPE_CHECKING:
 SCHEME = "mlflow-artifacts"
 ROOT = f"{SCHEME}:/"
 DATABASE, FOLDER = "mlflow.db", "mlruns"
-COLUMNS = (
+LOCATION_COLUMNS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-"""Every column of MLflow's database that says where files are."""
+"""Every column of MLflow's database that holds a location of files."""
 SECONDS_TO_WAIT_FOR_A_WRITER = 20.0
 
 
@@ -39,8 +38,8 @@ def database_uri(artifacts_dir: Path) -> str:
 def local_files(
     artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None
 ) -> "ArtifactRepository":
-    """Return MLflow's access to `mlflow-artifacts:/PATH`: to `mlruns/PATH` beside an SQLite
-    database, and through the server where the tracking URI is one.
+    """Return MLflow's repository for `mlflow-artifacts:/PATH`: `mlruns/PATH` beside an SQLite
+    database, or the server that the tracking URI names.
     """
     from mlflow import get_tracking_uri
     from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
@@ -58,7 +57,7 @@ def local_files(
 def correct_locations(artifacts_dir: Path) -> int:
     """Make absolute locations in the database of an artifacts folder relative; return how many.
 
-    A location stays as it is when its files are where it says and not in this folder.
+    A location is kept if its files exist there and not in this folder.
     """
     database = artifacts_dir / DATABASE
     if not database.is_file():
@@ -67,7 +66,7 @@ def correct_locations(artifacts_dir: Path) -> int:
     timeout = SECONDS_TO_WAIT_FOR_A_WRITER
     with closing(sqlite3.connect(database, timeout=timeout)) as connection, connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
-        for table, column in COLUMNS:
+        for table, column in LOCATION_COLUMNS:
             if table not in tables:
                 continue
             select = f"SELECT rowid, {column} FROM {table} WHERE {column} LIKE '%/{FOLDER}%'"
@@ -80,9 +79,7 @@ def correct_locations(artifacts_dir: Path) -> int:
 
 
 def _relative(location: str, artifacts_dir: Path) -> str:
-    """Return an absolute path of files in some `mlruns` as a location relative to it, or nothing
-    for any other location.
-    """
+    """Return an absolute path inside some `mlruns` as a relative location, else an empty string."""
     found = re.fullmatch(rf"(?:file://)?(/.*/{FOLDER})((?:/.*)?)", location)
     if found is None:
         return ""

@@ -1,34 +1,36 @@
-"""What cleaning left of the documents, step by step, as a table and a plot."""
+"""The cleaning funnel: documents left after each step, as a table and a plot."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from llm.artifact import Json
-from tasks.tracking.client import MlflowStore
+from tasks.tracking.client import MlflowConnection
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FUNNEL = "funnel"
-"""The key of a summary it is under: a list of steps, each with `step`, `dropped` and `left`."""
+"""Its key in a summary: a list of steps, each with `step`, `dropped` and `left`."""
 
 
 def without_funnel(summary: Mapping[str, Json]) -> dict[str, Json]:
-    """Return what a summary says besides, for figures and tags."""
+    """Return a summary without its funnel, for metrics and tags."""
     return {key: value for key, value in summary.items() if key != FUNNEL}
 
 
-def log_funnel(store: MlflowStore, run_id: str, title: str, summary: Mapping[str, Json]) -> None:
-    """Log the funnel of a summary that has one."""
+def log_funnel(
+    mlflow: MlflowConnection, run_id: str, title: str, summary: Mapping[str, Json]
+) -> None:
+    """Log the funnel of a summary, if it has one."""
     steps = cast(Sequence[Mapping[str, Any]], summary.get(FUNNEL) or ())
     if not steps:
         return
-    store.log_table(run_id, "funnel.json", steps)
-    store.client.log_figure(run_id, draw_funnel(steps, title), "funnel.png")
+    mlflow.log_table(run_id, "funnel.json", steps)
+    mlflow.client.log_figure(run_id, draw_funnel(steps, title), "funnel.png")
 
 
 def draw_funnel(steps: Sequence[Mapping[str, Any]], title: str) -> "Figure":
-    """Draw a bar of the documents left after each step, and beside it what the step dropped."""
+    """Plot the documents left after each step and the documents the step dropped."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")

@@ -1,8 +1,8 @@
-"""What a run has to tell MLflow, as events in a file that outlives kills and outages.
+"""Journals: the MLflow events of a run in an append-only file that survives kills and outages.
 
-The run only appends, which costs microseconds; delivery reads from the file. One that is told whole
-is removed. One whose owner is gone (its lock is free) is told by the next run from its beginning:
-telling an event twice changes nothing, so there is no record of delivery that could be wrong.
+A run only appends (microseconds); delivery reads the file and removes it once everything is sent. A
+journal whose owner has died (its lock is free) is sent by the next run from the beginning. Sending
+an event twice changes nothing, so no record of progress is kept.
 """
 
 import contextlib
@@ -12,37 +12,36 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from llm.artifact import Json, canonical
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-log = logging.getLogger("fromscratch")
+logger = logging.getLogger("fromscratch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dataset:
-    """Data a model learns from, as MLflow shows it beside the run."""
+    """A training dataset, shown by MLflow beside the run."""
 
     name: str
     digest: str
     path: str
-    context: str
-    """What it is used for: `training`."""
+    context: str = "training"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineStarted:
-    """A run of the whole pipeline begins. `links` names the Prefect run, say."""
+    """A pipeline run begins. `links` holds ids and URLs, such as that of the Prefect run."""
 
-    tracking_uri: str
-    """Where this run is told, without user and password; the database in the folder by its name."""
     project: str
     name: str
     settings: Mapping[str, object]
-    links: Mapping[str, str]
+    links: Mapping[str, str] = field(default_factory=dict[str, str])
+    tracking_uri: str = ""
+    """Filled in by the tracker, without password; a database in artifacts_dir by its file name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,57 +51,57 @@ class StageStarted:
     stage: str
     role: str
     key: str
-    tags: Mapping[str, str]
+    tags: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageFinished:
-    """A stage is built, or will not be."""
+    """A stage was built, or failed."""
 
     stage: str
     role: str
-    digest: str
     seconds: float
-    summary: Mapping[str, Json]
-    status: Status
+    digest: str = ""
+    summary: Mapping[str, Json] = field(default_factory=dict[str, Json])
+    status: Status = "FINISHED"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageCached:
-    """A stage was there already, made in the MLflow run `run_id` (empty: not known)."""
+    """A stage was cached; MLflow run `run_id` built it (empty: unknown)."""
 
     stage: str
     role: str
     digest: str
-    run_id: str
+    run_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelStarted:
-    """A model is being trained; its curves grow in `work_folder`."""
+    """Training begins; its metrics file grows in `work_folder`."""
 
     stage: str
     key: str
     settings: Mapping[str, object]
     datasets: Sequence[Dataset]
     work_folder: str
-    links: Mapping[str, str]
+    links: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFinished:
-    """A model lies in `folder`; or, with another status and no folder, its training ended early."""
+    """Training ended. `folder` holds the model, unless `status` says that it was cut short."""
 
     stage: str
-    digest: str
-    folder: str
-    summary: Mapping[str, Json]
-    status: Status
+    digest: str = ""
+    folder: str = ""
+    summary: Mapping[str, Json] = field(default_factory=dict[str, Json])
+    status: Status = "FINISHED"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportFinished:
-    """Both models were measured; the report and the samples lie in `folder`."""
+    """The models were evaluated; `folder` holds the report and the samples."""
 
     folder: str
     metrics: Mapping[str, Json]
@@ -110,7 +109,7 @@ class ReportFinished:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineFinished:
-    """The run is over."""
+    """The pipeline run ended."""
 
     status: Status
 
@@ -125,37 +124,25 @@ Event = (
     | ReportFinished
     | PipelineFinished
 )
-EVENTS: Mapping[str, type[Event]] = {
-    event.__name__: event
-    for event in (
-        PipelineStarted,
-        StageStarted,
-        StageFinished,
-        StageCached,
-        ModelStarted,
-        ModelFinished,
-        ReportFinished,
-        PipelineFinished,
-    )
-}
+EVENTS: Mapping[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One line of a journal: what happened, and when, in milliseconds since 1970."""
+    """One line of a journal: an event and its time in milliseconds since 1970."""
 
     at_ms: int
     event: Event
 
 
 class Journal:
-    """The events of one run. Its owner holds the file's lock for as long as it lives."""
+    """The events of one run. The owner holds the file's lock while it lives."""
 
     def __init__(self, path: Path) -> None:
         """Open or create the journal at `path` and take its lock.
 
         Raises:
-            BlockingIOError: the process that holds it is alive.
+            BlockingIOError: a live process holds the lock.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
@@ -174,16 +161,17 @@ class Journal:
 
     @classmethod
     def create(cls, folder: Path) -> "Journal":
-        """Begin a new journal in `folder`; names sort by time."""
+        """Create a journal in `folder`; names sort by time."""
         while True:
             now_ns = time.time_ns()
             begin = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now_ns // 10**9))
-            with contextlib.suppress(BlockingIOError):  # taken for abandoned before it was locked
+            # another process may take it for abandoned before it is locked; then try another name
+            with contextlib.suppress(BlockingIOError):
                 return cls(folder / f"{begin}-{now_ns % 10**9:09d}-{os.getpid()}.journal")
 
     @classmethod
     def abandoned(cls, folder: Path) -> Iterator["Journal"]:
-        """Yield, oldest first and locked, each journal whose owner is gone."""
+        """Yield and lock, oldest first, each journal whose owner has died."""
         for path in sorted(folder.glob("*.journal")):
             try:
                 journal = cls(path)
@@ -191,12 +179,12 @@ class Journal:
                 continue
             if journal.path.stat().st_size:
                 yield journal
-            else:  # its owner died before the first word, or another process just removed it
+            else:  # the owner died before its first event, or another process just removed it
                 journal.remove()
 
     @property
     def name(self) -> str:
-        """A name that no other journal of this folder ever had."""
+        """The journal's name, unique in its folder for all time."""
         return self.path.stem
 
     @property
@@ -214,7 +202,7 @@ class Journal:
         self._file.write(json.dumps(line).encode() + b"\n")
 
     def next_entry(self) -> Entry | None:
-        """Return the oldest entry not yet acknowledged, or None where no whole one is there."""
+        """Return the oldest unacknowledged entry, or None if there is no complete one."""
         while self._pending is None:
             line = self._reader.readline()
             if not line.endswith(b"\n"):
@@ -223,20 +211,20 @@ class Journal:
             try:
                 self._pending = _decode(line)
             except (ValueError, TypeError, KeyError) as error:
-                log.warning("%s: an event of another version is skipped (%s)", self.path, error)
+                logger.warning("%s: skipped an event of another version (%s)", self.path, error)
         return self._pending
 
     def acknowledge(self) -> None:
-        """Go on to the entry after the one `next_entry` gave."""
+        """Advance past the entry that `next_entry` returned."""
         self._pending = None
 
     def close(self) -> None:
-        """Free the lock; whoever comes next delivers the rest."""
+        """Free the lock; the next run delivers the rest."""
         self._reader.close()
         self._file.close()
 
     def remove(self) -> None:
-        """Remove a journal that is told whole."""
+        """Remove a journal that was sent completely."""
         self.path.unlink(missing_ok=True)
         self.close()
 

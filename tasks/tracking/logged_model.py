@@ -1,4 +1,4 @@
-"""A trained model as an MLflow model: weights, tokenizer and the code that runs them, no pickle."""
+"""Log a trained model to MLflow: weights, tokenizer and inference code, no pickle."""
 
 import tempfile
 from importlib import metadata
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import llm
-from tasks.tracking.client import MlflowStore
+from tasks.tracking.client import MlflowConnection
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
@@ -16,40 +16,42 @@ REQUIREMENTS = ("mlflow", "torch", "tokenizers", "safetensors", "numpy", "pyyaml
 CODE = Path(__file__).parent / "pyfunc.py"
 
 
-def log_model(store: MlflowStore, run: "Run", folder: Path, *, is_chat: bool, step: int) -> str:
-    """Log the model in `folder` as what `run` made, and return its id. A second call finds it."""
+def log_model(
+    mlflow: MlflowConnection, run: "Run", folder: Path, *, is_chat: bool, step: int
+) -> str:
+    """Log the model in `folder` as an output of `run` and return its id. A second call finds it."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.entities.logged_model_status import LoggedModelStatus
 
-    model = _find_or_create(store, run, is_chat=is_chat)
+    model = _find_or_create(mlflow, run, is_chat=is_chat)
     if model.status != LoggedModelStatus.READY:
-        with tempfile.TemporaryDirectory(dir=store.scratch_folder()) as scratch:
+        with tempfile.TemporaryDirectory(dir=mlflow.scratch_folder()) as scratch:
             path = Path(scratch) / "model"
             _save(path, model, folder, is_chat=is_chat)
-            store.client.log_model_artifacts(model.model_id, str(path))
-        store.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-    if logged_model_id(store, run.info.run_id) != model.model_id:
+            mlflow.client.log_model_artifacts(model.model_id, str(path))
+        mlflow.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    if logged_model_id(mlflow, run.info.run_id) != model.model_id:
         output = LoggedModelOutput(model.model_id, step=step)
-        store.client.log_outputs(run.info.run_id, models=[output])
+        mlflow.client.log_outputs(run.info.run_id, models=[output])
     return model.model_id
 
 
-def logged_model_id(store: MlflowStore, run_id: str) -> str:
-    """Return the id of the model that a run made, or nothing when it made none."""
-    outputs = store.client.get_run(run_id).outputs
+def logged_model_id(mlflow: MlflowConnection, run_id: str) -> str:
+    """Return the id of the model that a run logged, or an empty string."""
+    outputs = mlflow.client.get_run(run_id).outputs
     models = outputs.model_outputs if outputs is not None else []
     return models[-1].model_id if models else ""
 
 
-def _find_or_create(store: MlflowStore, run: "Run", *, is_chat: bool) -> "LoggedModel":
+def _find_or_create(mlflow: MlflowConnection, run: "Run", *, is_chat: bool) -> "LoggedModel":
     experiment_id, run_id = run.info.experiment_id, run.info.run_id
-    found = store.client.search_logged_models(
+    found = mlflow.client.search_logged_models(
         [experiment_id], filter_string=f"source_run_id = '{run_id}'"
     )
     if found:
         return found[0]
     name = run.data.params.get("name", "model")
-    return store.client.create_logged_model(
+    return mlflow.client.create_logged_model(
         experiment_id,
         name=f"{name}-{'chat' if is_chat else 'base'}",
         source_run_id=run_id,
@@ -59,7 +61,7 @@ def _find_or_create(store: MlflowStore, run: "Run", *, is_chat: bool) -> "Logged
 
 
 def _save(path: Path, model: "LoggedModel", folder: Path, *, is_chat: bool) -> None:
-    """Write the bundle: MLflow's description, the model folder, our code. Nothing is inferred."""
+    """Write the bundle: MLflow's metadata, the model folder, our code."""
     import pandas
     from mlflow import pyfunc
     from mlflow.models import Model
@@ -104,5 +106,5 @@ def _signature() -> "ModelSignature":
 
 
 def _pinned(package: str) -> str:
-    """Return `package==version`, without the `+cpu` that no index but torch's own knows."""
+    """Return `package==version` without the local `+cpu`, which only torch's own index has."""
     return f"{package}=={metadata.version(package).partition('+')[0]}"

@@ -1,4 +1,4 @@
-"""The flat runs that people compare: one for each trained model, base and chat."""
+"""MLflow runs of trained models, one flat run per model, made to be compared."""
 
 import fcntl
 import json
@@ -34,12 +34,12 @@ MODEL_NAMES: Mapping[str, str] = {"pretrain": "base", "finetune": "chat"}
 RUN_FILE, LOCK_FILE = "tracking.json", ".tracking.lock"
 SAMPLE_TABLE = "samples.json"
 OTHER_COLUMNS = ("expected", "kind")
-log = logging.getLogger("fromscratch")
+logger = logging.getLogger("fromscratch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Training:
-    """A model in training, whose curves this process alone follows while it holds the lock."""
+class TrackedTraining:
+    """A model in training. Only the holder of the lock sends its metrics."""
 
     pipeline_title: str
     file: MetricsReader
@@ -48,72 +48,70 @@ class Training:
 
 
 class ModelRuns:
-    """The runs of the models that one journal tells of."""
+    """The model runs of one journal."""
 
     def __init__(self, book: RunBook) -> None:
-        """Keep the runs in `book`."""
+        """Record the runs in `book`."""
         self._book = book
-        self._store = book.store
-        self._trainings: dict[str, Training] = {}
+        self._mlflow = book.mlflow
+        self._trainings: dict[str, TrackedTraining] = {}
         self._sized: set[str] = set()
-        """Stages whose run has the model's size in its name."""
+        """Stages whose run name already shows the model's size."""
 
     def start(self, event: ModelStarted, pipeline_title: str, at_ms: int) -> None:
-        """Begin the model's run, or go on with the one that an interrupted training began."""
+        """Start the model's run, or continue the run of an interrupted training."""
         if event.stage in self._trainings:
-            self._release(event.stage)  # of a first try that MLflow did not let end
-        work_folder = self._store.path(event.work_folder)
+            self._release(event.stage)  # of a first attempt that MLflow interrupted
+        work_folder = self._mlflow.path(event.work_folder)
         try:
             lock = _lock(work_folder)
         except BlockingIOError:
-            return  # another process goes on with this training and tells its end
+            return  # another process continues this training and logs its end
         name = f"model/{event.stage}"
-        run_id = self._begun_run(self._book.uid(name), work_folder)
+        run_id = self._started_run(self._book.uid(name), work_folder)
         is_new = run_id is None
         if run_id is not None:
             self._book.reopen(name, run_id)
-            self._store.set_tags(run_id, {UID_TAG: self._book.uid(name)})
-            self._store.client.update_run(run_id, status="RUNNING")
+            self._mlflow.set_tags(run_id, {UID_TAG: self._book.uid(name)})
+            self._mlflow.client.update_run(run_id, status="RUNNING")
         else:
             tags = {STAGE_TAG: event.stage, KEY_TAG: event.key}
             title = _title(pipeline_title, event.stage)
             run_id = self._book.begin(name, "models", title, tags, at_ms)
         if lock is not None:
-            known: dict[str, Json] = {"uri": self._store.known_as, "run_id": run_id}
+            known: dict[str, Json] = {"uri": self._mlflow.known_as, "run_id": run_id}
             write_json_atomically(work_folder / RUN_FILE, known, is_durable=False)
-        self._trainings[event.stage] = Training(
+        self._trainings[event.stage] = TrackedTraining(
             pipeline_title=pipeline_title,
             file=MetricsReader(work_folder / METRICS_FILE),
-            curves=Curves(self._store, run_id, is_new=is_new),
+            curves=Curves(self._mlflow, run_id, is_new=is_new),
             lock=lock,
         )
         self._describe(run_id, event)
 
     def find_cached(self, event: StageCached, sweep: str) -> None:
-        """Find the run of a model that was cached, for its figures and samples may be new, and it
-        may belong to a sweep now.
-        """
+        """Find the run of a cached model: it gets the new report, and its sweep's tag."""
         if event.stage in MODEL_NAMES:
             tags = {STAGE_TAG: event.stage, DIGEST_TAG: event.digest}
-            if (run := self._store.find_run("models", tags)) is not None:
+            if (run := self._mlflow.find_run("models", tags)) is not None:
                 self._book.run_ids[f"model/{event.stage}"] = run.info.run_id
-                self._store.set_tags(run.info.run_id, {SWEEP_TAG: sweep})
+                self._mlflow.set_tags(run.info.run_id, {SWEEP_TAG: sweep})
 
     def follow(self) -> None:
-        """Send the points that trainings wrote since the last call."""
+        """Send the metrics that training wrote since the last call."""
         for stage, training in self._trainings.items():
             training.curves.send_new(training.file)
             self._name_with_size(stage, training)
 
     def finish(self, event: ModelFinished, at_ms: int) -> None:
-        """Log what a finished model is, and end its run."""
+        """Log a finished model and end its run."""
         training = self._trainings.get(event.stage)
         if training is None:
             return
         training.curves.send_new(training.file)
         name = f"model/{event.stage}"
         if event.status == "FINISHED":
-            training.curves.send_new(MetricsReader(self._store.path(event.folder) / METRICS_FILE))
+            training.curves.send_new(MetricsReader(self._mlflow.path(event.folder) / METRICS_FILE))
             title = _title(
                 training.pipeline_title, event.stage, event.summary.get("num_parameters")
             )
@@ -122,46 +120,46 @@ class ModelRuns:
         self._release(event.stage)
 
     def log_report(self, event: ReportFinished, at_ms: int) -> None:
-        """Log each model's figures and samples to its run."""
-        folder = self._store.path(event.folder)
-        figures, _ = split_summary(event.metrics)
+        """Log each model's metrics and samples to its run."""
+        folder = self._mlflow.path(event.folder)
+        metrics, _ = split_summary(event.metrics)
         samples: list[dict[str, Json]] = json.loads((folder / "samples.json").read_bytes())
         for stage, model in MODEL_NAMES.items():
             run_id = self._book.run_ids.get(f"model/{stage}")
             if run_id is None:
                 continue
-            known = self._store.client.get_run(run_id).data.metrics
-            own = _figures_of(model, figures)
+            known = self._mlflow.client.get_run(run_id).data.metrics
+            own = _metrics_of(model, metrics)
             changed = {key: value for key, value in own.items() if known.get(key) != value}
-            model_id = logged_model_id(self._store, run_id)
-            self._store.log_metrics(run_id, changed, at_ms, model_id=model_id)
+            model_id = logged_model_id(self._mlflow, run_id)
+            self._mlflow.log_metrics(run_id, changed, at_ms, model_id=model_id)
             for file in ("report.md", "report.json"):
-                self._store.client.log_artifact(run_id, str(folder / file))
-            if samples:  # models that fill in masked tokens have none
-                self._store.log_table(run_id, SAMPLE_TABLE, _sample_rows(samples, model))
+                self._mlflow.client.log_artifact(run_id, str(folder / file))
+            if samples:  # masked language models have none
+                self._mlflow.log_table(run_id, SAMPLE_TABLE, _sample_rows(samples, model))
 
-    def _name_with_size(self, stage: str, training: Training) -> None:
-        """Give a running model its size in its name, once the training has said it."""
+    def _name_with_size(self, stage: str, training: TrackedTraining) -> None:
+        """Add the model's size to the run's name once training has written it."""
         if stage in self._sized:
             return
         num_parameters = read_num_parameters(training.file.path.parent)
         if num_parameters is not None:
             title = _title(training.pipeline_title, stage, num_parameters)
-            self._store.client.update_run(self._book.run_ids[f"model/{stage}"], name=title)
+            self._mlflow.client.update_run(self._book.run_ids[f"model/{stage}"], name=title)
             self._sized.add(stage)
 
     def stop_following(self) -> None:
-        """Send the last points of trainings whose end nobody told."""
+        """Send the last metrics of trainings that ended without an event."""
         try:
             self.follow()
         except Exception as error:
             if not is_refusal(error):
                 raise
-            log.warning("MLflow refuses points: %s", one_line(error))
+            logger.warning("could not log metrics to MLflow: %s", one_line(error))
         self.release()
 
     def release(self) -> None:
-        """Leave the trainings to whoever follows them next."""
+        """Free the locks of trainings, so that another process can follow them."""
         for stage in list(self._trainings):
             self._release(stage)
 
@@ -171,53 +169,53 @@ class ModelRuns:
             lock.close()
 
     def _describe(self, run_id: str, event: ModelStarted) -> None:
-        """Log settings, links, and what the model is made from."""
+        """Log settings, links, datasets and the base model."""
         from mlflow.entities import LoggedModelInput
 
-        self._store.log_parameters(run_id, event.settings)
+        self._mlflow.log_parameters(run_id, event.settings)
         pipeline_run = self._book.run_ids.get("pipeline", "")
         tags = described({**event.links, "pipeline_run": pipeline_run})
-        self._store.set_tags(run_id, tags)
+        self._mlflow.set_tags(run_id, tags)
         datasets = [_dataset_input(dataset) for dataset in event.datasets]
         base_run_id = self._book.run_ids.get("model/pretrain", "")
         models: list[LoggedModelInput] = []
         if event.stage == "finetune" and base_run_id:
-            base_id = logged_model_id(self._store, base_run_id)
+            base_id = logged_model_id(self._mlflow, base_run_id)
             models = [LoggedModelInput(base_id)] if base_id else []
-        self._store.client.log_inputs(run_id, datasets=datasets, models=models)
+        self._mlflow.client.log_inputs(run_id, datasets=datasets, models=models)
 
     def _log_final(self, run_id: str, title: str, event: ModelFinished, at_ms: int) -> None:
-        client, folder = self._store.client, self._store.path(event.folder)
-        figures, texts = split_summary(event.summary)
+        client, folder = self._mlflow.client, self._mlflow.path(event.folder)
+        metrics, texts = split_summary(event.summary)
         run = client.get_run(run_id)
         client.update_run(run_id, name=title)
         links = run.data.tags.get(NOTE, "").partition("Model:")[0].rstrip()
         note = f"{links}\n\nModel: `{event.folder}`"
-        self._store.set_tags(run_id, {**texts, DIGEST_TAG: event.digest, NOTE: note})
+        self._mlflow.set_tags(run_id, {**texts, DIGEST_TAG: event.digest, NOTE: note})
         for file in (folder / "model.json", *sorted(folder.glob("tokenizer.*"))):
             client.log_artifact(run_id, str(file))
         points = MetricsReader(folder / METRICS_FILE).read_new()
         client.log_figure(run_id, draw_losses(points, title), "loss.png")
         last_step = points[-1].step if points else 0
         is_chat = event.stage == "finetune"
-        model_id = log_model(self._store, run, folder, is_chat=is_chat, step=last_step)
-        final = {f"final/{key}": value for key, value in figures.items()}
-        self._store.log_metrics(run_id, final, at_ms, model_id=model_id)
+        model_id = log_model(self._mlflow, run, folder, is_chat=is_chat, step=last_step)
+        final = {f"final/{key}": value for key, value in metrics.items()}
+        self._mlflow.log_metrics(run_id, final, at_ms, model_id=model_id)
 
-    def _begun_run(self, uid: str, work_folder: Path) -> str | None:
-        """Return the run begun by an earlier telling of this event, or by an earlier, unfinished
-        training in `work_folder`.
+    def _started_run(self, uid: str, work_folder: Path) -> str | None:
+        """Return the run that an earlier delivery of this event started, or the unfinished run of
+        an earlier training in `work_folder`.
         """
         from mlflow.exceptions import MlflowException
 
-        found = self._store.find_run("models", {UID_TAG: uid})
+        found = self._mlflow.find_run("models", {UID_TAG: uid})
         if found is not None:
             return found.info.run_id
         try:
             known = json.loads((work_folder / RUN_FILE).read_bytes())
-            if known["uri"] != self._store.known_as:
+            if known["uri"] != self._mlflow.known_as:
                 return None
-            run = self._store.client.get_run(known["run_id"])
+            run = self._mlflow.client.get_run(known["run_id"])
         except FileNotFoundError:
             return None
         except MlflowException as error:
@@ -229,7 +227,7 @@ class ModelRuns:
 
 
 def _lock(work_folder: Path) -> IO[bytes] | None:
-    """Take the lock of a work folder; None where the folder is gone: its training is over.
+    """Take the lock of a work folder; None if the folder is gone because training has ended.
 
     Raises:
         BlockingIOError: another process follows the training.
@@ -258,8 +256,8 @@ def _dataset_input(dataset: Dataset) -> "DatasetInput":
 
 
 def _title(pipeline_title: str, stage: str, num_parameters: Json = None) -> str:
-    """Return a model run's name: `chat finetune.num_steps=200 3.2M quickstart`. What differs comes
-    before the recipe, because MLflow's lists cut long names.
+    """Return a model run's name: `chat finetune.num_steps=200 3.2M quickstart`. Overrides come
+    before the recipe because MLflow's lists truncate long names.
     """
     differing, _, recipe = pipeline_title.rpartition(" ")
     size = _short(num_parameters) if isinstance(num_parameters, int) else ""
@@ -267,7 +265,7 @@ def _title(pipeline_title: str, stage: str, num_parameters: Json = None) -> str:
 
 
 def _short(count: int) -> str:
-    """Return a count of parameters as people say it: `28.2K`, `3.2M`, `1.5B`."""
+    """Return a parameter count in short form: `28.2K`, `3.2M`, `1.5B`."""
     unit, size = next(
         (unit, size)
         for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3), ("", 1))
@@ -276,10 +274,10 @@ def _short(count: int) -> str:
     return f"{count / size:.1f}{unit}"
 
 
-def _figures_of(model: str, figures: Mapping[str, float]) -> dict[str, float]:
-    """Return one model's figures as `eval/...`, with those that are of the data and of no model."""
+def _metrics_of(model: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return one model's metrics as `eval/...`, and the metrics of the data unchanged."""
     own: dict[str, float] = {}
-    for key, value in figures.items():
+    for key, value in metrics.items():
         group, _, rest = key.partition("/")
         if group == model:
             own[f"eval/{rest}"] = value
@@ -289,8 +287,8 @@ def _figures_of(model: str, figures: Mapping[str, float]) -> dict[str, float]:
 
 
 def _sample_rows(samples: Sequence[Mapping[str, Json]], model: str) -> list[dict[str, Json]]:
-    """Return the samples of one model. MLflow's page groups by the first column and compares the
-    second, unless told otherwise: the completions of every run beside the prompt.
+    """Return the samples of one model as table rows. By default MLflow's page groups by the first
+    column and compares the second: the completions of every run beside the prompt.
     """
     others = [name for name in OTHER_COLUMNS if any(name in sample for sample in samples)]
     return [

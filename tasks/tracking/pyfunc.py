@@ -1,7 +1,7 @@
-"""A trained model as MLflow loads it: prompts in, completions out.
+"""MLflow pyfunc model: prompts in, completions out.
 
 MLflow copies this file and the `llm` package into the logged model and runs it where the model is
-loaded, so no pickle is involved. It is code for there; nothing in this project imports it.
+loaded, so no pickle is involved. Nothing in this project imports it.
 """
 
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 
 class TrainedModel(PythonModel):
-    """A base model continues each prompt; a chat model answers it (`model_config["is_chat"]`)."""
+    """Completes each prompt; a chat model (`model_config["is_chat"]`) answers it."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the model folder, after every file in it was compared with its manifest.
+        """Verify every file against the manifest, then load model and tokenizer.
 
         Raises:
-            ArtifactError: a file is missing or its bytes are not those that were trained.
+            ArtifactError: a file is missing or damaged.
         """
         from llm.artifact import file_sha256, read_manifest
         from llm.errors import ArtifactError
@@ -41,7 +41,7 @@ class TrainedModel(PythonModel):
         model_input: pandas.DataFrame,
         params: Mapping[str, Any] | None = None,
     ) -> pandas.DataFrame:
-        """Complete the column `prompt`, row by row, into the column `completion`."""
+        """Complete each row of the column `prompt` into the column `completion`."""
         from llm.data.chat import Message, render_prompt
         from llm.inference.generate import generate_texts
         from llm.inference.sampling import Sampling

@@ -1,8 +1,7 @@
-"""The view of the models' run list that draws their curves first.
+"""Shared view of the models experiment that shows training curves first.
 
-MLflow draws charts in sections by the first part of a metric's name, in alphabetical order: bars of
-single figures come before the curves. A shared view, which is a tag of the experiment, has an order
-of its own.
+By default MLflow sorts chart sections by the first part of a metric's name, so bars of single
+values come before the curves. A shared view, a tag of the experiment, sets another order.
 """
 
 import json
@@ -13,11 +12,11 @@ SECTIONS = (
     "train", "val", "eval", "Model metrics", "throughput", "memory",
     "final", "baseline", "leak", "data", "x-axis", "System metrics",
 )  # fmt: skip
-"""In this order; metrics without a `/` are in MLflow's `Model metrics`."""
+"""Sections in order; MLflow puts metrics without a `/` into `Model metrics`."""
 
 
 def curves_first() -> str:
-    """Return the state of the run list, as MLflow's page reads it from `VIEW_TAG`."""
+    """Return the value of `VIEW_TAG`: the state of MLflow's run list page."""
     shown = {"display": True, "isReordered": False, "deleted": False, "isGenerated": True}
     sections = [{"uuid": f"section-{name}", "name": name, **shown} for name in SECTIONS]
     return json.dumps(

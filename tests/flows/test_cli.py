@@ -68,7 +68,7 @@ def test_what_cannot_be_is_said_in_a_line_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("command", ["chat", "export", "tokenizers", "spread", "doctor", "up"])
+@pytest.mark.parametrize("command", ["chat", "export", "tokenizers", "doctor", "up"])
 def test_every_option_has_its_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

@@ -122,9 +122,9 @@ def test_what_cannot_be_run_is_refused_before_any_stage_and_without_a_traceback(
             "overrides": [*settings, "pretrain.num_step=3"],
             "only": "",
         },
-        "runtime.cache_dir: ": {
+        "runtime.artifacts_dir: ": {
             "recipe": str(RECIPE),
-            "overrides": [*settings, f"runtime.cache_dir={RECIPE / 'folder'}"],
+            "overrides": [*settings, f"runtime.artifacts_dir={RECIPE / 'folder'}"],
             "only": "",
         },
         "nosuch: no such stage": {

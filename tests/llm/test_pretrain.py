@@ -15,13 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm.errors import ConfigError, DataError, StageError
+from llm.errors import DataError, StageError
 from llm.model.transformer import Block
 from llm.model.weights import load_model
 from llm.pretrain import pretrain
 from llm.runtime import failpoints
-from llm.runtime.job import EXIT_INTERRUPTED, read_job
-from llm.storage.spread import spread
+from llm.runtime.job import EXIT_INTERRUPTED
 from llm.tokenizer.base import TOKENIZER_JSON
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.training.validation import Validation
@@ -254,21 +253,17 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_no_bits(
     assert points(tmp_path) == points(undisturbed["adamw"])
 
 
-def test_rows_in_a_store_train_as_rows_here(tmp_path: Path, inputs: dict[str, Path]) -> None:
+def test_sequences_in_a_linked_folder_train_as_those_here(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
     config = tiny_pretrain(num_steps=3)
     expected = run_inside(pretrain, write_job_file(tmp_path / "here", "pretrain", config, inputs))
-    sequences = Path(shutil.copytree(inputs["sequences"], tmp_path / "sequences"))
-    list(spread(sequences, ["memory://test_pretrain"]))
-    there, cache = {**inputs, "sequences": sequences}, tmp_path / "cache"
-    settings = {"cache_dir": str(cache)}
-    job = write_job_file(tmp_path / "there", "pretrain", config, there, **settings)
-    read_job(job).work.mkdir()  # as the stage's process does
+    shutil.copytree(inputs["sequences"], tmp_path / "disk")
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    linked = {**inputs, "sequences": tmp_path / "link"}
+    job = write_job_file(tmp_path / "there", "pretrain", config, linked)
     assert run_inside(pretrain, job) == expected
     assert points(tmp_path / "there") == points(tmp_path / "here")
-    assert any(path.stat().st_size > 0 for path in cache.iterdir())
-    small = write_job_file(tmp_path, "pretrain", config, there, cache_bytes=9, **settings)
-    with pytest.raises(ConfigError, match=r"runtime\.cache_bytes: found 9, expected at least"):
-        run_inside(pretrain, small)
 
 
 def test_micro_batches_change_the_loss_by_rounding_alone(

@@ -22,7 +22,6 @@ from llm.errors import (
     DataError,
     DiskFullError,
     Interrupted,
-    PlaceError,
     StageError,
 )
 from llm.runtime import job as job_module
@@ -178,9 +177,7 @@ def test_shard_killed_each_time_is_an_error_that_says_how_often(
     assert len(tries.read_text()) == shards_module.MAX_ATTEMPTS
 
 
-@pytest.mark.parametrize(
-    "kind", [ArtifactError, ConfigError, DataError, DiskFullError, PlaceError, StageError]
-)
+@pytest.mark.parametrize("kind", [ArtifactError, ConfigError, DataError, DiskFullError, StageError])
 def test_users_errors_of_a_shard_reach_the_stage_as_they_are(
     kind: type[Exception], stage: Callable[..., Path], tmp_path: Path
 ) -> None:

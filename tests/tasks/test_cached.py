@@ -1,4 +1,4 @@
-"""Steps are built once, found again, finished when a kill came between, and built by one of two."""
+"""Steps are built once, cached, resumed after a kill, and built by one of two runs."""
 
 import subprocess
 import sys
@@ -9,8 +9,11 @@ import pytest
 
 from llm.artifact import read_manifest
 from llm.errors import DataError, Interrupted
+from tasks.cached import log_cached_run
 from tasks.store import Store
+from tasks.tracking.journal import StageFinished
 from tests import tiny
+from tests.tasks.tracked_folder import TrackedFolder, finish_model, start_model, write_points
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +114,7 @@ def test_two_runs_at_once_build_once(sources: list[str], tmp_path: Path) -> None
     assert statuses == ["built", "cached"]
 
 
-def test_bad_data_is_told_to_the_tracker_and_nothing_is_published(tmp_path: Path) -> None:
+def test_bad_data_is_logged_as_a_failed_stage_and_nothing_is_published(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("")
     (tmp_path / "chats.jsonl").write_text("")
     overrides = [
@@ -121,9 +124,28 @@ def test_bad_data_is_told_to_the_tracker_and_nothing_is_published(tmp_path: Path
     tracker = tiny.SilentTracker()
     with pytest.raises(DataError):
         tiny.build(tmp_path / "artifacts", overrides, "clean corpus", tracker=tracker)
-    finished = [arguments for name, arguments in tracker.told if name == "stage_finished"]
-    assert finished[-1][-1] == "FAILED"
+    finished = [event for event in tracker.events if isinstance(event, StageFinished)]
+    assert finished[-1].status == "FAILED"
     assert not list((tmp_path / "artifacts").glob("clean/*"))
+
+
+def test_wholly_cached_member_of_a_sweep_is_logged_and_tagged(tracked: TrackedFolder) -> None:
+    first = tracked.start("alone")
+    start_model(first, tracked.work)
+    write_points(tracked.work, range(3))
+    digest = finish_model(first, tracked.work, tracked.path / "base")
+    first.close()
+    outcome = tiny.Outcome(
+        stage="pretrain", role="", key="k", digest=digest, status="cached", reason="", seconds=0.0,
+        path="",
+    )  # fmt: skip
+    store = Store(tracked.path)
+    log_cached_run(tracked.config, store, [outcome], "1 seed=1 tiny", {"sweep": "seeds"})
+    member = tracked.runs("pipelines")["1 seed=1 tiny"]
+    tagged = [member, tracked.runs("models")["base 3.2M alone"]]
+    assert [run.data.tags["fromscratch.sweep"] for run in tagged] == ["seeds", "seeds"]
+    assert member.data.tags["cached/pretrain"].startswith(digest)
+    assert member.info.status == "FINISHED"
 
 
 def test_stopped_run_goes_on_from_its_checkpoint_with_the_same_digest(

@@ -1,4 +1,4 @@
-"""Shards on clusters of this machine: the same bytes, whatever does them and whatever is killed."""
+"""Shards on local clusters: the same bytes, whoever runs them and whatever is killed."""
 
 import contextlib
 import importlib.util
@@ -24,7 +24,7 @@ from llm.runtime.shards import shard_work
 from tasks import launch as launch_module
 from tasks.cluster import worker as shard_worker
 from tasks.cluster.runner import EXTRAS
-from tasks.cluster.worker import ShardKilledError, do_shard
+from tasks.cluster.worker import ShardKilledError, run_shard
 from tasks.launch import launch
 from tests.tiny import build, write_sources
 
@@ -35,7 +35,7 @@ import os, signal, time
 import llm.runtime.shards
 from llm.errors import ConfigError, DataError
 from llm.runtime.job import run_job
-from llm.runtime.shards import Shard, do_shards
+from llm.runtime.shards import Shard, run_shards
 
 def part(job, writer):
     number = str(job.shard["number"])
@@ -59,7 +59,7 @@ def numbers(job, writer):
         seconds = float(job.settings["seconds between looks"])
         llm.runtime.shards.CLUSTER_POLL_SECONDS = seconds
     shards = [Shard(name=f"part-{k}", settings={"number": k}, size=1) for k in range(NUM_SHARDS)]
-    for shard in do_shards(job, part, shards, "parts"):
+    for shard in run_shards(job, part, shards, "parts"):
         shard.adopt(writer, {"number.txt": f"{shard.summary['number']}.txt"})
     return {}
 
@@ -219,26 +219,26 @@ def wanted(numbers: Callable[..., Job]) -> Callable[..., Path]:
     return make
 
 
-def test_worker_does_a_shard_once(wanted: Callable[..., Path]) -> None:
+def test_worker_runs_a_shard_once(wanted: Callable[..., Path]) -> None:
     folder = wanted()
-    do_shard(str(folder), "part-3", "1")
+    run_shard(str(folder), "part-3", "1")
     made_at = (folder / "part-3" / "manifest.json").stat().st_mtime_ns
-    do_shard(str(folder), "part-3", "1")
+    run_shard(str(folder), "part-3", "1")
     assert (folder / "part-3" / "manifest.json").stat().st_mtime_ns == made_at
 
 
-def test_worker_tells_a_shard_that_was_killed_from_one_that_failed(
+def test_worker_distinguishes_a_killed_shard_from_a_failed_one(
     wanted: Callable[..., Path],
 ) -> None:
     folder = wanted(**{"0": "kill itself", "1": "fail"})
     with pytest.raises(ShardKilledError, match=r"part-0 on .* was killed by SIGKILL"):
-        do_shard(str(folder), "part-0", "1")
+        run_shard(str(folder), "part-0", "1")
     with pytest.raises(DataError, match=r"part-1 on .*: a\.txt:1: bad"):
-        do_shard(str(folder), "part-1", "1")
+        run_shard(str(folder), "part-1", "1")
 
 
 @pytest.mark.parametrize("sign", ["gone", "of another", "old"])
-def test_worker_ends_a_shard_that_nobody_waits_for(
+def test_worker_ends_a_shard_that_no_stage_waits_for(
     sign: str, wanted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = wanted(**{"0": "last"})
@@ -252,11 +252,11 @@ def test_worker_ends_a_shard_that_nobody_waits_for(
         elif sign == "of another":
             path.write_text(json.dumps({"id": "2", "names": []}))
         else:
-            monkeypatch.setattr(shard_worker, "SECONDS_WITHOUT_SIGN", 0.1)
+            monkeypatch.setattr(shard_worker, "SECONDS_UNTIL_EXPIRED", 0.1)
 
     watcher = threading.Thread(target=stop_waiting)
     watcher.start()
-    do_shard(str(folder), "part-0", "1")
+    run_shard(str(folder), "part-0", "1")
     watcher.join()
     assert not is_finished(folder / "part-0")
     pid = (shard_work(folder, "part-0") / "began").read_text()
@@ -266,9 +266,9 @@ def test_worker_ends_a_shard_that_nobody_waits_for(
 def test_worker_that_does_not_see_the_folder_says_what_to_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_worker, "SECONDS_TO_SEE", 0.0)
+    monkeypatch.setattr(shard_worker, "SECONDS_TO_APPEAR", 0.0)
     with pytest.raises(StageError, match=r"does not see .*part-0.*runtime\.artifacts_dir"):
-        do_shard(str(tmp_path / "elsewhere"), "part-0", "1")
+        run_shard(str(tmp_path / "elsewhere"), "part-0", "1")
 
 
 def test_worker_needs_no_prefect() -> None:

@@ -1,4 +1,4 @@
-"""Points are read whole and once, however the file grows, is cut back or is written anew."""
+"""Points are read once, however the metrics file grows, is truncated or is rewritten."""
 
 import json
 from pathlib import Path

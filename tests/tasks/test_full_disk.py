@@ -1,4 +1,4 @@
-"""A full disk, in every stage: one line with bytes needed and free, and the next run goes on."""
+"""A full disk in any stage: one line with bytes needed and free, and the next run resumes."""
 
 import os
 import subprocess

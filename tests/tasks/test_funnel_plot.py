@@ -1,4 +1,4 @@
-"""The funnel of cleaning is in MLflow: as a table that can be read, and as a plot."""
+"""The cleaning funnel is logged to MLflow as a table and a plot."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 
 from llm.artifact import Json
-from tests.tasks.mlflow_place import Place
+from tests.tasks.tracked_folder import TrackedFolder, finish_stage, start_stage
 
 FUNNEL: list[Json] = [
     {"step": "read", "dropped": 1, "left": 9},
@@ -14,16 +14,16 @@ FUNNEL: list[Json] = [
 ]
 
 
-def test_the_funnel_is_a_table_and_a_plot(place: Place, tmp_path: Path) -> None:
-    tracker = place.start()
-    tracker.stage_started("clean", "corpus", "key", {})
+def test_the_funnel_is_a_table_and_a_plot(tracked: TrackedFolder, tmp_path: Path) -> None:
+    tracker = tracked.start()
+    start_stage(tracker, "clean", "corpus")
     summary: dict[str, Json] = {"read_documents": 10, "funnel": FUNNEL}
-    tracker.stage_finished("clean", "corpus", "c" * 32, 1.0, summary)
+    finish_stage(tracker, "clean", "corpus", digest="c" * 32, summary=summary)
     tracker.close()
-    run = place.runs("pipelines")["clean corpus"]
+    run = tracked.runs("pipelines")["clean corpus"]
     assert run.data.metrics == {"seconds": 1.0, "read_documents": 10}
     assert not any("funnel" in name for name in run.data.tags if name.startswith("summary"))
-    client: MlflowClient = place.client
+    client: MlflowClient = tracked.client
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert files >= {"funnel.json", "funnel.png"}
     table = json.loads(

@@ -1,4 +1,4 @@
-"""What chat models are asked is kept out of the text that base models learn from."""
+"""Held-out chats are kept out of the text that base models are trained on."""
 
 import json
 import random

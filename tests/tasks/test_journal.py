@@ -1,4 +1,4 @@
-"""A journal keeps what was said, in order, and is told by one process at a time."""
+"""A journal keeps events in order and is sent by one process at a time."""
 
 import multiprocessing
 import os
@@ -119,32 +119,32 @@ def test_half_a_line_and_an_unknown_event_are_passed_over(
     journal.close()
 
 
-def _tell_all(folder: Path, told: "multiprocessing.Queue[str]") -> None:
+def _send_all(folder: Path, sent: "multiprocessing.Queue[str]") -> None:
     for journal in Journal.abandoned(folder):
         for event in read_all(journal):
             assert isinstance(event, StageStarted)
-            told.put(event.key)
+            sent.put(event.key)
         journal.remove()
 
 
-def test_many_processes_tell_every_journal_once(tmp_path: Path) -> None:
+def test_many_processes_send_every_journal_once(tmp_path: Path) -> None:
     for number in range(30):
         journal = Journal(tmp_path / f"{number}.journal")
         journal.append(StageStarted(stage="pack", role="", key=str(number), tags={}))
         journal.close()
     context = multiprocessing.get_context("spawn")
-    told: multiprocessing.Queue[str] = context.Queue()
-    processes = [context.Process(target=_tell_all, args=[tmp_path, told]) for _ in range(3)]
+    sent: multiprocessing.Queue[str] = context.Queue()
+    processes = [context.Process(target=_send_all, args=[tmp_path, sent]) for _ in range(3)]
     for process in processes:
         process.start()
-    keys = [told.get(timeout=30) for _ in range(30)]
+    keys = [sent.get(timeout=30) for _ in range(30)]
     for process in processes:
         process.join()
         assert process.exitcode == 0
     assert sorted(keys, key=int) == [str(number) for number in range(30)]
-    assert told.empty()
+    assert sent.empty()
     assert not list(tmp_path.iterdir())
-    told.close()
+    sent.close()
 
 
 def test_appending_costs_no_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
-"""A pipeline of models that fill in masked tokens, from raw text to MLflow."""
+"""A pipeline of masked language models, from raw text to MLflow."""
 
 from pathlib import Path
 from typing import Any
 
+from tasks.tracking.journal import ReportFinished
 from tests import tiny
-from tests.tasks.mlflow_place import Place
+from tests.tasks.tracked_folder import TrackedFolder
 
 FIGURES = {
     *(f"{prefix}masked_{figure}" for prefix in ("", "answer_") for figure in ("loss", "accuracy")),
@@ -12,18 +13,18 @@ FIGURES = {
 }
 
 
-def test_a_masked_model_is_trained_measured_and_tracked(place: Place) -> None:
+def test_a_masked_model_is_trained_measured_and_tracked(tracked: TrackedFolder) -> None:
     settings = [
-        *tiny.write_sources(place.folder),
+        *tiny.write_sources(tracked.path),
         "pretrain.model.is_causal=false",
         "pretrain.model.dropout=0.1",
         "finetune.masked_fraction=0.5",
     ]
-    tracker = place.start()
-    artifacts = place.folder / "artifacts"
+    tracker = tracked.start()
+    artifacts = tracked.path / "artifacts"
     outcomes = tiny.build(artifacts, settings, tracker=tracker)
     report = outcomes["evaluate"]
-    tracker.report_finished(Path(report.path), report.summary)
+    tracker.log(ReportFinished(folder=report.path, metrics=report.summary))
     tracker.close()
 
     assert {outcome.status for outcome in outcomes.values()} == {"built"}
@@ -39,7 +40,7 @@ def test_a_masked_model_is_trained_measured_and_tracked(place: Place) -> None:
     assert "pseudo-perplexity" in text and "gzip -9" in text
     assert "Held-out instructions" not in text
 
-    runs: dict[str, Any] = place.runs("models")
+    runs: dict[str, Any] = tracked.runs("models")
     assert len(runs) == 2
     for run in runs.values():
         metrics = run.data.metrics

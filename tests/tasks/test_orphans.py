@@ -1,4 +1,4 @@
-"""Nothing of a stage outlives the process that started it, whatever the stage is at."""
+"""No process of a stage outlives the process that started it."""
 
 import os
 import signal
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.flaky(
 
 ROOT = Path(__file__).parents[2]
 SECONDS_TO_END = 10
-# Every process of a stage, also each rank, says that it is there and is then deaf: a stage that
-# saves nothing in a call that keeps the interpreter's lock, a training without heed for its flag.
+# Every process of a stage, also each rank, leaves a mark and then ignores signals: a data stage in
+# a call that holds the interpreter's lock, a training that never checks its flag.
 SITECUSTOMIZE = """
 import ctypes, os, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Plans say of every step whether it is cached, or which setting, input or code makes it build."""
+"""Plans: every step is cached, or has the setting, input or code that makes it build."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def build_all(config: RunConfig, store: Store) -> None:
     """Fill the store as a run would; the bytes are the input digests and settings."""
     digests: dict[Any, str] = {}
     for step in in_order(language_model(config)):
-        inputs = {name: digests[made_first] for name, made_first in step.inputs.items()}
+        inputs = {name: digests[dependency] for name, dependency in step.inputs.items()}
         parts = key_parts(step, config, inputs, store)
         out = store.staging(parts) / "out"
         writer = ArtifactWriter(out)

@@ -1,4 +1,4 @@
-"""A logged model is whole in itself: a fresh process elsewhere loads it and it answers prompts."""
+"""A logged model is self-contained: a fresh process loads it and it answers prompts."""
 
 import json
 import os
@@ -18,7 +18,8 @@ from llm.model.transformer import Transformer
 from llm.model.weights import load_model, save_model
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.tokenizer.load import load_tokenizer
-from tests.tasks.mlflow_place import FIGURES, Place, start_model, write_points
+from tasks.tracking.journal import ModelFinished
+from tests.tasks.tracked_folder import SUMMARY, TrackedFolder, start_model, write_points
 
 ASK = """
 import json, sys, mlflow, pandas
@@ -33,37 +34,38 @@ PROMPTS = ["def f(", "<|end|>\\u00e9 "]
 
 
 @pytest.fixture
-def model_folder(place: Place) -> Path:
+def model_folder(tracked: TrackedFolder) -> Path:
     """A model with random weights and a tokenizer that learned little."""
     tokenizer = ByteLevelBPE.train(["def f(x): return x\n"] * 50, 300)
     config = ModelConfig(num_layers=1, d_model=32, num_heads=2, num_kv_heads=1, d_ff=64)
     model = Transformer(config, tokenizer.vocab_size, 64)
     model.initialize(torch.Generator().manual_seed(1))
-    folder = place.folder / "model"
+    folder = tracked.path / "model"
     writer = ArtifactWriter(folder)
     save_model(writer, model, tokenizer.to_files())
     writer.write_bytes("metrics.jsonl", b"", is_log=True)
-    writer.finish(stage="finetune", summary=FIGURES)
+    writer.finish(stage="finetune", summary=SUMMARY)
     return folder
 
 
-def log_model(place: Place, folder: Path, stage: str) -> str:
+def log_model(tracked: TrackedFolder, folder: Path, stage: str) -> str:
     """Have the model logged as a run would, and return its id in MLflow."""
-    tracker = place.start()
-    start_model(tracker, place.work, stage)
-    write_points(place.work, range(2))
-    tracker.model_finished(stage, "d" * 32, folder, FIGURES)
+    tracker = tracked.start()
+    start_model(tracker, tracked.work, stage)
+    write_points(tracked.work, range(2))
+    event = ModelFinished(stage=stage, digest="d" * 32, folder=str(folder), summary=SUMMARY)
+    tracker.log(event)
     tracker.close()
-    run = place.client.get_run(tracker.model_run_id(stage))
+    run = tracked.client.get_run(tracker.model_run_id(stage))
     return run.outputs.model_outputs[0].model_id
 
 
-def ask(place: Place, model_id: str) -> subprocess.CompletedProcess[str]:
+def ask(tracked: TrackedFolder, model_id: str) -> subprocess.CompletedProcess[str]:
     """Ask the logged model in a process that knows nothing but MLflow's address."""
     environment = {
         "PATH": os.environ["PATH"],
-        "HOME": str(place.folder),
-        "MLFLOW_TRACKING_URI": place.uri,
+        "HOME": str(tracked.path),
+        "MLFLOW_TRACKING_URI": tracked.uri,
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -73,16 +75,16 @@ def ask(place: Place, model_id: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env=environment,
-        cwd=place.folder,
+        cwd=tracked.path,
         timeout=120,
     )
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_a_logged_model_answers_in_a_fresh_process(
-    place: Place, model_folder: Path, stage: str
+    tracked: TrackedFolder, model_folder: Path, stage: str
 ) -> None:
-    done = ask(place, log_model(place, model_folder, stage))
+    done = ask(tracked, log_model(tracked, model_folder, stage))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     tokenizer, model = load_tokenizer(model_folder), load_model(model_folder)
@@ -98,20 +100,22 @@ def test_a_logged_model_answers_in_a_fresh_process(
     assert "mlruns" in found["code"], "the code that was logged, not the one installed here"
 
 
-def test_a_logged_model_whose_bytes_changed_is_refused(place: Place, model_folder: Path) -> None:
-    model_id = log_model(place, model_folder, "finetune")
-    (weights,) = (place.folder / "mlruns").rglob("model.safetensors")
+def test_a_logged_model_whose_bytes_changed_is_refused(
+    tracked: TrackedFolder, model_folder: Path
+) -> None:
+    model_id = log_model(tracked, model_folder, "finetune")
+    (weights,) = (tracked.path / "mlruns").rglob("model.safetensors")
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    done = ask(place, model_id)
+    done = ask(tracked, model_id)
     assert done.returncode != 0
     assert "missing or damaged" in done.stderr
 
 
-def test_no_file_of_a_logged_model_is_a_pickle(place: Place, model_folder: Path) -> None:
-    log_model(place, model_folder, "finetune")
-    (bundle,) = (place.folder / "mlruns" / "models").iterdir()
+def test_no_file_of_a_logged_model_is_a_pickle(tracked: TrackedFolder, model_folder: Path) -> None:
+    log_model(tracked, model_folder, "finetune")
+    (bundle,) = (tracked.path / "mlruns" / "models").iterdir()
     files = [path for path in bundle.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {
         "", ".json", ".jsonl", ".md", ".py", ".safetensors", ".sh", ".txt", ".yaml", ".yml",

@@ -1,4 +1,4 @@
-"""The store: a hit is a hit only when every byte was seen to be whole; damage is set aside."""
+"""The artifact store: only a verified artifact is a hit; a damaged one is set aside."""
 
 import contextlib
 import multiprocessing
@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 from llm.artifact import ArtifactWriter
-from llm.errors import ArtifactError, PlaceError
-from llm.storage.elsewhere import InStore, read_elsewhere
-from llm.storage.spread import spread
+from llm.errors import ArtifactError
 from tasks.store import KeyParts, KeyRecord, Store
 
 
@@ -200,78 +198,42 @@ def test_lock_of_a_killed_holder_is_free_at_once(store: Store) -> None:
         assert time.monotonic() - killed_at < 2.0
 
 
-def publish_shards(store: Store) -> Path:
-    """Put rows of two shards into the store."""
-    return publish(store, parts(), **{"train/0.tokens.bin": b"0" * 99, "train/1.tokens.bin": b"1"})
+@pytest.fixture
+def linked(store: Store, tmp_path: Path) -> Path:
+    """A published artifact of two files whose folder is a relative link to another disk."""
+    folder = publish(store, parts(), **{"train/0.tokens.bin": b"0" * 99, "x": b"1"})
+    folder.rename(tmp_path / "disk")
+    folder.symlink_to(Path("../../disk"))
+    return folder
 
 
-def test_what_lies_on_another_disk_is_a_hit_and_its_damage_is_found(
-    store: Store, tmp_path: Path
+def test_linked_artifact_folder_is_a_hit_and_its_damage_is_found(
+    store: Store, linked: Path, tmp_path: Path
 ) -> None:
-    folder = publish_shards(store)
-    list(spread(folder, [str(tmp_path)]))
-    assert store.find(parts()) is not None and store.find(parts()) is not None
-    store.verify(folder, is_thorough=True)
-    place = read_elsewhere(folder)["train/0.tokens.bin"]
-    Path(str(place)).write_bytes(b"0" * 98 + b"1")
-    assert store.find(parts()) is None, "damaged, and set aside"
-    (reason,) = (store.root / "damaged").glob("*/REASON.txt")
-    assert str(place) in reason.read_text()
+    found = store.find(parts())
+    assert found is not None and found[1].path == linked
+    assert store.artifacts(["pack"]) == [linked]
+    store.verify(linked, is_thorough=True)
+    (tmp_path / "disk" / "train" / "0.tokens.bin").write_bytes(b"0" * 98 + b"1")
+    assert store.find(parts()) is None
+    assert not linked.is_symlink(), "damaged, and set aside"
+    assert "0.tokens.bin: sha256" in (tmp_path / "disk" / "REASON.txt").read_text()
 
 
-def test_a_disk_that_is_not_mounted_does_not_have_rows_packed_again(
-    store: Store, tmp_path: Path
+def test_link_to_an_unmounted_disk_is_an_error_and_not_built_again(
+    store: Store, linked: Path, tmp_path: Path
 ) -> None:
-    place = tmp_path / "disk"
-    place.mkdir()
-    folder = publish_shards(store)
-    list(spread(folder, [str(place)]))
-    place.rename(tmp_path / "unmounted")
-    with pytest.raises(PlaceError, match="mount its disk"):
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    with pytest.raises(ArtifactError, match="mount its disk"):
         store.find(parts())
-    assert folder.is_dir()
-    (tmp_path / "unmounted").rename(place)
+    assert linked.is_symlink()
+    (tmp_path / "unmounted").rename(tmp_path / "disk")
     assert store.find(parts()) is not None
 
 
-def test_what_lies_in_a_store_is_trusted_until_it_is_looked_at(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = publish_shards(store)
-    list(spread(folder, ["memory://test_store"]))
-    with monkeypatch.context() as patch:
-        patch.setattr(InStore, "size_bytes", lambda self: pytest.fail("asked"))
-        assert store.find(parts()) is not None
+def test_artifact_built_again_replaces_a_deleted_link(store: Store, linked: Path) -> None:
+    linked.unlink()
+    assert store.find(parts()) is None
+    folder = publish(store, parts(), **{"train/0.tokens.bin": b"0" * 99, "x": b"1"})
+    assert folder == linked and not folder.is_symlink()
     store.verify(folder, is_thorough=True)
-    monkeypatch.setattr(InStore, "size_bytes", lambda self: 5)
-    with pytest.raises(ArtifactError, match="5 bytes, expected 99"):
-        store.verify(folder, is_thorough=True)
-
-
-def test_rows_made_again_replace_those_whose_disk_is_gone(store: Store, tmp_path: Path) -> None:
-    place = tmp_path / "disk"
-    place.mkdir()
-    list(spread(publish_shards(store), [str(place)]))
-    place.rename(tmp_path / "gone")
-    folder = publish_shards(store)
-    assert not read_elsewhere(folder)
-    store.verify(folder, is_thorough=True)
-
-
-def test_a_file_that_is_moved_while_it_is_verified_is_no_damage(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = publish_shards(store)
-    read = read_elsewhere
-    reads: list[Path] = []
-
-    def read_and_move(path: Path) -> object:
-        found = read(path)
-        reads.append(path)
-        if len(reads) == 1:
-            list(spread(folder, [str(tmp_path)]))
-        return found
-
-    monkeypatch.setattr("tasks.store.read_elsewhere", read_and_move)
-    store.verify(folder)
-    assert len(reads) > 1

@@ -1,4 +1,4 @@
-"""MLflow away, silent or locked: the run goes on, and afterwards every point is there, once."""
+"""MLflow down, silent or locked: the run continues, and every point arrives once."""
 
 import contextlib
 import logging
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tasks.mlflow_place import (
-    Place,
+from tests.tasks.tracked_folder import (
+    TrackedFolder,
     finish_model,
     start_model,
     wait_for,
@@ -106,13 +106,15 @@ def line(server: tuple[str, int]) -> Iterator[Line]:
 
 
 @pytest.fixture
-def remote(line: Line, tmp_path: Path, short_waits: None, request: pytest.FixtureRequest) -> Place:
-    """An artifacts folder whose runs are told to the server, by a line that can be cut."""
+def remote(
+    line: Line, tmp_path: Path, short_waits: None, request: pytest.FixtureRequest
+) -> TrackedFolder:
+    """An artifacts folder whose runs are logged to the server, over a line that can be cut."""
     uri = f"http://127.0.0.1:{line.address[1]}"
-    return Place(tmp_path, uri, project=request.node.name)
+    return TrackedFolder(tmp_path, uri, project=request.node.name)
 
 
-def test_a_silent_mlflow_holds_up_nothing_and_is_said_once(
+def test_a_silent_mlflow_delays_nothing_and_is_one_warning(
     tmp_path: Path,
     short_waits: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -120,44 +122,44 @@ def test_a_silent_mlflow_holds_up_nothing_and_is_said_once(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with socket.create_server(("127.0.0.1", 0)) as silent, caplog.at_level(logging.INFO):
-        place = Place(tmp_path, f"http://user:secret@127.0.0.1:{silent.getsockname()[1]}")
-        tracker = place.start()
-        start_model(tracker, place.work)
-        write_points(place.work, range(5))
-        wait_for(lambda: "does not answer" in caplog.text)
+        tracked = TrackedFolder(tmp_path, f"http://user:secret@127.0.0.1:{silent.getsockname()[1]}")
+        tracker = tracked.start()
+        start_model(tracker, tracked.work)
+        write_points(tracked.work, range(5))
+        wait_for(lambda: "is unreachable" in caplog.text)
         tracker.close()
         wait_for_the_thread()
     assert tracker.pipeline_run_id == ""
     said = [record.message for record in caplog.records if record.name == "fromscratch"]
     assert len(said) == 2
-    assert "the next run tells the rest" in said[1]
+    assert "the next run sends the rest" in said[1]
     assert "secret" not in "".join(said)
-    (journal,) = (place.folder / "tracking").glob("*.journal")
+    (journal,) = (tracked.path / "tracking").glob("*.journal")
     assert "secret" not in journal.read_text()
     assert len(journal.read_text().splitlines()) == 4
 
 
-def test_a_locked_database_is_waited_for(place: Place) -> None:
-    with contextlib.closing(sqlite3.connect(place.folder / "mlflow.db")) as other:
+def test_a_locked_database_is_waited_for(tracked: TrackedFolder) -> None:
+    with contextlib.closing(sqlite3.connect(tracked.path / "mlflow.db")) as other:
         other.execute("BEGIN EXCLUSIVE")
-        tracker = place.start()
-        start_model(tracker, place.work)
-        write_points(place.work, range(5))
+        tracker = tracked.start()
+        start_model(tracker, tracked.work)
+        write_points(tracked.work, range(5))
         time.sleep(1)
         assert tracker.pipeline_run_id == ""
     tracker.close()
-    assert place.steps(tracker.model_run_id("pretrain")) == list(range(5))
+    assert tracked.steps(tracker.model_run_id("pretrain")) == list(range(5))
 
 
-def test_what_an_outage_held_back_comes_with_the_next_run(
-    remote: Place, line: Line, caplog: pytest.LogCaptureFixture
+def test_events_held_back_by_an_outage_come_with_the_next_run(
+    remote: TrackedFolder, line: Line, caplog: pytest.LogCaptureFixture
 ) -> None:
     line.cut()
     first = remote.start("first")
     start_model(first, remote.work)
     write_points(remote.work, range(100))
-    finish_model(first, remote.work, remote.folder / "base")
-    wait_for(lambda: "does not answer" in caplog.text)
+    finish_model(first, remote.work, remote.path / "base")
+    wait_for(lambda: "is unreachable" in caplog.text)
     first.close()
     wait_for_the_thread()
     shutil.rmtree(remote.work)  # as is done when a run ends
@@ -170,7 +172,7 @@ def test_what_an_outage_held_back_comes_with_the_next_run(
     assert sorted(remote.runs("pipelines")) == ["first", "pretrain", "second"]
 
 
-def test_outages_in_the_middle_lose_and_double_nothing(remote: Place, line: Line) -> None:
+def test_outages_in_the_middle_lose_and_double_nothing(remote: TrackedFolder, line: Line) -> None:
     tracker = remote.start()
     start_model(tracker, remote.work)
     for begin in range(0, 400, 100):
@@ -181,7 +183,7 @@ def test_outages_in_the_middle_lose_and_double_nothing(remote: Place, line: Line
                 line.cut()
             if step % 100 == 60:
                 line.mend()
-    finish_model(tracker, remote.work, remote.folder / "base")
+    finish_model(tracker, remote.work, remote.path / "base")
     tracker.close()
     (run,) = remote.runs("models").values()
     assert remote.steps(run.info.run_id) == list(range(400))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from llm.data.content import Content
 from llm.errors import DataError
+from llm.role import Role
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -47,7 +48,7 @@ def format_of(name: str) -> Format | None:
 def content_of(role: str) -> Content:
     """Return the content of a source by its role: `corpus` is text, `chats.sources.1` is chats."""
     contents: dict[str, Content] = {"corpus": "text", "chats": "chats"}
-    return contents[role.partition(".")[0]]
+    return contents[Role.parse(role).name]
 
 
 def keys_of(content: Content, text_key: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""An artifacts folder and its MLflow, a model that is said to be trained there, and short waits."""
+"""An artifacts folder with an MLflow database, and events as a run logs them."""
 
 import json
 import threading
@@ -9,36 +9,45 @@ from typing import Any
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import RunConfig, RuntimeConfig, flatten
-from tasks.tracking.client import MlflowStore
-from tasks.tracking.tracker import Dataset, Tracker
+from tasks.tracking.client import MlflowConnection
+from tasks.tracking.journal import (
+    Dataset,
+    ModelFinished,
+    ModelStarted,
+    PipelineStarted,
+    StageFinished,
+    StageStarted,
+)
+from tasks.tracking.tracker import Tracker
 
-FIGURES: dict[str, Json] = {"num_parameters": 3_200_000, "val_loss": 1.5}
+SUMMARY: dict[str, Json] = {"num_parameters": 3_200_000, "val_loss": 1.5}
 SAMPLES: list[dict[str, Json]] = [
     {"kind": "instruction", "prompt": "2+2?", "expected": "4", "base": "five", "chat": "4"},
     {"kind": "continuation", "prompt": "The ", "expected": None, "base": "cat", "chat": "dog"},
 ]
 
 
-class Place:
-    """An artifacts folder, and the MLflow that is told of the runs in it."""
+class TrackedFolder:
+    """An artifacts folder, and the MLflow that its runs are logged to."""
 
-    def __init__(self, folder: Path, uri: str = "", project: str = "fromscratch") -> None:
-        self.folder = folder
-        self.work = folder / "work"
+    def __init__(self, path: Path, uri: str = "", project: str = "fromscratch") -> None:
+        self.path = path
+        self.work = path / "work"
         self.config = RunConfig(
             name="tiny", runtime=RuntimeConfig(tracking_uri=uri, project=project)
         )
-        self.uri = uri or f"sqlite:///{folder / 'mlflow.db'}"
+        self.uri = uri or f"sqlite:///{path / 'mlflow.db'}"
 
     @property
     def client(self) -> Any:
-        return MlflowStore(self.uri, self.folder, "unused").client
+        return MlflowConnection(self.uri, self.path, "unused").client
 
     def start(self, name: str = "lr=1 tiny", **links: str) -> Tracker:
-        tracker = Tracker(self.config, self.folder)
+        tracker = Tracker(self.config, self.path)
         settings = {**flatten(self.config), "evaluate.prompts": "long " * 2000}
         links = {"prefect_url": "http://127.0.0.1:4200/runs/1"} | links
-        tracker.start_pipeline(name, settings, links)
+        project = self.config.runtime.project
+        tracker.log(PipelineStarted(project=project, name=name, settings=settings, links=links))
         return tracker
 
     def runs(self, experiment: str) -> dict[str, Any]:
@@ -54,10 +63,29 @@ class Place:
         return [point.step for point in sorted(history, key=lambda point: point.timestamp)]
 
 
+def start_stage(tracker: Tracker, stage: str, role: str = "", **tags: str) -> None:
+    tracker.log(StageStarted(stage=stage, role=role, key="key", tags=tags))
+
+
+def finish_stage(
+    tracker: Tracker, stage: str, role: str = "", seconds: float = 1.0, **event: Any
+) -> None:
+    tracker.log(StageFinished(stage=stage, role=role, seconds=seconds, **event))
+
+
 def start_model(tracker: Tracker, work: Path, stage: str = "pretrain") -> None:
-    tracker.stage_started(stage, "", "key", {"reason": "pretrain.num_steps: 1 to 2"})
-    dataset = Dataset(name="pack corpus", digest="d" * 32, path=str(work), context="training")
-    tracker.model_started(stage, "key", {"pretrain.num_steps": 2}, [dataset], work, {})
+    work.mkdir(parents=True, exist_ok=True)
+    start_stage(tracker, stage, reason="pretrain.num_steps: 1 to 2")
+    dataset = Dataset(name="pack corpus", digest="d" * 32, path=str(work))
+    tracker.log(
+        ModelStarted(
+            stage=stage,
+            key="key",
+            settings={"pretrain.num_steps": 2},
+            datasets=[dataset],
+            work_folder=str(work),
+        )
+    )
 
 
 def finish_model(tracker: Tracker, work: Path, folder: Path, stage: str = "pretrain") -> str:
@@ -66,9 +94,9 @@ def finish_model(tracker: Tracker, work: Path, folder: Path, stage: str = "pretr
     writer.write_json("model.json", {})
     writer.write_bytes("tokenizer.json", b"{}")
     writer.write_bytes("metrics.jsonl", (work / "metrics.jsonl").read_bytes(), is_log=True)
-    digest = writer.finish(stage=stage, summary=FIGURES).digest
-    tracker.stage_finished(stage, "", digest, 12.5, FIGURES)
-    tracker.model_finished(stage, digest, folder, FIGURES)
+    digest = writer.finish(stage=stage, summary=SUMMARY).digest
+    finish_stage(tracker, stage, seconds=12.5, digest=digest, summary=SUMMARY)
+    tracker.log(ModelFinished(stage=stage, digest=digest, folder=str(folder), summary=SUMMARY))
     return digest
 
 
