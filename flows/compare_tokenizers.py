@@ -10,6 +10,7 @@ from llm.artifact import read_manifest
 from llm.config import TrainTokenizerConfig, read_section
 from llm.data.documents import DocumentReader
 from llm.errors import ArtifactError, ConfigError
+from llm.tokenizer.kinds import TOKENIZER_KINDS
 from llm.tokenizer.load import load_tokenizer
 from llm.tokenizer.report import TokenizerReport, TokenizerSpeed, measure_tokenizer
 from tasks.store import Store
@@ -119,8 +120,9 @@ def _name(folder: Path) -> str:
     if manifest.stage != "train_tokenizer":
         return str(folder)
     config = read_section(TrainTokenizerConfig, manifest.settings)
-    more = {"bpe": f" {config.pre_tokenization}", "sentencepiece": f" {config.algorithm}"}
-    return f"{config.kind}{more.get(config.kind, '')} {manifest.digest[:6]}"
+    variant = TOKENIZER_KINDS[config.kind].variant
+    words = [config.kind, getattr(config, variant) if variant else "", manifest.digest[:6]]
+    return " ".join(filter(None, words))
 
 
 def _beginning(texts: Iterable[str]) -> Iterable[str]:

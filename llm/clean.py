@@ -49,6 +49,7 @@ from llm.data.cleaning.write_pass import (
     rest_shard,
     write_shard,
 )
+from llm.data.content import Content
 from llm.data.documents import (
     LINES,
     SPLITS,
@@ -57,7 +58,6 @@ from llm.data.documents import (
     DocumentShard,
     write_documents_json,
 )
-from llm.data.raw.formats import Content
 from llm.data.raw.parsing import MISSING_KEY
 from llm.data.raw.record_layouts import expected_layout
 from llm.errors import DataError

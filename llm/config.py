@@ -17,17 +17,20 @@ from typing import Annotated, Literal, TypeVar
 import yaml
 
 from llm import presets
+from llm.data.chat import CHAT_FORMATS
 from llm.errors import ConfigError
 from llm.settings import (
     Count,
     Fraction,
     NonNegativeFloat,
+    OneOf,
     Positive,
     PositiveFloat,
     Range,
     build,
     did_you_mean,
 )
+from llm.tokenizer.kinds import TOKENIZER_KINDS
 
 Section = TypeVar("Section")
 CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
@@ -288,7 +291,7 @@ class CleanConfig:
 class TrainTokenizerConfig:
     """How text becomes ids; what there is to learn is learned from the training documents."""
 
-    kind: Literal["bpe", "gpt2", "sentencepiece", "characters", "bytes"] = "bpe"
+    kind: Annotated[str, OneOf(TOKENIZER_KINDS)] = "bpe"
     """bpe: byte-level byte-pair encoding; gpt2: the same as published, nothing is learned;
     sentencepiece: pieces, learned by the library of that name; characters: an id for each character
     of the training documents; bytes: an id for each of the 256.
@@ -310,6 +313,10 @@ class TrainTokenizerConfig:
     has_byte_fallback: bool = True
     """characters: a character that is not in the vocabulary is written by its bytes, for which
     there are 256 more ids. Without them such a text is refused, and such a document left out.
+    """
+    chat_format: Annotated[str, OneOf(CHAT_FORMATS)] = "turns"
+    """How chats are written with the control tokens. Another one makes another tokenizer, so that
+    models are trained anew.
     """
     sample_bytes: Positive = 50_000_000
     """Learn from at most this much text, sampled by document; memory grows with it."""
@@ -733,11 +740,10 @@ def _apply_override(tree: dict[str, object], override: str, problems: list[str])
 def _surroundings(config: RunConfig) -> presets.Surroundings:
     """Return what the settings of a depth depend on."""
     model, tokenizer = config.pretrain.model, config.train_tokenizer
-    has_few_tokens = tokenizer.kind in ("bytes", "characters")  # hundreds: it hardly matters
     return presets.Surroundings(
         is_gated=model.mlp in ("swiglu", "geglu"),
         tie_embeddings=model.tie_embeddings,
-        vocab_size=256 if has_few_tokens else tokenizer.vocab_size,
+        vocab_size=TOKENIZER_KINDS[tokenizer.kind].fixed_vocab_size or tokenizer.vocab_size,
         tokens_per_step=config.pretrain.global_batch_size * config.pack.seq_len,
     )
 

@@ -11,6 +11,7 @@ from llm.config import CleanConfig, MixtureConfig, RunConfig, ShareConfig, Sourc
 from llm.data.sources.fingerprint import fingerprint
 from llm.errors import ArtifactError, ConfigError
 from llm.runtime.code import code_digests
+from llm.tokenizer.kinds import TOKENIZER_KINDS
 from tasks.stages import CLEAN, DOWNLOAD, PACK, STAGES, TRAIN_TOKENIZER, PipelineStep, Stage
 from tasks.store import KeyParts, KeyRecord, Store, library_versions
 
@@ -136,8 +137,9 @@ def key_parts(
     libraries = list(stage.libraries)
     if stage is TRAIN_TOKENIZER:
         del settings["path"]  # its files have one sha256 wherever they lie
-    if "tokenizers" in libraries and config.train_tokenizer.kind == "sentencepiece":
-        libraries.append("sentencepiece")
+    library = TOKENIZER_KINDS[config.train_tokenizer.kind].library
+    if "tokenizers" in libraries and library:
+        libraries.append(library)
     return KeyParts(
         stage=stage.name,
         role=step.role,

@@ -15,13 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from llm.artifact import ArtifactWriter
 from llm.data.closing import Closing
+from llm.data.content import Content, Message
 from llm.data.open_files import OpenFiles
 from llm.errors import ArtifactError
 
@@ -29,15 +30,6 @@ SPLITS = ("train", "validation")
 SUFFIXES = LINES, OFFSETS, SOURCES = ".jsonl", ".offsets.bin", ".sources.bin"
 SHARD_NAME = re.compile(r"\d{5,9}")
 OFFSET, SOURCE = struct.Struct("<Q"), struct.Struct("<I")
-
-Content = Literal["text", "chats"]
-
-
-class Message(TypedDict):
-    """One turn of a chat: who speaks (`system`, `user` or `assistant`), and what."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

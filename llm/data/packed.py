@@ -27,12 +27,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from llm.artifact import ArtifactWriter, Json
+from llm.data.content import Content
 from llm.data.permutation import permute
 from llm.errors import ArtifactError
 from llm.seeds import derive_seed
@@ -45,8 +46,6 @@ HEADER = struct.Struct("<8sI4x8s16sQQ8x")  # magic, version, type of an item, na
 DOCUMENT_ID_BYTES = 16
 PADDING_ID = -1  # in place of a document's ordinal: padding is of none
 OF_DOCUMENTS = ("document_ids", "kinds")  # what is read of documents, not of rows
-
-Content = Literal["text", "chats"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

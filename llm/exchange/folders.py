@@ -12,7 +12,7 @@ from typing import cast
 
 from llm.artifact import ArtifactWriter, fsync_folder
 from llm.errors import ArtifactError, ConfigError
-from llm.exchange.hf_tokenizer import hub_files
+from llm.exchange.hf_tokenizer import exported_files
 from llm.exchange.huggingface import CONFIG, read_json, read_model, write_model
 from llm.exchange.import_tokenizer import import_tokenizer
 from llm.model.transformer import Transformer
@@ -40,7 +40,7 @@ def export_model(source: Path, target: Path, *, dtype: str = "float32") -> None:
             "pad_token_id": tokenizer.pad_id,
         }
         layout = write_model(writer, model, dtype, ids)
-        for name, data in hub_files(tokenizer, model.seq_len).items():
+        for name, data in exported_files(tokenizer, model.seq_len).items():
             writer.write_bytes(name, data)
         stops = [tokenizer.end_id, tokenizer.bos_id]  # as in `fromscratch chat`
         writer.write_json(GENERATION, ids | {"eos_token_id": stops, "do_sample": False})

@@ -185,7 +185,7 @@ def _add_tokenizer(writer: Any, gguf: ModuleType, tokenizer: Tokenizer) -> None:
     writer.add_pad_token_id(tokenizer.pad_id)
     writer.add_mask_token_id(tokenizer.mask_id)
     writer.add_add_bos_token(True)
-    writer.add_chat_template(chat_template(control_names(tokenizer, library)))
+    writer.add_chat_template(chat_template(tokenizer, control_names(tokenizer, library)))
 
 
 def _pre_tokenizer_name(library: Mapping[str, Any]) -> str:

@@ -27,9 +27,9 @@ from llm.tokenizer.imported import (
     ImportedTokenizer,
     is_byte_level,
     load_library,
-    model_problems,
     pre_tokenization_steps,
     refuse,
+    vocabulary_problems,
 )
 from llm.tokenizer.pieces import (
     BLANK,
@@ -72,7 +72,7 @@ def import_tokenizer(folder: Path) -> Tokenizer:
 def _make(parts: dict[str, Any], begin: str | None) -> Tokenizer:
     _unmark(parts)
     try:
-        return ByteLevelBPE.from_json(json.dumps(parts).encode())
+        return ByteLevelBPE.from_json(parts)
     except ArtifactError:  # it is not one of ours
         pass
     parts |= {"post_processor": None, "truncation": None, "padding": None}
@@ -128,7 +128,7 @@ def _unmark(parts: dict[str, Any]) -> None:
 def _exact(parts: dict[str, Any]) -> dict[str, Any]:
     """Return the parts without what changes a text, and so that no text gives a special token."""
     special = {token["content"] for token in parts["added_tokens"] if token["special"]}
-    refuse(model_problems(parts))
+    refuse(vocabulary_problems(parts))
     if is_byte_level(parts):
         if (parts["normalizer"] or {}).get("type") == "NFC":
             parts["normalizer"] = None

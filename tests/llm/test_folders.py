@@ -16,7 +16,7 @@ from llm.data.chat import render_chat, render_prompt
 from llm.data.documents import Message
 from llm.errors import ArtifactError, ConfigError, DataError
 from llm.exchange.folders import export_model, import_model, load_both
-from llm.exchange.hf_tokenizer import hub_files
+from llm.exchange.hf_tokenizer import exported_files
 from llm.inference.generate import generate
 from llm.model.transformer import Transformer
 from llm.model.weights import load_model, save_model
@@ -66,7 +66,7 @@ def theirs(kinds: dict[str, Tokenizer], tmp_path_factory: pytest.TempPathFactory
     loaded: dict[str, Any] = {}
     for kind, tokenizer in kinds.items():
         folder = tmp_path_factory.mktemp(kind)
-        for name, data in hub_files(tokenizer, 64).items():
+        for name, data in exported_files(tokenizer, 64).items():
             (folder / name).write_bytes(data)
         transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder / "again")
         loaded[kind] = transformers.AutoTokenizer.from_pretrained(folder / "again")
@@ -134,7 +134,7 @@ def test_a_role_of_none_of_ours_is_refused_by_the_template(theirs: dict[str, Any
 
 def test_a_character_outside_the_vocabulary_is_an_error_there_as_here(tmp_path: Path) -> None:
     tokenizer = CharacterTokenizer.train(["abc"], has_byte_fallback=False)
-    for name, data in hub_files(tokenizer, 64).items():
+    for name, data in exported_files(tokenizer, 64).items():
         (tmp_path / name).write_bytes(data)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs("cab")["input_ids"] == tokenizer.encode_batch(["cab"])[0]

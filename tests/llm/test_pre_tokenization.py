@@ -93,7 +93,7 @@ def test_usual_text_is_split_by_python(name: str) -> None:
 @pytest.mark.parametrize("name", PRE_TOKENIZATIONS)
 def test_words_cut_at_a_cut_are_the_words_of_the_whole(name: str) -> None:
     pattern = library_pattern(name, 3)
-    cuts = pre_tokenization._CUTS[name]
+    (cuts,) = pre_tokenization._CUTS[name]
 
     @fast
     @given(parts=st.lists(hard_text, max_size=8), joint=st.sampled_from([" ", "\n", "\n\n", "a b"]))
@@ -110,7 +110,7 @@ def test_words_cut_at_a_cut_are_the_words_of_the_whole(name: str) -> None:
 def test_long_texts_come_in_bounded_pieces_that_join_to_the_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pre_tokenization, "PIECE_CHARACTERS", 20)
+    monkeypatch.setattr(pre_tokenization, "CHUNK_CHARACTERS", 20)
     text = "one two three, four; five!\n" * 9 + "x" * 100 + "漢" * 70
     for name in PRE_TOKENIZATIONS:
         pieces = list(split_text(text, name))

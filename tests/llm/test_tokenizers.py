@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.errors import ArtifactError, ConfigError, DataError
-from llm.exchange.sentencepiece_model import PieceModel, read_piece_model
 from llm.tokenizer.base import TOKENIZER_JSON, Tokenizer
 from llm.tokenizer.characters import CharacterTokenizer
 from llm.tokenizer.gpt2 import GPT2_FILES, load_gpt2
 from llm.tokenizer.load import load_tokenizer
-from llm.tokenizer.sentencepiece import SentencePieceTokenizer
+from llm.tokenizer.pieces import ScoredPiece
+from llm.tokenizer.sentencepiece import SentencePieceTokenizer, learned_pieces
 from tests.llm.tokenizer_makers import FRAGMENTS, MAKERS, save_and_load
 
 DATA = Path(__file__).parents[2] / "../shared/data"
@@ -140,15 +141,16 @@ def test_ids_of_sentencepiece_are_those_of_its_own_processor(
     algorithm: str, corpus: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for the order of blanks in a run: unigram scores those as equal, to the last bit."""
-    library, trained = pytest.importorskip("sentencepiece"), list[bytes]()
+    pytest.importorskip("sentencepiece")
+    processors = list[Any]()
 
-    def read(data: bytes) -> PieceModel:
-        trained.append(data)
-        return read_piece_model(data)
+    def learned(processor: Any) -> list[ScoredPiece]:
+        processors.append(processor)
+        return learned_pieces(processor)
 
-    monkeypatch.setattr("llm.tokenizer.sentencepiece.read_piece_model", read)
+    monkeypatch.setattr("llm.tokenizer.sentencepiece.learned_pieces", learned)
     tokenizer = SentencePieceTokenizer.train(corpus, 800, algorithm)
-    processor = library.SentencePieceProcessor(model_proto=trained[0])
+    (processor,) = processors
     for text, ids in zip(corpus, tokenizer.encode_batch(corpus), strict=True):
         expected = [6 + index for index in processor.encode(text)]  # <unk> is left out
         if algorithm == "bpe":

@@ -20,8 +20,8 @@ from llm.data.cleaning.exact_duplicates import find_repeated
 from llm.data.cleaning.minhash import NearDuplicates, Signer
 from llm.data.cleaning.staging import Staged
 from llm.data.closing import Closing
+from llm.data.content import Content
 from llm.data.open_files import OpenFiles
-from llm.data.raw.formats import Content
 
 BLANK_LINES = re.compile(r"\n[ \t\r]*\n[ \t\r\n]*")
 UNITS = "units.bin"

@@ -13,7 +13,8 @@ from typing import cast
 
 from llm.artifact import Json
 from llm.config import CleanConfig
-from llm.data.raw.formats import Content, Format, format_of
+from llm.data.content import Content
+from llm.data.raw.formats import Format, format_of
 from llm.data.raw.parsing import RawDocument, read_documents
 from llm.data.raw.records import Skip, Span
 from llm.errors import DataError

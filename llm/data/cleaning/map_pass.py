@@ -12,7 +12,7 @@ from llm.data.cleaning.deduplicate import UnitWriter, compares
 from llm.data.cleaning.document_steps import DocumentSteps
 from llm.data.cleaning.input_shards import RawInput, RawShard
 from llm.data.cleaning.staging import ENCODER, StagedDocument, StagingWriter, joined_text
-from llm.data.raw.formats import Content
+from llm.data.content import Content
 from llm.data.raw.parsing import RawDocument
 from llm.data.raw.records import EXCERPT_CHARACTERS, Skip
 from llm.runtime.job import Job

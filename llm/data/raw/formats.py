@@ -5,11 +5,9 @@ an archive is read by the names of its members.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
+from llm.data.content import Content
 from llm.errors import DataError
-
-Content = Literal["text", "chats"]
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")

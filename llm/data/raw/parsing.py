@@ -4,22 +4,20 @@ What cannot be used comes as a `Skip`, with the reason, file and line.
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm.artifact import Json
 from llm.config import ReadingConfig
-from llm.data.raw.formats import Content, keys_of
+from llm.data.content import LONE_SURROGATE, ROLES, Content
+from llm.data.raw.formats import keys_of
 from llm.data.raw.reading import read_records
 from llm.data.raw.record_layouts import FirstRecords, shown_keys
 from llm.data.raw.records import EXCERPT_CHARACTERS, DecodePolicy, Place, Record, Skip, Span
 from llm.errors import DataError
 
-ROLES = frozenset(("system", "user", "assistant"))
 MISSING_KEY = "missing key"
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llm.artifact import Json
-from llm.data.raw.formats import Content
+from llm.data.content import Content
 from llm.data.raw.records import Record
 from llm.errors import DataError
 
