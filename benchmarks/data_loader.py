@@ -12,7 +12,7 @@ from data_stages import Figure
 from llm.artifact import ArtifactWriter
 from llm.config import OptimizationConfig
 from llm.data.packed import PackedLayout, PackedSequences, shard_prefix, write_pack_json
-from llm.data.packed_writer import Documents, EncodedDocument, write_shard
+from llm.data.packed_writer import EncodedDocument, EncodedDocuments, write_packed_shard
 from llm.data.packing import pack_best_fit
 from llm.training.batches import NextToken, batches_of_steps
 
@@ -65,7 +65,7 @@ def _write_rows(folder: Path, shard_tokens: int, num_shards: int) -> PackedSeque
     writer, infos = ArtifactWriter(folder), []
     for number in range(num_shards):
         lengths = rng.exponential(MEAN_DOCUMENT_TOKENS, shard_tokens // MEAN_DOCUMENT_TOKENS)
-        documents = Documents(layout.dtype)
+        documents = EncodedDocuments(layout.dtype)
         for length in lengths.astype(np.int64) + 2:
             tokens = rng.integers(1, VOCAB_SIZE - 1, length, dtype=np.uint32)
             tokens[0] = layout.bos_id
@@ -73,6 +73,6 @@ def _write_rows(folder: Path, shard_tokens: int, num_shards: int) -> PackedSeque
         pieces = pack_best_fit(documents.lengths, SEQ_LEN)
         prefix = shard_prefix("train", number)
         token_bytes = np.ones(VOCAB_SIZE, dtype=np.int64)
-        infos.append(write_shard(writer, prefix, layout, documents, pieces, token_bytes))
+        infos.append(write_packed_shard(writer, prefix, layout, documents, pieces, token_bytes))
     write_pack_json(writer, layout, {"train": infos})
     return PackedSequences(folder, "train")

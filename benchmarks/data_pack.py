@@ -10,7 +10,7 @@ from data_stages import Figure
 
 from llm.artifact import ArtifactWriter
 from llm.data.packed import PackedLayout, PackedSequences, shard_prefix, write_pack_json
-from llm.data.packed_writer import Documents, EncodedDocument, write_shard
+from llm.data.packed_writer import EncodedDocument, EncodedDocuments, write_packed_shard
 from llm.data.packing import pack_best_fit
 
 NUM_DOCUMENTS, DOCUMENTS_AT_ONCE = 1_000_000, 1000
@@ -33,14 +33,16 @@ def measure_pack(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
         for tokens in np.split(stream, np.cumsum(lengths)[:-1])
     ]
     started_at = time.perf_counter()
-    documents = Documents(layout.dtype)
+    documents = EncodedDocuments(layout.dtype)
     for start in range(0, NUM_DOCUMENTS, DOCUMENTS_AT_ONCE):
         documents.add(encoded[start : start + DOCUMENTS_AT_ONCE])
     held_at = time.perf_counter()
     pieces = pack_best_fit(documents.lengths, SEQ_LEN)
     placed_at = time.perf_counter()
     writer = ArtifactWriter(folder / "rows")
-    info = write_shard(writer, shard_prefix("train", 0), layout, documents, pieces, token_bytes)
+    info = write_packed_shard(
+        writer, shard_prefix("train", 0), layout, documents, pieces, token_bytes
+    )
     write_pack_json(writer, layout, {"train": [info]})
     ended_at = time.perf_counter()
     parts = f"{held_at - started_at:.1f} held, {placed_at - held_at:.1f} placed"

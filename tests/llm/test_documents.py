@@ -79,7 +79,7 @@ def test_chats_are_read_with_their_messages(make_documents: MakeDocuments) -> No
 def test_a_line_that_is_no_document_is_named(tmp_path: Path, line: str) -> None:
     good = json.dumps({"id": IDENTIFIER, "text": "good"})
     folder = write_lines(tmp_path, {"train": [good, good, line], "validation": []})
-    with pytest.raises(ArtifactError, match=r"train/00000\.jsonl:3: no document of kind text"):
+    with pytest.raises(ArtifactError, match=r"train/00000\.jsonl:3: not a document of text"):
         list(DocumentReader(folder, "train").read(range(3)))
 
 
@@ -89,7 +89,7 @@ def test_a_line_that_is_no_document_is_named(tmp_path: Path, line: str) -> None:
 def test_a_line_that_is_no_chat_is_named(tmp_path: Path, messages: object) -> None:
     line = json.dumps({"id": IDENTIFIER, "messages": messages})
     folder = write_lines(tmp_path, {"train": [line], "validation": []}, "chats")
-    with pytest.raises(ArtifactError, match=r"train/00000\.jsonl:1: no document of kind chats"):
+    with pytest.raises(ArtifactError, match=r"train/00000\.jsonl:1: not a document of chats"):
         list(DocumentReader(folder, "train").read([0]))
 
 
@@ -134,5 +134,5 @@ def test_damaged_offsets_are_named(make_documents: MakeDocuments) -> None:
 
 
 def test_documents_of_one_source_have_no_numbers(make_documents: MakeDocuments) -> None:
-    with pytest.raises(ArtifactError, match="which source"):
+    with pytest.raises(ArtifactError, match="without the source of each"):
         DocumentReader(make_documents(TEXTS, []), "train").source_numbers()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llm.artifact import Json, read_manifest
 from llm.clean import clean
 from llm.config import ShareConfig
-from llm.data.mixture import Size, SourceTally, mix
+from llm.data.mixture import DocumentSize, SourceTally, mix_sources
 from llm.data.packed import HEADER, PackedSequences
 from llm.errors import DataError
 from llm.pack import pack
@@ -24,8 +24,8 @@ LENGTHS = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=12), min_si
 WEIGHTS = st.lists(st.floats(0.1, 10), min_size=4, max_size=4)
 
 
-def size_of(item: Item) -> Size:
-    return Size(num_tokens=item[2], num_bytes=3 * item[2])
+def size_of(item: Item) -> DocumentSize:
+    return DocumentSize(num_tokens=item[2], num_bytes=3 * item[2])
 
 
 def run(
@@ -38,7 +38,7 @@ def run(
         )
         for number, found in enumerate(lengths)
     ]
-    return list(mix(shares, sources, size_of, tallies)), tallies
+    return list(mix_sources(shares, sources, size_of, tallies)), tallies
 
 
 @given(LENGTHS, WEIGHTS)
@@ -165,5 +165,5 @@ def test_sources_of_a_mixture_come_out_of_pack_with_their_shares(
     assert (
         PackedSequences(folder, "validation").info.num_documents == summary["validation_documents"]
     )
-    with pytest.raises(DataError, match=r"sources\.2: no document"):
+    with pytest.raises(DataError, match=r"sources\.2: none of its documents"):
         packed([3, 1, 1], "c")

@@ -63,7 +63,7 @@ def test_every_document_comes_back_from_the_rows(
     corpus: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pack_module, "BATCH_BYTES", 2000)
+    monkeypatch.setattr(pack_module, "ENCODE_BATCH_BYTES", 2000)
     train, validation = corpus[:-5], [*corpus[-5:], "", "<|bos|> typed <|pad|>"]
     documents = make_documents(train, validation)
     out, summary = run_stage(pack, {"seq_len": 64}, documents=documents, tokenizer=tokenizer_folder)
@@ -149,7 +149,7 @@ def test_the_size_of_batches_does_not_change_rows_of_text(
     inputs = {"documents": make_documents(corpus, corpus[:9]), "tokenizer": tokenizer_folder}
     digests: set[str] = set()
     for size in (1, 1000, 1 << 20):
-        monkeypatch.setattr(pack_module, "BATCH_BYTES", size)
+        monkeypatch.setattr(pack_module, "ENCODE_BATCH_BYTES", size)
         out, _ = run_stage(pack, {"seq_len": 32}, out=f"out{size}", **inputs)
         digests.add(read_manifest(out).digest)
     assert len(digests) == 1
@@ -160,9 +160,9 @@ def test_the_size_of_batches_does_not_change_rows_of_text(
     [
         ([], ["text"], r"train: no documents, expected at least one"),
         (["text " * 99], [], r"validation: no documents.*clean\.validation_fraction"),
-        (["short"], ["text"], r"tokens, less than one row of pack\.seq_len \+ 1 = 33; lower"),
-        (["text " * 99], [""], r"validation: nothing in it is a target"),
-        ([CHATS[0][:1]], CHATS[1:3], r"train: nothing in it is a target to learn"),
+        (["short"], ["text"], r"tokens, less than one sequence of pack\.seq_len \+ 1 = 33; lower"),
+        (["text " * 99], [""], r"validation: no targets"),
+        ([CHATS[0][:1]], CHATS[1:3], r"train: no targets to learn"),
     ],
 )
 def test_too_little_data_is_refused(
@@ -189,7 +189,7 @@ def test_training_text_of_exactly_one_row_is_enough(
     inputs = {"documents": make_documents([text], ["x"]), "tokenizer": tokenizer_folder}
     out, _ = run_stage(pack, {"seq_len": 32}, **inputs)
     assert PackedSequences(out, "train").num_rows == 1
-    with pytest.raises(DataError, match="33 tokens, less than one row"):
+    with pytest.raises(DataError, match="33 tokens, less than one sequence"):
         run_stage(pack, {"seq_len": 33}, out="longer", **inputs)
 
 
@@ -233,7 +233,7 @@ def test_a_stop_leaves_no_manifest_and_a_new_start_gives_the_same_bytes(
 ) -> None:
     inputs = {"documents": make_documents(corpus, corpus[:9]), "tokenizer": tokenizer_folder}
     undisturbed, _ = run_stage(pack, {"seq_len": 32}, out="undisturbed", **inputs)
-    monkeypatch.setattr(pack_module, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(pack_module, "ENCODE_BATCH_BYTES", 10_000)
 
     def stop(job: Job, done: int, total: int, unit: str) -> None:
         if done > total // 2:

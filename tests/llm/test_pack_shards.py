@@ -183,5 +183,5 @@ def test_a_mixture_of_many_shards_keeps_its_shares_and_its_caps(
     sizes = {record["id"]: len(record["text"]) for record in records}
     assert sum(sizes[name] for name in times if numbers[name] == 2) <= 8000
     shares[2] = {"weight": 1, "max_tokens": 4}
-    with pytest.raises(DataError, match=r"sources\.2: no document of it is left"):
+    with pytest.raises(DataError, match=r"sources\.2: none of its documents is left"):
         run_stage(pack, packed, out="capped", **inputs)

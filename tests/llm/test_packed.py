@@ -19,7 +19,7 @@ from llm.data.packed import (
     shard_prefix,
     write_pack_json,
 )
-from llm.data.packed_writer import Documents, EncodedDocument, Pieces, write_shard
+from llm.data.packed_writer import EncodedDocument, EncodedDocuments, Segments, write_packed_shard
 from llm.errors import ArtifactError
 
 BOS, PAD = 0, 5
@@ -58,13 +58,13 @@ def write(
     token_bytes[:6] = 0
     infos = []
     for number, (tokens, pieces) in enumerate(shards):
-        documents = Documents(layout.dtype)
+        documents = EncodedDocuments(layout.dtype)
         for ordinal, ids in enumerate(tokens):
             mask = None if masks is None else np.array(masks[ordinal], dtype=np.bool_)
             array, kind = np.array(ids, dtype=np.uint32), f"kind {number} {ordinal}"
             documents.add([EncodedDocument(id=IDS[ordinal], tokens=array, mask=mask, kind=kind)])
-        laid, prefix = Pieces(*np.array(pieces).T), shard_prefix("train", number)
-        infos.append(write_shard(writer, prefix, layout, documents, laid, token_bytes))
+        laid, prefix = Segments(*np.array(pieces).T), shard_prefix("train", number)
+        infos.append(write_packed_shard(writer, prefix, layout, documents, laid, token_bytes))
     write_pack_json(writer, layout, {"train": infos})
     return folder
 

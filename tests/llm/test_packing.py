@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.artifact import ArtifactWriter
-from llm.data import packed_writer as row_writing
+from llm.data import packed_writer
 from llm.data.packed import PADDING_ID, PackedLayout, PackedSequences, shard_prefix, write_pack_json
-from llm.data.packed_writer import Documents, EncodedDocument, Pieces, write_shard
+from llm.data.packed_writer import EncodedDocument, EncodedDocuments, Segments, write_packed_shard
 from llm.data.packing import pack_best_fit, pack_concatenated
 
 BOS, PAD, VOCAB_SIZE = 0, 5, 300
@@ -24,7 +24,7 @@ LAYS = {"end to end": pack_concatenated, "best fit": pack_best_fit}
 lengths_of_documents = st.lists(st.integers(1, 40) | st.integers(1, 4), min_size=1, max_size=60)
 
 
-def lay(name: str, lengths: Sequence[int], seq_len: int) -> Pieces:
+def lay(name: str, lengths: Sequence[int], seq_len: int) -> Segments:
     return LAYS[name](np.array(lengths, dtype=np.int64), seq_len)
 
 
@@ -53,17 +53,19 @@ def write_documents(
         seq_len=seq_len, vocab_size=VOCAB_SIZE, content=content, bos_id=BOS, pad_id=PAD
     )
     writer = ArtifactWriter(folder)
-    encoded = Documents(layout.dtype)
+    encoded = EncodedDocuments(layout.dtype)
     encoded.add(documents[:7])
     encoded.add(documents[7:])
     pieces = LAYS[name](encoded.lengths, seq_len)
-    info = write_shard(writer, shard_prefix("train", 0), layout, encoded, pieces, TOKEN_BYTES)
+    info = write_packed_shard(
+        writer, shard_prefix("train", 0), layout, encoded, pieces, TOKEN_BYTES
+    )
     write_pack_json(writer, layout, {"train": [info]})
     return PackedSequences(folder, "train")
 
 
 def check_nothing_is_lost(
-    rows: PackedSequences, documents: Sequence[EncodedDocument], pieces: Pieces
+    rows: PackedSequences, documents: Sequence[EncodedDocument], pieces: Segments
 ) -> None:
     """Walk all positions: every document's tokens are there, each learned at most once."""
     arrays = rows.read(np.arange(rows.num_rows))
@@ -114,7 +116,7 @@ def test_documents_come_back_from_their_rows_and_every_token_is_learned_once(
 ) -> None:
     documents = make_documents(lengths, is_chats=is_chats)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_writing, "TOKENS_AT_ONCE", rows_at_once * (seq_len + 1))
+        patch.setattr(packed_writer, "TOKENS_PER_WRITE", rows_at_once * (seq_len + 1))
         rows = write_documents(Path(folder) / "out", documents, name, seq_len)
         check_nothing_is_lost(rows, documents, lay(name, lengths, seq_len))
 
@@ -156,7 +158,7 @@ def test_best_fit_is_that_of_the_textbook_and_cuts_no_document_that_fits(
     pieces = lay("best fit", lengths, seq_len)
     width = seq_len + 1
     ends = pieces.start + pieces.length
-    is_last_in_row = np.diff(pieces.row, append=-1) != 0
+    is_last_in_row = np.diff(pieces.sequence, append=-1) != 0
     rooms = sorted((width - ends[is_last_in_row]).tolist())
     assert rooms == rooms_of_textbook_best_fit(pieces.length.tolist(), width)
     num_pieces = Counter(pieces.document.tolist())
@@ -174,7 +176,7 @@ def test_best_fit_puts_rows_and_documents_in_the_order_they_came_in() -> None:
     generator = np.random.default_rng(0)
     lengths = generator.lognormal(3, 1, 5000).astype(int) + 1
     pieces = lay("best fit", lengths, 128)
-    is_begin = np.diff(pieces.row, prepend=-1) != 0
+    is_begin = np.diff(pieces.sequence, prepend=-1) != 0
     in_row = np.diff(pieces.document)[~is_begin[1:]]
     assert (in_row >= 0).all(), "ascending in a row"
     longest = np.maximum.reduceat(lengths[pieces.document], np.flatnonzero(is_begin))
@@ -186,7 +188,7 @@ def test_best_fit_puts_rows_and_documents_in_the_order_they_came_in() -> None:
 def test_best_fit_leaves_one_position_in_200_at_most(tmp_path: Path) -> None:
     lengths = np.random.default_rng(0).lognormal(5.5, 1, 50_000).astype(int) + 1
     pieces = lay("best fit", lengths, 2048)
-    num_positions = (pieces.row[-1] + 1) * 2049
+    num_positions = (pieces.sequence[-1] + 1) * 2049
     assert pieces.length.sum() >= 0.995 * num_positions
 
 
