@@ -202,7 +202,7 @@ def test_bad_inputs_are_named(
     lines = {split: [json.dumps(one) for one in lines_of(inputs["documents"], split)]
              for split in SPLITS}  # fmt: skip
     write_lines(inputs["documents"], lines | {"validation": ["{}"]})
-    with pytest.raises(ArtifactError, match=r"validation/00000\.jsonl:1: no document"):
+    with pytest.raises(ArtifactError, match=r"validation/00000\.jsonl:1: not a document"):
         run_stage(pack, {"seq_len": 32}, **inputs)
     (tokenizer_folder / TOKENIZER_JSON).write_text("{}")
     with pytest.raises(ArtifactError, match=TOKENIZER_JSON):
