@@ -316,7 +316,7 @@ def test_the_nearest_splitting_gives_our_ids_where_no_word_has_an_underscore(
     [
         (
             {"has_qk_norm": True, "sliding_window": 8},
-            "model.sliding_window: found 8, expected 0; `--format hf` can",
+            "model.sliding_window: found 8, expected 0; use `--format hf`",
         ),
         (
             {"has_qk_norm": True, "rope_scaling": "llama3"},
