@@ -63,7 +63,7 @@ def narrow() -> Tokenizer:
     return CharacterTokenizer.train([*FRAGMENTS, *TYPED, *CORPUS], has_byte_fallback=False)
 
 
-KINDS: dict[str, Make] = {
+TOKENIZERS: dict[str, Make] = {
     **{name: functools.partial(make, CORPUS) for name, make in MAKERS.items()},
     "characters without bytes": narrow,
     **{f"imported {form}": functools.partial(imported, form) for form in BEGIN},

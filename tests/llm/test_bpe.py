@@ -105,7 +105,7 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizer: ByteLevelBPE, ids: li
         tokenizer.decode_bytes(ids)
 
 
-def test_a_lone_surrogate_is_refused_with_its_place(tokenizer: ByteLevelBPE) -> None:
+def test_a_lone_surrogate_is_refused_with_its_position(tokenizer: ByteLevelBPE) -> None:
     with pytest.raises(DataError, match=r"text 1: character 2 is the lone surrogate U\+DC80"):
         tokenizer.encode_batch(["fine", "ab\udc80"])
 
@@ -127,7 +127,7 @@ def test_blank_lines_at_a_cut_keep_their_tokens(
     assert tokenizer.encode_batch([text]) == [whole]
 
 
-def test_a_text_without_lines_is_cut_to_bounded_pieces(tokenizer: ByteLevelBPE) -> None:
+def test_a_text_without_lines_is_cut_to_bounded_chunks(tokenizer: ByteLevelBPE) -> None:
     text = "é" * (3 * CHUNK_CHARACTERS + 5)
     assert max(map(len, split_text(text))) == CHUNK_CHARACTERS
     assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text

@@ -1,4 +1,4 @@
-"""Reading the documents that `clean` left: any order, and no line believed unchecked."""
+"""Reading cleaned documents: in any order, with every line checked."""
 
 import json
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def test_documents_in_many_files_are_read_as_if_in_one(
     folder = tmp_path_factory.mktemp("many")
     writer, shards = ArtifactWriter(folder), list[DocumentShard]()
     for number, texts in enumerate(parts):
-        name = f"{3 * number:05}"  # shards without documents on this side have no files
+        name = f"{3 * number:05}"  # shards without documents of this split have no files
         with DocumentsWriter(writer, f"train/{name}", has_sources=True) as file:
             for text in texts:
                 file.add(json.dumps({"id": IDENTIFIER, "text": text}).encode() + b"\n", number)

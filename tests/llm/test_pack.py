@@ -1,4 +1,4 @@
-"""The stage `pack`: from documents to rows, deterministic, and refusing what cannot work."""
+"""The stage `pack`: from documents to sequences, deterministic, with errors for bad inputs."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ CHATS = [chat(f"what is {n} + {n}?", f"{n} and {n} make {2 * n}." * (n % 4)) for
 
 
 def contents_of_documents(folder: Path, split: str) -> dict[str, list[int]]:
-    """Every document's tokens by its id, joined over rows."""
+    """Every document's tokens by its id, joined over sequences."""
     rows = PackedSequences(folder, split)
     ids = [
         data[place : place + 16].hex()
@@ -55,7 +55,7 @@ def contents_of_documents(folder: Path, split: str) -> dict[str, list[int]]:
     return contents
 
 
-def test_every_document_comes_back_from_the_rows(
+def test_every_document_is_restored_from_the_sequences(
     make_documents: MakeDocuments,
     run_stage: RunStage,
     tokenizer_folder: Path,
@@ -82,7 +82,7 @@ def test_every_document_comes_back_from_the_rows(
     assert not list(out.glob("*/*.mask.bin"))
 
 
-def test_every_chat_comes_back_with_its_mask(
+def test_every_chat_is_restored_with_its_mask(
     make_documents: MakeDocuments,
     run_stage: RunStage,
     tokenizer_folder: Path,
@@ -111,7 +111,7 @@ def test_every_chat_comes_back_with_its_mask(
     assert summary["train_cut_documents"] == num_long < len(train) / 2
 
 
-def test_documents_that_the_vocabulary_cannot_say_are_left_out_and_counted(
+def test_documents_with_unknown_characters_are_left_out_and_counted(
     make_documents: MakeDocuments, run_stage: RunStage, tmp_path: Path
 ) -> None:
     tokenizer = CharacterTokenizer.train(["ab"], has_byte_fallback=False)
@@ -139,7 +139,7 @@ def test_packing_again_gives_the_same_bytes_and_another_seed_another_order(
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_the_size_of_batches_does_not_change_rows_of_text(
+def test_the_size_of_batches_does_not_change_sequences_of_text(
     make_documents: MakeDocuments,
     run_stage: RunStage,
     tokenizer_folder: Path,
@@ -178,7 +178,7 @@ def test_too_little_data_is_refused(
         run_stage(pack, {"seq_len": 32}, documents=documents, tokenizer=tokenizer_folder)
 
 
-def test_training_text_of_exactly_one_row_is_enough(
+def test_training_text_of_exactly_one_sequence_is_enough(
     make_documents: MakeDocuments,
     run_stage: RunStage,
     tokenizer_folder: Path,
@@ -265,7 +265,7 @@ def test_real_instructions_fill_97_of_100_positions(
     assert summary["train_cut_documents"] == 0
 
 
-def test_pack_keeps_what_each_chat_asks_for(
+def test_pack_keeps_the_kind_of_each_chat(
     tmp_path: Path, run_stage: RunStage, tokenizer_folder: Path
 ) -> None:
     chats = [

@@ -1,4 +1,4 @@
-"""Every kind of tokenizer: exact on any text, no control ids from it, the same bytes always."""
+"""Every kind of tokenizer: exact on any text, no control ids from texts, deterministic files."""
 
 import hashlib
 import json
@@ -92,7 +92,7 @@ def test_every_id_has_the_bytes_that_decoding_gives(loaded: Tokenizer) -> None:
         loaded.decode_bytes([loaded.vocab_size])
 
 
-def test_lone_surrogates_are_refused_with_their_place(loaded: Tokenizer) -> None:
+def test_lone_surrogates_are_refused_with_their_position(loaded: Tokenizer) -> None:
     assert not loaded.can_encode("ab\udc80") and loaded.can_encode("ab\ufffd")
     with pytest.raises(DataError, match=r"text 1: character 2 is the lone surrogate U\+DC80"):
         loaded.encode_batch(["fine", "ab\udc80"])
@@ -140,7 +140,7 @@ def test_no_piece_of_sentencepiece_ends_a_line_or_crosses_a_blank(corpus: list[s
 def test_ids_of_sentencepiece_are_those_of_its_own_processor(
     algorithm: str, corpus: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for the order of blanks in a run: unigram scores those as equal, to the last bit."""
+    """Except for the order of spaces in a run, whose unigram scores are equal to the last bit."""
     pytest.importorskip("sentencepiece")
     processors = list[Any]()
 
@@ -213,7 +213,7 @@ def test_the_published_ids_are_those_of_an_excerpt_of_the_published_files(
     assert tokenizer.bos_id == 50_256 and tokenizer.vocab_size == 50_263
 
 
-def test_the_excerpt_of_gpt2_says_what_the_whole_vocabulary_says(gpt2: Tokenizer) -> None:
+def test_the_excerpt_of_gpt2_gives_the_ids_of_the_whole_vocabulary(gpt2: Tokenizer) -> None:
     excerpt = json.loads((Path(__file__).parent / "gpt2_excerpt.json").read_text())
     for text, ids in excerpt["texts"]:
         assert gpt2.encode_batch([text]) == [ids], text
@@ -231,7 +231,7 @@ def test_gpt2_gives_the_ids_of_transformers(
     assert gpt2.encode_batch(texts) == oracle(texts)["input_ids"]
 
 
-def test_gpt2_survives_saving_and_keeps_its_promises(gpt2: Tokenizer, tmp_path: Path) -> None:
+def test_gpt2_is_exact_after_saving_and_loading(gpt2: Tokenizer, tmp_path: Path) -> None:
     loaded = save_and_load(gpt2, tmp_path)
     assert loaded.control_ids == gpt2.control_ids and loaded.to_files() == gpt2.to_files()
     texts = [*FRAGMENTS, *examples(5000)]

@@ -1,4 +1,4 @@
-"""The stage `train_tokenizer`: a bounded sample, the same bytes always, an honest summary."""
+"""The stage `train_tokenizer`: a bounded sample, deterministic, with a correct summary."""
 
 import hashlib
 import os
