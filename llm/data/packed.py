@@ -25,7 +25,6 @@ import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -237,7 +236,7 @@ class PackedSequences:
         """Return the ordinals of the documents with several segments, ascending."""
         found = [np.zeros(0, dtype=np.int64)]
         for shard, first in zip(self._shards, self._first_documents, strict=True):
-            found.append(first + np.flatnonzero(np.bincount(shard.pieces[:, 0]) > 1))
+            found.append(first + np.flatnonzero(np.bincount(shard.array("pieces")[:, 0]) > 1))
         return np.concatenate(found)
 
     def kind(self, ordinal: int) -> str:
@@ -253,6 +252,7 @@ class _Shard:
         self, files: ArtifactFiles, prefix: str, layout: PackedLayout, info: PackedShard
     ) -> None:
         self._files, self._prefix, self._layout, self._info = files, prefix, layout, info
+        self._arrays: dict[str, npt.NDArray[Any]] = {}
 
     def sequence_files(self) -> list[str]:
         """Return the names of the files that reading sequences takes."""
@@ -261,15 +261,16 @@ class _Shard:
 
     def read(self, indices: npt.NDArray[np.int64]) -> PackedArrays:
         """Return sequences; document ids count from the shard's first document."""
-        first, end = self.first_pieces[indices, 0], self.first_pieces[indices + 1, 0]  # 2 x (B,)
-        counts = (end - first).astype(np.int64)
+        first_segments = self.array("first_pieces")[:, 0]  # (N + 1,)
+        first = first_segments[indices]  # (B,)
+        counts = (first_segments[indices + 1] - first).astype(np.int64)
         row = np.repeat(np.arange(len(indices)), counts)  # (segments read,)
         nth = np.arange(len(row)) - np.repeat(starts(counts), counts)
-        segments = self.pieces[np.repeat(first.astype(np.int64), counts) + nth]
+        segments = self.array("pieces")[np.repeat(first.astype(np.int64), counts) + nth]
         document, offset, start = segments.astype(np.int64).T
-        tokens = self.tokens[indices]  # (B, T+1)
+        tokens = self.array("tokens")[indices]  # (B, T+1)
         if self._layout.content == "chats":
-            mask = self.mask[indices] != 0
+            mask = self.array("mask")[indices] != 0
         else:
             mask = tokens != self._layout.pad_id
             mask[:, 0] = False  # its input is in another sequence
@@ -284,41 +285,20 @@ class _Shard:
         """Return the kind of a chat."""
         if self._layout.content == "text":
             return ""
-        return self._info.kinds[int(self.kinds[ordinal, 0])]
+        return self._info.kinds[int(self.array("kinds")[ordinal, 0])]
 
-    @cached_property
-    def tokens(self) -> npt.NDArray[Any]:
-        """(N, T+1)"""
-        return self._map("tokens")
-
-    @cached_property
-    def mask(self) -> npt.NDArray[Any]:
-        """(N, T+1), chats only"""
-        return self._map("mask")
-
-    @cached_property
-    def pieces(self) -> npt.NDArray[Any]:
-        """(P, 3): document, offset, start"""
-        return self._map("pieces")
-
-    @cached_property
-    def first_pieces(self) -> npt.NDArray[Any]:
-        """(N + 1, 1)"""
-        return self._map("first_pieces")
-
-    @cached_property
-    def kinds(self) -> npt.NDArray[Any]:
-        """(D, 1), chats only"""
-        return self._map("kinds")
-
-    def _map(self, name: str) -> npt.NDArray[Any]:
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """Return the content of a file."""
+        if name in self._arrays:
+            return self._arrays[name]
         dtype, *shape = file_shapes(self._layout, self._info.counts)[name]
         try:
             file = self._files.open(f"{self._prefix}{name}.bin")
         except FileNotFoundError as error:
             raise ArtifactError(f"{error.filename}: not there; run pack again") from error
         with file:
-            return _map_file(file, name, dtype, (shape[0], shape[1]))
+            self._arrays[name] = _map_file(file, name, dtype, (shape[0], shape[1]))
+        return self._arrays[name]
 
 
 def sequence_order(

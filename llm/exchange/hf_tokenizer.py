@@ -10,9 +10,10 @@ reserves for use inside a program, and their own. The template replaces MARK in 
 from collections.abc import Mapping
 from typing import Any
 
-from llm.data.chat import chat_format_of
+from llm.data.chat import CHAT_FORMATS, chat_format_of
 from llm.tokenizer.base import (
     CONTROL_TOKENS,
+    DEFAULT_CHAT_FORMAT,
     MARK,
     TOKENIZER_CONFIG_JSON,
     TOKENIZER_JSON,
@@ -20,7 +21,7 @@ from llm.tokenizer.base import (
     json_bytes,
 )
 
-REPLACEMENT = "\ufffd"
+MESSAGE_CONTENT = f"message['content'] | replace('{MARK}', '\ufffd')"
 
 
 def exported_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, bytes]:
@@ -50,8 +51,16 @@ def exported_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, bytes]:
 
 def chat_template(tokenizer: Tokenizer, names: Mapping[str, str]) -> str:
     """Return the tokenizer's chat format in Jinja, with these names of control tokens."""
-    content = f"message['content'] | replace('{MARK}', '{REPLACEMENT}')"
-    return chat_format_of(tokenizer).template(names, content)
+    return chat_format_of(tokenizer).template(names, MESSAGE_CONTENT)
+
+
+def find_chat_format(tokenizer: Tokenizer, template: object) -> str:
+    """Return the chat format that an export wrote as `template`, or else the default one."""
+    names = control_names(tokenizer, marked_library_json(tokenizer))
+    for name, chat_format in CHAT_FORMATS.items():
+        if chat_format.template(names, MESSAGE_CONTENT) == template:
+            return name
+    return DEFAULT_CHAT_FORMAT
 
 
 def control_names(tokenizer: Tokenizer, library: Mapping[str, Any]) -> dict[str, str]:

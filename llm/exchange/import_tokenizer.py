@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from llm.errors import ArtifactError
+from llm.exchange.hf_tokenizer import find_chat_format
 from llm.exchange.sentencepiece_model import MODEL_FILE, library_parts, read_piece_model
 from llm.tokenizer.base import (
     CONTROL_TOKENS,
@@ -52,7 +53,8 @@ def import_tokenizer(folder: Path) -> Tokenizer:
     """
     path = folder / TOKENIZER_JSON
     try:
-        begin = _begin_token(_read(folder / TOKENIZER_CONFIG_JSON) or {})
+        config = _read(folder / TOKENIZER_CONFIG_JSON) or {}
+        begin = _begin_token(config)
         parts = _read(path)
         if parts is None and (folder / MODEL_FILE).is_file():
             path = folder / MODEL_FILE
@@ -63,7 +65,9 @@ def import_tokenizer(folder: Path) -> Tokenizer:
                 f"not there, nor {MODEL_FILE}; `save_pretrained` of a tokenizer of transformers"
                 " writes it"
             )
-        return _make(parts, begin)
+        tokenizer = _make(parts, begin)
+        tokenizer.chat_format = find_chat_format(tokenizer, config.get("chat_template"))
+        return tokenizer
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
 

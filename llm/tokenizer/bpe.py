@@ -70,11 +70,7 @@ class ByteLevelBPE(Tokenizer):
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "ByteLevelBPE":
-        """Make a tokenizer from the fields that `to_json` wrote.
-
-        Raises:
-            ArtifactError: the fields are damaged or of another kind of tokenizer.
-        """
+        """Make a tokenizer from the fields that `to_json` wrote, or raise ArtifactError."""
         try:
             tokenizer = LibraryTokenizer.from_str(json.dumps(fields))
         except Exception as error:  # the library raises the bare class

@@ -41,11 +41,7 @@ class ByteTokenizer(Tokenizer):
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "ByteTokenizer":
-        """Make a tokenizer from the fields that `to_json` wrote.
-
-        Raises:
-            ArtifactError: the fields are others.
-        """
+        """Make a tokenizer from the fields that `to_json` wrote, or raise ArtifactError."""
         _refuse_other_fields(fields, {"kind": str})
         return cls()
 
@@ -95,11 +91,7 @@ class CharacterTokenizer(Tokenizer):
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "CharacterTokenizer":
-        """Make a tokenizer from the fields that `to_json` wrote.
-
-        Raises:
-            ArtifactError: the fields or their values are others.
-        """
+        """Make a tokenizer from the fields that `to_json` wrote, or raise ArtifactError."""
         _refuse_other_fields(fields, {"kind": str, "characters": str, "has_byte_fallback": bool})
         characters: str = fields["characters"]
         if characters != "".join(sorted(set(characters))):

@@ -6,8 +6,8 @@ every tokenizer here, no text gives a control id, and the bytes of a text are th
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
@@ -40,11 +40,7 @@ class ImportedTokenizer(Tokenizer):
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        """Make a tokenizer from the fields that `to_json` wrote.
-
-        Raises:
-            ArtifactError: a field is missing or wrong.
-        """
+        """Make a tokenizer from the fields that `to_json` wrote, or raise ArtifactError."""
         try:
             library = load_library(fields["library"])
             return cls(library, list(fields["control_tokens"]), int(fields["vocab_size"]))
@@ -70,10 +66,7 @@ class ImportedTokenizer(Tokenizer):
 
     def encode_arrays(self, texts: Sequence[str]) -> list[Ids]:
         refuse_lone_surrogates(texts)
-
-        def split(text: str) -> Iterator[str]:
-            return split_text(text, self.cuts)
-
+        split = partial(split_text, pre_tokenization=self.cuts)
         return encode_in_chunks(texts, split, self._encode_chunks)
 
     def _encode_chunks(self, chunks: Sequence[str]) -> list[Ids]:

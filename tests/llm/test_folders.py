@@ -174,6 +174,8 @@ def test_a_chat_format_added_to_the_table_is_rendered_saved_and_exported(
     assert template(chat, return_dict=False) == ids
     prompt = template(chat[:1], add_generation_prompt=True, return_dict=False)
     assert prompt == render_prompt(chat[:1], load_both(tmp_path / "ours")[1])
+    import_model(tmp_path / "theirs", tmp_path / "back")
+    assert load_both(tmp_path / "back")[1].chat_format == "quiz"
     monkeypatch.delitem(CHAT_FORMATS, "quiz")
     with pytest.raises(ArtifactError, match="chat format: found 'quiz', expected one of turns"):
         render_chat(chat, tokenizer)
