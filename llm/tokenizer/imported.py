@@ -62,7 +62,9 @@ class ImportedTokenizer(Tokenizer):
 
     def padded(self, vocab_size: int) -> Self:
         """Return the same tokenizer with unused ids up to a model's `vocab_size`."""
-        return type(self)(self._library, self._names, vocab_size)
+        padded = type(self)(self._library, self._names, vocab_size)
+        padded.chat_format = self.chat_format
+        return padded
 
     def encode_arrays(self, texts: Sequence[str]) -> list[Ids]:
         refuse_lone_surrogates(texts)
