@@ -136,13 +136,11 @@ def test_an_imported_model_can_be_fine_tuned_and_talked_to(
         for n in range(24)
     ]
     documents = make_documents(chats[:16], chats[16:])
-    sequences, _ = run_stage(
-        pack, {"seq_len": 64}, out="sequences", documents=documents, tokenizer=tmp_path / "base"
+    rows, _ = run_stage(
+        pack, {"seq_len": 64}, out="rows", documents=documents, tokenizer=tmp_path / "base"
     )
     optimization = {"num_steps": 3, "warmup_steps": 1, "global_batch_size": 4}
-    chat, _ = run_stage(
-        finetune, optimization, out="chat", base=tmp_path / "base", sequences=sequences
-    )
+    chat, _ = run_stage(finetune, optimization, out="chat", base=tmp_path / "base", sequences=rows)
     load_both(chat)
     monkeypatch.setattr("sys.stdin", io.StringIO("say 1\nsay 2\n"))
     assert chat_main([str(chat), "--max-new-tokens", "4"]) == 0
