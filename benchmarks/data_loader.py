@@ -1,4 +1,4 @@
-"""Rows of the loader: what training gets to read, from rows that the system has in memory."""
+"""Measure the data loader on packed sequences in the page cache."""
 
 import argparse
 import time
@@ -12,26 +12,26 @@ from data_stages import Figure
 from llm.artifact import ArtifactWriter
 from llm.config import OptimizationConfig
 from llm.data.packed import PackedLayout, PackedSequences, shard_prefix, write_pack_json
-from llm.data.packed_writer import Documents, EncodedDocument, write_shard
+from llm.data.packed_writer import EncodedDocument, EncodedDocuments, write_packed_shard
 from llm.data.packing import pack_best_fit
 from llm.training.batches import batches_of_steps
 from llm.training.objectives import NextToken
 
 SEQ_LEN, VOCAB_SIZE = 2048, 50_257
 MEAN_DOCUMENT_TOKENS = 700
-ROWS_PER_STEP = 64
+SEQUENCES_PER_STEP = 64
 TOKENS_MEASURED = 100_000_000
 
 
 def measure_loader(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
-    """Tokens a second of `batches_of_steps`, rows in a random order, one thread of torch's."""
+    """Tokens per second of `batches_of_steps`, shuffled, with one torch thread."""
     torch.set_num_threads(1)
     num_tokens = options.megabytes * 1_000_000 // 2  # uint16
     for num_shards in (12, 256):
-        rows = _write_rows(folder / str(num_shards), num_tokens // num_shards, num_shards)
-        rows.read(np.arange(rows.num_rows))  # opens every shard, and has it in memory
+        sequences = _write_sequences(folder / str(num_shards), num_tokens // num_shards, num_shards)
+        sequences.read(np.arange(sequences.num_rows))  # opens every shard and fills the page cache
         for document_mask in (False, True):
-            rates = [_rate(rows, document_mask) for _ in range(options.repeats)]
+            rates = [_rate(sequences, document_mask) for _ in range(options.repeats)]
             documents = " with document ids" if document_mask else ""
             yield Figure(
                 measure=f"loader, T={SEQ_LEN}, {num_shards} shards{documents}",
@@ -40,12 +40,12 @@ def measure_loader(options: argparse.Namespace, folder: Path) -> Iterator[Figure
             )
 
 
-def _rate(rows: PackedSequences, document_mask: bool) -> float:
-    num_steps = TOKENS_MEASURED // (ROWS_PER_STEP * SEQ_LEN)
+def _rate(sequences: PackedSequences, document_mask: bool) -> float:
+    num_steps = TOKENS_MEASURED // (SEQUENCES_PER_STEP * SEQ_LEN)
     steps = batches_of_steps(
-        rows,
+        sequences,
         NextToken(document_mask=document_mask),
-        OptimizationConfig(num_steps=num_steps, global_batch_size=ROWS_PER_STEP),
+        OptimizationConfig(num_steps=num_steps, global_batch_size=SEQUENCES_PER_STEP),
         seed=1,
         first_step=0,
         process=0,
@@ -58,7 +58,7 @@ def _rate(rows: PackedSequences, document_mask: bool) -> float:
     return num_tokens / (time.perf_counter() - started_at) / 1e6
 
 
-def _write_rows(folder: Path, shard_tokens: int, num_shards: int) -> PackedSequences:
+def _write_sequences(folder: Path, shard_tokens: int, num_shards: int) -> PackedSequences:
     layout = PackedLayout(
         seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE, content="text", bos_id=0, pad_id=VOCAB_SIZE - 1
     )
@@ -66,14 +66,14 @@ def _write_rows(folder: Path, shard_tokens: int, num_shards: int) -> PackedSeque
     writer, infos = ArtifactWriter(folder), []
     for number in range(num_shards):
         lengths = rng.exponential(MEAN_DOCUMENT_TOKENS, shard_tokens // MEAN_DOCUMENT_TOKENS)
-        documents = Documents(layout.dtype)
+        documents = EncodedDocuments(layout.dtype)
         for length in lengths.astype(np.int64) + 2:
             tokens = rng.integers(1, VOCAB_SIZE - 1, length, dtype=np.uint32)
             tokens[0] = layout.bos_id
             documents.add([EncodedDocument(id=bytes(16), tokens=tokens)])
-        pieces = pack_best_fit(documents.lengths, SEQ_LEN)
+        segments = pack_best_fit(documents.lengths, SEQ_LEN)
         prefix = shard_prefix("train", number)
         token_bytes = np.ones(VOCAB_SIZE, dtype=np.int64)
-        infos.append(write_shard(writer, prefix, layout, documents, pieces, token_bytes))
+        infos.append(write_packed_shard(writer, prefix, layout, documents, segments, token_bytes))
     write_pack_json(writer, layout, {"train": infos})
     return PackedSequences(folder, "train")

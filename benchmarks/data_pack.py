@@ -1,4 +1,4 @@
-"""Measure packing: a million encoded documents to the files of their rows, in one thread."""
+"""Measure packing: write a million encoded documents as packed sequences, in one thread."""
 
 import argparse
 import time
@@ -10,7 +10,7 @@ from data_stages import Figure
 
 from llm.artifact import ArtifactWriter
 from llm.data.packed import PackedLayout, PackedSequences, shard_prefix, write_pack_json
-from llm.data.packed_writer import Documents, EncodedDocument, write_shard
+from llm.data.packed_writer import EncodedDocument, EncodedDocuments, write_packed_shard
 from llm.data.packing import pack_best_fit
 
 NUM_DOCUMENTS, DOCUMENTS_AT_ONCE = 1_000_000, 1000
@@ -18,7 +18,7 @@ SEQ_LEN, VOCAB_SIZE, BOS, PAD = 2048, 32_768, 0, 5
 
 
 def measure_pack(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
-    """Speed of best fit and of what it writes, the room it leaves, and the tokens that are lost."""
+    """Time of best-fit packing and of writing, padding, and lost tokens."""
     rng = np.random.default_rng(1)
     lengths = np.minimum(rng.lognormal(5, 1, NUM_DOCUMENTS).astype(np.int64) + 1, 100_000)
     stream = rng.integers(10, VOCAB_SIZE, lengths.sum(), dtype=np.uint16).astype(np.uint32)
@@ -33,14 +33,16 @@ def measure_pack(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
         for tokens in np.split(stream, np.cumsum(lengths)[:-1])
     ]
     started_at = time.perf_counter()
-    documents = Documents(layout.dtype)
+    documents = EncodedDocuments(layout.dtype)
     for start in range(0, NUM_DOCUMENTS, DOCUMENTS_AT_ONCE):
         documents.add(encoded[start : start + DOCUMENTS_AT_ONCE])
     held_at = time.perf_counter()
-    pieces = pack_best_fit(documents.lengths, SEQ_LEN)
+    segments = pack_best_fit(documents.lengths, SEQ_LEN)
     placed_at = time.perf_counter()
-    writer = ArtifactWriter(folder / "rows")
-    info = write_shard(writer, shard_prefix("train", 0), layout, documents, pieces, token_bytes)
+    writer = ArtifactWriter(folder / "packed")
+    info = write_packed_shard(
+        writer, shard_prefix("train", 0), layout, documents, segments, token_bytes
+    )
     write_pack_json(writer, layout, {"train": [info]})
     ended_at = time.perf_counter()
     parts = f"{held_at - started_at:.1f} held, {placed_at - held_at:.1f} placed"
@@ -61,7 +63,7 @@ def measure_pack(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
     for start in range(0, rows.num_rows, DOCUMENTS_AT_ONCE):
         some = rows.read(np.arange(start, min(start + DOCUMENTS_AT_ONCE, rows.num_rows)))
         histogram += np.bincount(some.tokens[some.mask], minlength=VOCAB_SIZE)
-    histogram[BOS] = NUM_DOCUMENTS  # one that begins a row is no target
+    histogram[BOS] = NUM_DOCUMENTS  # the first of a sequence is not a target
     lost = np.abs(histogram - np.bincount(stream, minlength=VOCAB_SIZE)).sum()
     yield Figure(
         measure=f"  tokens lost or doubled; {rows.info.num_cut_documents:,} documents cut",

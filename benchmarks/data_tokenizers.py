@@ -1,4 +1,4 @@
-"""Rows of tokenizers: a large one trained on much text, and encoding beside the library's own."""
+"""Measure training a large tokenizer, and encoding beside the library's own."""
 
 import argparse
 import os
@@ -23,7 +23,7 @@ ARTICLE = re.compile(r"^(?= = [^=])", re.MULTILINE)
 
 
 def measure_train(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
-    """Memory and time of training a BPE of 32k tokens, and whether it is the same each time."""
+    """Memory and time of training a BPE of 32k tokens, and whether runs give equal bytes."""
     texts = varied(library_texts(), options.megabytes * 1_000_000)
     write_documents(folder / "documents", texts)
     settings = {"vocab_size": VOCAB_SIZE, "sample_bytes": options.megabytes * 1_000_000}
@@ -57,10 +57,10 @@ def measure_train(options: argparse.Namespace, folder: Path) -> Iterator[Figure]
 
 
 def measure_encode(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
-    """Speed of the stage pack, documents to rows on disk, beside the library's `encode_batch`.
+    """Speed of the stage pack, from documents to files, beside the library's `encode_batch`.
 
-    One worker and one thread each, in turn. The stage is its whole process; what it takes to start,
-    measured on next to no text, counts in the first figure alone.
+    One worker and one thread each, in turn. The first figure includes the start of the process,
+    which is measured with almost no text; the second does not.
     """
     os.environ["RAYON_NUM_THREADS"] = "1"  # before the library starts its threads
     for number, (name, texts) in enumerate(_corpora(options.megabytes * 1_000_000)):
@@ -92,7 +92,7 @@ def _encode_figure(name: str, texts: Sequence[str], repeats: int, folder: Path) 
     start, stage, by_library = (float(np.median(found)) for found in seconds.values())
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     return Figure(
-        measure=f"encode {name}, {megabytes:.0f} MB, to rows",
+        measure=f"encode {name}, {megabytes:.0f} MB, to sequences",
         value=f"{megabytes / stage:.1f} MB/s ({megabytes / (stage - start):.1f} once started),"
         f" library {megabytes / by_library:.1f}, {by_library / stage:.2f}x",
         target=">= 5 MB/s, >= 0.9x",
@@ -110,7 +110,7 @@ def _library_seconds(library: LibraryTokenizer, texts: Sequence[str]) -> float:
 
 
 def _corpora(num_bytes: int) -> Iterator[tuple[str, Iterable[str]]]:
-    """Yield name and texts of each: every text once, and varied to `num_bytes`."""
+    """Yield names and texts of corpora: each text once, and varied to `num_bytes`."""
     corpora = {"the standard library": library_texts()}
     if WIKITEXT.is_dir():
         text = "".join((WIKITEXT / name).read_text() for name in ("valid.txt", "test.txt"))
@@ -122,7 +122,7 @@ def _corpora(num_bytes: int) -> Iterator[tuple[str, Iterable[str]]]:
 
 
 def _new_words(texts: Sequence[str], num_bytes: int) -> Iterator[str]:
-    """Yield about `num_bytes` of words like those of `texts`, hardly one of which is there twice.
+    """Yield about `num_bytes` of words like those of `texts`, almost all different.
 
     The worst case for an encoder with a cache of words: heads and tails of random words, joined.
     """

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from llm.artifact import ArtifactWriter
 from llm.config import ModelConfig, OptimizationConfig, RuntimeConfig
 from llm.data.packed import PackedLayout, PackedSequences, shard_prefix, write_pack_json
-from llm.data.packed_writer import Documents, EncodedDocument, write_shard
+from llm.data.packed_writer import EncodedDocument, EncodedDocuments, write_packed_shard
 from llm.data.packing import pack_best_fit
 from llm.model.loss import ModelWithLoss
 from llm.model.precision import Precision, autocast, fp32_products
@@ -211,12 +211,12 @@ def make_rows(folder: Path, size: Size) -> PackedSequences:
     tokens = np.random.default_rng(1).integers(10, size.vocab_size, shape, dtype=np.uint32)
     tokens[:, 0] = layout.bos_id
     writer = ArtifactWriter(folder)
-    documents = Documents(layout.dtype)
+    documents = EncodedDocuments(layout.dtype)
     documents.add([EncodedDocument(id=bytes(16), tokens=row) for row in tokens])
     pieces = pack_best_fit(documents.lengths, size.seq_len)
     token_bytes = np.ones(size.vocab_size, dtype=np.int64)
     prefix = shard_prefix("train", 0)
-    info = write_shard(writer, prefix, layout, documents, pieces, token_bytes)
+    info = write_packed_shard(writer, prefix, layout, documents, pieces, token_bytes)
     write_pack_json(writer, layout, {"train": [info]})
     return PackedSequences(folder, "train")
 

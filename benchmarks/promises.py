@@ -27,7 +27,7 @@ from tests.chaos.no_code import try_to_run_code
 from tests.chaos.poisoned_rank import POISONS, try_poisons
 from tests.chaos.small_data import SMALL_DATA_CASES
 from tests.chaos.tokenizer_promises import (
-    KINDS,
+    TOKENIZERS,
     TRAININGS,
     try_control_tokens,
     try_round_trips,
@@ -96,18 +96,18 @@ def small_data(folder: Path) -> list[Figure]:
 
 def control_tokens(folder: Path) -> list[Figure]:
     """Every kind of tokenizer, as made, loaded and exported."""
-    total = Figure(name="texts and chats", note=f"{len(KINDS)} kinds, made, loaded, exported")
-    each = -(-CONTROL_TRIES // len(KINDS))
-    for number, (kind, make) in enumerate(KINDS.items()):
+    total = Figure(name="texts and chats", note=f"{len(TOKENIZERS)} kinds, made, loaded, exported")
+    each = -(-CONTROL_TRIES // len(TOKENIZERS))
+    for number, (kind, make) in enumerate(TOKENIZERS.items()):
         _add(total, kind, try_control_tokens(make, each, number, _new(folder / str(number))))
     return [total]
 
 
 def round_trips(folder: Path) -> list[Figure]:
     """Every kind of tokenizer; then trainings in processes of their own."""
-    total = Figure(name="round trips", note=f"{len(KINDS)} kinds")
-    each = -(-ROUND_TRIPS // len(KINDS))
-    for number, (kind, make) in enumerate(KINDS.items()):
+    total = Figure(name="round trips", note=f"{len(TOKENIZERS)} kinds")
+    each = -(-ROUND_TRIPS // len(TOKENIZERS))
+    for number, (kind, make) in enumerate(TOKENIZERS.items()):
         _add(total, kind, try_round_trips(make, each, number, _new(folder / str(number))))
     trainings = try_trainings(list(TRAININGS), THREADS, _new(folder / "trainings"))
     trainings.name = "trainings with one digest"

@@ -1,11 +1,11 @@
-"""What every kind of tokenizer makes of one text, and how fast, beside the library's own encoding.
+"""Compare all kinds of tokenizers on one text, and their speed with that of the library.
 
     python benchmarks/tokenizer_kinds.py                      # the standard library, all kinds
     python benchmarks/tokenizer_kinds.py --text FILE --kind "bpe 4k" --gpt2 FOLDER --to FOLDER
 
-Each is learned from the text it is measured on. `fromscratch tokenizers` compares those that runs
-made. Speeds are megabytes of text for each second of processor time, of a tokenizer just loaded,
-that remembers no word yet; `library` is `encode_batch` of `tokenizers` on the same texts.
+Each is trained on the text that it is measured on. `fromscratch tokenizers` compares those of runs.
+Speeds are megabytes of text per second of processor time, of a tokenizer with an empty word cache;
+`library` is `encode_batch` of `tokenizers` on the same texts.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from llm.data.sources.stdlib import corpus_documents
 from llm.tokenizer.base import TOKENIZER_JSON
 from llm.train_tokenizer import make_tokenizer
 
-KINDS = {
+VARIANTS = {
     "bpe 32k": TrainTokenizerConfig(vocab_size=32_768),
     "bpe 32k, gpt4": TrainTokenizerConfig(vocab_size=32_768, pre_tokenization="gpt4"),
     "bpe 4k": TrainTokenizerConfig(vocab_size=4096),
@@ -37,7 +37,7 @@ KINDS = {
 
 
 def library_speed(folder: Path, texts: Sequence[str]) -> float | None:
-    """Return MB a second of `encode_batch`, ids read, where the library can read the tokenizer."""
+    """Return MB per second of `encode_batch`, if the library can read the tokenizer."""
     data = (folder / TOKENIZER_JSON).read_text(encoding="utf-8")
     if "kind" in json.loads(data):
         return None
@@ -50,22 +50,22 @@ def library_speed(folder: Path, texts: Sequence[str]) -> float | None:
 
 
 def main() -> None:
-    """Learn the kinds asked for and print what they make of the text."""
+    """Train the chosen kinds and print their measurements."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--text", type=Path, help="a text file; default: the standard library")
-    parser.add_argument("--kind", action="append", choices=KINDS, help="default: all")
+    parser.add_argument("--kind", action="append", choices=VARIANTS, help="default: all")
     parser.add_argument("--gpt2", type=Path, help="folder of encoder.json and vocab.bpe")
-    parser.add_argument("--to", type=Path, help="folder for all figures and a plot")
+    parser.add_argument("--to", type=Path, help="folder for all measurements and a plot")
     options = parser.parse_args()
     os.environ["RAYON_NUM_THREADS"] = "1"  # before the library starts its threads
     texts = read_texts(options.text) if options.text else list(corpus_documents())
-    kinds = {name: KINDS[name] for name in options.kind or KINDS}
+    kinds = {name: VARIANTS[name] for name in options.kind or VARIANTS}
     if options.gpt2:
         kinds["gpt2"] = TrainTokenizerConfig(kind="gpt2", path=str(options.gpt2))
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as root:
         folders: dict[str, Path] = {}
         for number, (name, settings) in enumerate(kinds.items()):
-            folders[name] = Path(place) / str(number)
+            folders[name] = Path(root) / str(number)
             folders[name].mkdir()
             for file, data in make_tokenizer(settings, texts).to_files().items():
                 (folders[name] / file).write_bytes(data)

@@ -1,4 +1,4 @@
-"""What several tokenizers make of one text: figures, and a plot of the documents' lengths."""
+"""Compare tokenizers on one text: counts, speed, and a plot of the documents' lengths."""
 
 import codecs
 import json
@@ -10,20 +10,21 @@ from llm.artifact import read_manifest
 from llm.config import TrainTokenizerConfig, read_section
 from llm.data.documents import DocumentReader
 from llm.errors import ArtifactError, ConfigError
+from llm.tokenizer.kinds import TOKENIZER_KINDS
 from llm.tokenizer.load import load_tokenizer
 from llm.tokenizer.report import TokenizerReport, TokenizerSpeed, measure_tokenizer
 from tasks.store import Store
 from tasks.tracking.tokenizer_plot import draw_lengths
 
 MAX_TEXT_BYTES = 10_000_000
-CHUNK_CHARACTERS = 4000
+PART_CHARACTERS = 4000
 REPORT, PLOT = "tokenizers.json", "lengths.png"
 DERIVED = ("tokens_per_word", "bytes_per_token", "tokens_per_character", "single_byte_share")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredTokenizer:
-    """A tokenizer by the name it is shown under, and its figures."""
+    """The displayed name of a tokenizer, and its measurements."""
 
     name: str
     report: TokenizerReport
@@ -31,16 +32,16 @@ class MeasuredTokenizer:
 
 
 def find_tokenizers(store: Store) -> list[Path]:
-    """Return the folder of every tokenizer that was trained, the newest first.
+    """Return the folders of all trained tokenizers, newest first.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: there are none.
     """
     found = [store.folder("train_tokenizer", r.digest) for r in store.records("train_tokenizer")]
     folders = [folder for folder in dict.fromkeys(found) if folder.is_dir()]
     if not folders:
         raise ArtifactError(
-            f"{store.root}: no tokenizer there; make one with `fromscratch run RECIPE --only"
+            f"{store.root}: no tokenizers; train one with `fromscratch run RECIPE --only"
             " train_tokenizer`, or name folders"
         )
     return folders
@@ -56,15 +57,15 @@ def find_text(store: Store) -> Path:
         folder = store.folder("clean", record.digest)
         if record.parts.role == "corpus" and folder.is_dir():
             return folder
-    raise ArtifactError(f"{store.root}: no cleaned corpus there; name a text with `--text`")
+    raise ArtifactError(f"{store.root}: no cleaned corpus; name a text with `--text`")
 
 
 def read_texts(path: Path) -> list[str]:
-    """Return up to MAX_TEXT_BYTES of a folder's validation documents, or of a file, in pieces.
+    """Return up to MAX_TEXT_BYTES of a folder's validation documents, or of a file, in parts.
 
     Raises:
-        ArtifactError: the folder holds no documents.
-        ConfigError: there is no such file, or it is no UTF-8.
+        ArtifactError: the folder is not an artifact of `clean`.
+        ConfigError: the file is missing or not UTF-8.
     """
     if path.is_dir():
         documents = DocumentReader(path, "validation")
@@ -77,14 +78,14 @@ def read_texts(path: Path) -> list[str]:
         text = decoder.decode(data, final=len(data) < MAX_TEXT_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--text {path}: {error}; expected UTF-8 text") from error
-    starts = range(0, len(text), CHUNK_CHARACTERS)
-    return [text[start : start + CHUNK_CHARACTERS] for start in starts]
+    starts = range(0, len(text), PART_CHARACTERS)
+    return [text[start : start + PART_CHARACTERS] for start in starts]
 
 
 def measure_tokenizers(
     folders: Mapping[str, Path], texts: Sequence[str]
 ) -> list[MeasuredTokenizer]:
-    """Encode and decode the texts with each tokenizer, loaded anew, and count."""
+    """Measure each tokenizer on the texts, freshly loaded."""
     measured: list[MeasuredTokenizer] = []
     for name, folder in folders.items():
         report, speed = measure_tokenizer(load_tokenizer(folder), texts)
@@ -93,21 +94,21 @@ def measure_tokenizers(
 
 
 def name_tokenizers(folders: Sequence[Path]) -> dict[str, Path]:
-    """Return the folders by kind and digest, or by themselves where no stage made them."""
+    """Return the folders by kind and digest; folders that no stage made by their path."""
     return {_name(folder): folder for folder in folders}
 
 
 def write_report(measured: Sequence[MeasuredTokenizer], folder: Path) -> None:
-    """Write all figures as JSON, and the documents' lengths as a plot."""
+    """Write the measurements as JSON, and the documents' lengths as a plot."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, dict[str, float]] = {}
+    measurements: dict[str, dict[str, float]] = {}
     lengths: dict[str, list[list[int]]] = {}
     for tokenizer in measured:
         counts = asdict(tokenizer.report)
         lengths[tokenizer.name] = counts.pop("lengths")
         derived = {name: getattr(tokenizer.report, name) for name in DERIVED}
-        figures[tokenizer.name] = counts | derived | asdict(tokenizer.speed)
-    (folder / REPORT).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        measurements[tokenizer.name] = counts | derived | asdict(tokenizer.speed)
+    (folder / REPORT).write_text(json.dumps(measurements, indent=2) + "\n", encoding="utf-8")
     draw_lengths(lengths).savefig(folder / PLOT)
 
 
@@ -119,8 +120,9 @@ def _name(folder: Path) -> str:
     if manifest.stage != "train_tokenizer":
         return str(folder)
     config = read_section(TrainTokenizerConfig, manifest.settings)
-    more = {"bpe": f" {config.pre_tokenization}", "sentencepiece": f" {config.algorithm}"}
-    return f"{config.kind}{more.get(config.kind, '')} {manifest.digest[:6]}"
+    variant = TOKENIZER_KINDS[config.kind].variant
+    words = [config.kind, getattr(config, variant) if variant else "", manifest.digest[:6]]
+    return " ".join(filter(None, words))
 
 
 def _beginning(texts: Iterable[str]) -> Iterable[str]:

@@ -17,18 +17,21 @@ from typing import Annotated, Literal, TypeVar
 import yaml
 
 from llm import presets
+from llm.data.chat import CHAT_FORMATS
 from llm.depth import DepthContext, expand_depth, take_depth
 from llm.errors import ConfigError
 from llm.settings import (
     Count,
     Fraction,
     NonNegativeFloat,
+    OneOf,
     Positive,
     PositiveFloat,
     Range,
     build,
     did_you_mean,
 )
+from llm.tokenizer.kinds import TOKENIZER_KINDS
 
 Section = TypeVar("Section")
 CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
@@ -280,51 +283,55 @@ class CleanConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainTokenizerConfig:
-    """How text becomes ids; what there is to learn is learned from the training documents."""
+    """How text becomes token ids. Vocabularies are learned from the training documents."""
 
-    kind: Literal["bpe", "gpt2", "sentencepiece", "characters", "bytes"] = "bpe"
-    """bpe: byte-level byte-pair encoding; gpt2: the same as published, nothing is learned;
-    sentencepiece: pieces, learned by the library of that name; characters: an id for each character
-    of the training documents; bytes: an id for each of the 256.
+    kind: Annotated[str, OneOf(TOKENIZER_KINDS)] = "bpe"
+    """bpe: byte-level byte-pair encoding; gpt2: GPT-2's published vocabulary; sentencepiece: pieces
+    learned by the library of that name; characters: an id per character of the training documents;
+    bytes: an id per byte value.
     """
     vocab_size: Annotated[int, Range(minimum=264, maximum=1_000_000)] = 4096
-    """bpe, sentencepiece: tokens in all: the control tokens, 256 bytes, and what is learned. More
-    means fewer tokens per byte.
+    """bpe, sentencepiece: number of tokens: control tokens, 256 bytes, and learned ones. More means
+    fewer tokens per byte.
     """
     pre_tokenization: Literal["code", "gpt2", "gpt4"] = "code"
     """bpe: where text is split before merging. gpt4: a word may take the sign before it; code: it
-    may not, and takes underscores; gpt2: blanks before a word are tokens of one character each.
+    may not, and underscores are letters; gpt2: extra spaces before a word are one token each.
     """
     max_digits: Annotated[int, Range(minimum=0, maximum=3)] = 3
-    """bpe: digits in one token at most; 0 is no limit, as in GPT-2."""
+    """bpe: most digits in one token; 0 is no limit, as in GPT-2."""
     algorithm: Literal["unigram", "bpe"] = "unigram"
-    """sentencepiece: unigram drops the pieces that explain least; bpe merges the commonest pair."""
+    """sentencepiece: unigram prunes the least useful pieces; bpe merges the most frequent pair."""
     path: str = ""
-    """gpt2: the folder with the published `encoder.json` and `vocab.bpe`; empty fetches them."""
+    """gpt2: folder of the published `encoder.json` and `vocab.bpe`; empty: download them."""
     has_byte_fallback: bool = True
-    """characters: a character that is not in the vocabulary is written by its bytes, for which
-    there are 256 more ids. Without them such a text is refused, and such a document left out.
+    """characters: encode characters outside the vocabulary by their bytes, with 256 more ids.
+    Without it documents with such characters are left out.
+    """
+    chat_format: Annotated[str, OneOf(CHAT_FORMATS)] = "turns"
+    """How chats are written with control tokens. A change makes a new tokenizer, so that models are
+    trained again.
     """
     sample_bytes: Positive = 50_000_000
-    """Learn from at most this much text, sampled by document; memory grows with it."""
+    """Most text to learn from, sampled by document; memory grows with it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackConfig:
-    """From documents to rows of tokens."""
+    """From documents to packed sequences of tokens."""
 
     seq_len: Annotated[int, Range(minimum=8, maximum=1_048_576)] = 256
-    """T: positions in a row, the longest context the model ever sees."""
+    """T: positions in a sequence, the context that the model is trained on."""
     packing: Literal["concatenate", "best_fit"] = "concatenate"
-    """Of text. concatenate: one stream, cut every seq_len tokens; best_fit: no document that fits a
-    row is cut, and rows that are not quite full end in padding. Chats are always packed so.
+    """Of text. concatenate: one stream, cut every seq_len tokens; best_fit: documents that fit a
+    sequence are not cut, and sequences may end in padding. Chats are always packed by best_fit.
     """
     shard_bytes: Positive = 64 << 20
-    """Documents that are packed together, by one process that holds all their tokens in memory.
-    More means fewer, larger files, and less padding where there is any.
+    """Size of the documents packed together, by one process that holds all their tokens in memory.
+    More means fewer, larger files, and less padding.
     """
     shares: tuple[ShareConfig, ...] = ()
-    """Of several sources, as they stand in `download.<role>.sources`; not to be set here."""
+    """Copied from `download.<role>.sources`; not to be set here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -714,11 +721,10 @@ def _apply_override(tree: dict[str, object], override: str, problems: list[str])
 def _depth_context(config: RunConfig) -> DepthContext:
     """Return the settings that the depth dial depends on."""
     model, tokenizer = config.pretrain.model, config.train_tokenizer
-    has_few_tokens = tokenizer.kind in ("bytes", "characters")  # hundreds: it hardly matters
     return DepthContext(
         is_gated=model.mlp in ("swiglu", "geglu"),
         tie_embeddings=model.tie_embeddings,
-        vocab_size=256 if has_few_tokens else tokenizer.vocab_size,
+        vocab_size=TOKENIZER_KINDS[tokenizer.kind].fixed_vocab_size or tokenizer.vocab_size,
         tokens_per_step=config.pretrain.global_batch_size * config.pack.seq_len,
     )
 

@@ -1,7 +1,7 @@
-"""Pack documents into rows of tokens for training: text and chats through one packer.
+"""The stage `pack`: encode documents, texts or chats, and pack them into sequences of tokens.
 
-The documents of a split, in a seeded order, are cut into parts of about `shard_bytes` each, which
-are encoded and laid into rows by themselves, as shards.
+The documents of a split, in a seeded order, are divided into parts of about `shard_bytes`. Each
+part is encoded and packed alone, as a shard.
 """
 
 import functools
@@ -18,7 +18,7 @@ from llm.artifact import ArtifactWriter, Json, canonical
 from llm.config import PackConfig, ShareConfig, read_section
 from llm.data.chat import render_chats
 from llm.data.documents import SPLITS, Document, DocumentReader, read_content
-from llm.data.mixture import Size, SourceTally, add_tallies, mix
+from llm.data.mixture import DocumentSize, SourceTally, add_tallies, mix_sources
 from llm.data.packed import (
     PackedCounts,
     PackedLayout,
@@ -27,7 +27,7 @@ from llm.data.packed import (
     shard_prefix,
     write_pack_json,
 )
-from llm.data.packed_writer import Documents, EncodedDocument, write_shard
+from llm.data.packed_writer import EncodedDocument, EncodedDocuments, write_packed_shard
 from llm.data.packing import pack_best_fit, pack_concatenated
 from llm.data.permutation import permute
 from llm.errors import DataError
@@ -37,43 +37,43 @@ from llm.seeds import derive_seed
 from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.load import load_tokenizer
 
-BATCH_BYTES = 1 << 20
-MIN_DOCUMENTS = 8  # of mean length, in a part's share of a cap: else its first one may be too long
+ENCODE_BATCH_BYTES = 1 << 20
+MIN_DOCUMENTS = 8  # of mean length, in a part's share of a cap: its first may be longer than that
 
 Ordinals = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """One of the equal parts of a split: a run of its documents in their seeded order."""
+class SplitPart:
+    """One of the equal parts of a split, in the seeded order of its documents."""
 
     split: str
     number: int
     num_parts: int
 
     def of(self, total: int) -> range:
-        """Return this part of `total` things in a row."""
+        """Return the indices of this part of `total` items."""
         return range(*(total * n // self.num_parts for n in (self.number, self.number + 1)))
 
 
 @dataclass(kw_only=True, slots=True)
-class Batch:
-    """Documents that are encoded together."""
+class EncodedBatch:
+    """Documents encoded together."""
 
     documents: list[Document] = field(default_factory=list[Document])
     encoded: list[EncodedDocument] = field(default_factory=list[EncodedDocument])
     size_bytes: int = 0
-    """Of their lines, those left out included."""
+    """Of all lines read."""
     num_left_out: int = 0
-    """Documents that the vocabulary cannot say."""
+    """Documents with characters outside the vocabulary."""
 
 
 def pack(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
-    """Encode the documents of both splits and lay them into rows, shard by shard.
+    """Encode and pack the documents of both splits, shard by shard.
 
     Raises:
-        DataError: a split or a source is empty or has nothing to learn, or the training text is
-        shorter than one row.
+        DataError: a split or a source is empty or has no targets, or the training text is shorter
+        than one sequence.
     """
     config = read_section(PackConfig, job.settings)
     files = {split: DocumentReader(Path(job.inputs["documents"]), split) for split in SPLITS}
@@ -81,7 +81,7 @@ def pack(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     layout, _ = _read_layout(job, config)
     num_of_source = _count_by_source(files["train"], config)
     parts = [
-        Part(split=split, number=number, num_parts=num_parts)
+        SplitPart(split=split, number=number, num_parts=num_parts)
         for split, file in files.items()
         for num_parts in [_num_parts(file, config, num_of_source if split == "train" else [])]
         for number in range(num_parts)
@@ -94,7 +94,7 @@ def pack(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
         )
         for part in parts
     ]
-    if len(shards) == len(SPLITS):  # validation is less than what it takes to start a process
+    if len(shards) == len(SPLITS):  # validation takes less time than starting a process
         job = replace(job, runtime=replace(job.runtime, shard_workers=1))
     finished = list(zip(parts, do_shards(job, pack_shard, shards, "bytes"), strict=True))
     splits: dict[str, list[PackedShard]] = {}
@@ -106,30 +106,30 @@ def pack(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
         _refuse_too_little(counts, layout, split, file.path)
         summary |= {f"{split}_{name.removeprefix('num_')}": n for name, n in asdict(counts).items()}
         if num_left_out := sum(cast(int, shard.summary["num_left_out"]) for shard in made):
-            # by a vocabulary of characters without byte fallback alone
+            # only by a vocabulary of characters without byte fallback
             summary[f"{split}_documents_with_unknown_characters"] = num_left_out
     sources = _report_sources(config.shares, [shard for _, shard in finished], num_of_source)
     for number, source in enumerate(sources):
-        summary |= {f"source_{number}_{name}": figure for name, figure in source.items()}
+        summary |= {f"source_{number}_{name}": value for name, value in source.items()}
     write_pack_json(writer, layout, splits, sources)
     return summary
 
 
 def pack_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
-    """Encode the documents of one part, all held in memory as tokens, and lay them into rows."""
+    """Encode and pack the documents of one part, all held in memory as tokens."""
     config = read_section(PackConfig, job.settings)
-    part = Part(**cast(dict[str, Any], job.shard))
+    part = SplitPart(**cast(dict[str, Any], job.shard))
     layout, tokenizer = _read_layout(job, config)
     file = DocumentReader(Path(job.inputs["documents"]), part.split)
     seed = derive_seed(job.seed, "document order", part.split)
-    is_mixed = bool(config.shares) and part.split == "train"  # validation is each document once
+    is_mixed = bool(config.shares) and part.split == "train"  # validation has each document once
     tallies = [SourceTally() for _ in config.shares] if is_mixed else []
     batches = (
         _mixed_batches(file, config.shares, part, seed, tokenizer, tallies)
         if is_mixed
-        else _batches(file, _run(np.arange(len(file)), part, seed), tokenizer)
+        else _batches(file, _take_part(np.arange(len(file)), part, seed), tokenizer)
     )
-    documents = Documents(layout.dtype)
+    documents = EncodedDocuments(layout.dtype)
     done_bytes = num_left_out = num_bytes = 0
     total_bytes = len(part.of(file.size_bytes))
     for batch in batches:
@@ -138,10 +138,10 @@ def pack_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
         num_left_out += batch.num_left_out
         done_bytes = min(done_bytes + batch.size_bytes, total_bytes)
         job.report_progress(done_bytes, total_bytes, "bytes")
-    is_end_to_end = config.packing == "concatenate" and layout.content == "text"
-    lay = pack_concatenated if is_end_to_end else pack_best_fit
-    pieces = lay(documents.lengths, layout.seq_len)
-    info = write_shard(writer, "", layout, documents, pieces, tokenizer.token_bytes)
+    is_concatenated = config.packing == "concatenate" and layout.content == "text"
+    pack_documents = pack_concatenated if is_concatenated else pack_best_fit
+    segments = pack_documents(documents.lengths, layout.seq_len)
+    info = write_packed_shard(writer, "", layout, documents, segments, tokenizer.token_bytes)
     found = info.counts.num_tokens, info.counts.num_bytes
     expected = int(documents.lengths.sum()), num_bytes
     assert found == expected, f"wrote {found} tokens and target bytes of {expected}"
@@ -165,51 +165,53 @@ def _read_layout(job: Job, config: PackConfig) -> tuple[PackedLayout, Tokenizer]
 
 
 def _count_by_source(file: DocumentReader, config: PackConfig) -> list[int]:
-    """Return how many documents each source of a mixture has."""
+    """Return the number of documents of each source of a mixture."""
     if not config.shares:
         return []
     return np.bincount(file.source_numbers(), minlength=len(config.shares)).tolist()
 
 
 def _num_parts(file: DocumentReader, config: PackConfig, num_of_source: Sequence[int]) -> int:
-    """Return into how many parts a split is cut, so that each has documents of every source."""
+    """Return the number of parts of a split, so that each has documents of every source."""
     size_bytes, most = float(file.size_bytes), len(file)
     if num_of_source:
         weights = [share.weight for share in config.shares]
         caps = [cap for s in config.shares for cap in (s.max_tokens, s.max_bytes) if cap]
-        mean_bytes = file.size_bytes / len(file)  # of a document, which has fewer tokens
+        mean_bytes = file.size_bytes / len(file)  # a document has fewer tokens than bytes
         num_by_caps = [int(cap / mean_bytes / MIN_DOCUMENTS) for cap in caps]
         most = min(*num_of_source, *num_by_caps)
-        # where small sources are read again, a mixture is longer than its sources: until the one
-        # with the most documents for its weight is read once
-        readings = max(n / weight for n, weight in zip(num_of_source, weights, strict=True))
-        size_bytes *= readings * sum(weights) / len(file)
+        # small sources are read again until the largest for its weight has been read once, so a
+        # mixture is longer than its sources
+        repeats = max(n / weight for n, weight in zip(num_of_source, weights, strict=True))
+        size_bytes *= repeats * sum(weights) / len(file)
     return max(1, min(most, math.ceil(size_bytes / config.shard_bytes)))
 
 
-def _run(ordinals: Ordinals, part: Part, seed: int) -> Ordinals:
+def _take_part(ordinals: Ordinals, part: SplitPart, seed: int) -> Ordinals:
     """Return the documents of a part, in a seeded order."""
-    places = np.array(part.of(len(ordinals)), dtype=np.int64)
-    return ordinals[permute(places, len(ordinals), seed)]
+    indices = np.array(part.of(len(ordinals)), dtype=np.int64)
+    return ordinals[permute(indices, len(ordinals), seed)]
 
 
-def _batches(file: DocumentReader, ordinals: Ordinals, tokenizer: Tokenizer) -> Iterator[Batch]:
-    """Yield these documents, about BATCH_BYTES at a time, and encoded."""
+def _batches(
+    file: DocumentReader, ordinals: Ordinals, tokenizer: Tokenizer
+) -> Iterator[EncodedBatch]:
+    """Yield these documents encoded, about ENCODE_BATCH_BYTES at a time."""
     read: list[Document] = []
     size_bytes = 0
     for document in file.read(ordinals):
         read.append(document)
         size_bytes += document.size_bytes
-        if size_bytes >= BATCH_BYTES:
+        if size_bytes >= ENCODE_BATCH_BYTES:
             yield _encoded(read, size_bytes, tokenizer)
             read, size_bytes = [], 0
     if read:
         yield _encoded(read, size_bytes, tokenizer)
 
 
-def _encoded(read: Sequence[Document], size_bytes: int, tokenizer: Tokenizer) -> Batch:
+def _encoded(read: Sequence[Document], size_bytes: int, tokenizer: Tokenizer) -> EncodedBatch:
     known = [document for document in read if all(map(tokenizer.can_encode, document.texts))]
-    return Batch(
+    return EncodedBatch(
         documents=known,
         encoded=_encode(known, tokenizer),
         size_bytes=size_bytes,
@@ -220,44 +222,44 @@ def _encoded(read: Sequence[Document], size_bytes: int, tokenizer: Tokenizer) ->
 def _mixed_batches(
     file: DocumentReader,
     shares: Sequence[ShareConfig],
-    part: Part,
+    part: SplitPart,
     seed: int,
     tokenizer: Tokenizer,
     tallies: Sequence[SourceTally],
-) -> Iterator[Batch]:
-    """Yield the documents of several sources as they are mixed, of each its part."""
+) -> Iterator[EncodedBatch]:
+    """Yield this part's documents of several sources, mixed."""
     numbers = file.source_numbers()  # (num_documents,)
 
     def read(number: int) -> Iterator[tuple[Document, EncodedDocument]]:
-        ordinals = _run(np.flatnonzero(numbers == number), part, seed + number)
+        ordinals = _take_part(np.flatnonzero(numbers == number), part, seed + number)
         for some in _batches(file, ordinals, tokenizer):
             yield from zip(some.documents, some.encoded, strict=True)
 
-    batch = Batch()
+    batch = EncodedBatch()
     sources = [functools.partial(read, number) for number in range(len(shares))]
     parts = [_part_of_share(share, part) for share in shares]
-    for document, encoded in mix(parts, sources, _size_of, tallies):
+    for document, encoded in mix_sources(parts, sources, _size_of, tallies):
         batch.documents.append(document)
         batch.encoded.append(encoded)
         batch.size_bytes += document.size_bytes
-        if batch.size_bytes >= BATCH_BYTES:
+        if batch.size_bytes >= ENCODE_BATCH_BYTES:
             yield batch
-            batch = Batch()
+            batch = EncodedBatch()
     if batch.documents:
         yield batch
 
 
-def _part_of_share(share: ShareConfig, part: Part) -> ShareConfig:
+def _part_of_share(share: ShareConfig, part: SplitPart) -> ShareConfig:
     def cap(total: int) -> int:
-        return max(1, len(part.of(total))) if total else 0  # 0 is no cap
+        return max(1, len(part.of(total))) if total else 0  # 0: no cap
 
     return replace(share, max_tokens=cap(share.max_tokens), max_bytes=cap(share.max_bytes))
 
 
-def _size_of(item: tuple[Document, EncodedDocument]) -> Size:
+def _size_of(item: tuple[Document, EncodedDocument]) -> DocumentSize:
     document, encoded = item
     num_bytes = sum(len(text.encode()) for text in document.texts)
-    return Size(num_tokens=len(encoded.tokens), num_bytes=num_bytes)
+    return DocumentSize(num_tokens=len(encoded.tokens), num_bytes=num_bytes)
 
 
 def _encode(batch: Sequence[Document], tokenizer: Tokenizer) -> list[EncodedDocument]:
@@ -281,7 +283,7 @@ def _encode(batch: Sequence[Document], tokenizer: Tokenizer) -> list[EncodedDocu
 
 
 def _num_target_bytes(document: Document) -> int:
-    """Return the UTF-8 bytes to learn: all of a text, the assistant's words of a chat."""
+    """Return the UTF-8 bytes of the targets: all of a text, the assistant's messages of a chat."""
     if not document.messages:
         return len(document.text.encode())
     answers = (m["content"] for m in document.messages if m["role"] == "assistant")
@@ -289,7 +291,7 @@ def _num_target_bytes(document: Document) -> int:
 
 
 def _adopt(writer: ArtifactWriter, split: str, made: Sequence[FinishedShard]) -> list[PackedShard]:
-    """Make the files of shards those of a split; one without rows is left behind."""
+    """Move the files of shards into the artifact, but for shards without sequences."""
     infos: list[PackedShard] = []
     for shard in made:
         info = PackedShard.from_json(cast(dict[str, Any], shard.summary["info"]))
@@ -303,10 +305,10 @@ def _adopt(writer: ArtifactWriter, split: str, made: Sequence[FinishedShard]) ->
 def _report_sources(
     shares: Sequence[ShareConfig], made: Sequence[FinishedShard], num_of_source: Sequence[int]
 ) -> list[dict[str, Json]]:
-    """Say what each source gave. Unused is what its caps or the vocabulary did not allow.
+    """Report what each source gave; caps and the vocabulary decide which documents are unused.
 
     Raises:
-        DataError: one gave nothing.
+        DataError: a source gave nothing.
     """
     found = [cast(list[dict[str, int]], shard.summary["tallies"]) for shard in made]
     mixed = [[SourceTally(**tally) for tally in tallies] for tallies in found if tallies]
@@ -317,8 +319,8 @@ def _report_sources(
     for number, (share, tally) in enumerate(zip(shares, total, strict=True)):
         if not tally.num_documents:
             raise DataError(
-                f"sources.{number}: no document of it is left for training; expected at least one."
-                " Give more data, raise its max_tokens and max_bytes, or leave it out"
+                f"sources.{number}: none of its documents is left for training; expected at least"
+                " one. Give more data, raise its max_tokens and max_bytes, or leave it out"
             )
         sources.append(
             {
@@ -345,12 +347,11 @@ def _refuse_empty(files: Iterable[DocumentReader]) -> None:
 def _refuse_too_little(counts: PackedCounts, layout: PackedLayout, split: str, path: Path) -> None:
     if counts.num_target_tokens == 0:
         raise DataError(
-            f"{path}: nothing in it is a target to learn; expected text, or chats with answers of"
-            " the assistant"
+            f"{path}: no targets to learn; expected text, or chats with answers of the assistant"
         )
     if layout.content == "text" and split == "train" and counts.num_tokens <= layout.seq_len:
         raise DataError(
-            f"{path}: {counts.num_tokens} tokens, less than one row of pack.seq_len + 1 ="
+            f"{path}: {counts.num_tokens} tokens, less than one sequence of pack.seq_len + 1 ="
             f" {layout.seq_len + 1}; lower pack.seq_len or give more text"
         )
 

@@ -33,6 +33,13 @@ class Range:
         return " and ".join(parts)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class OneOf:
+    """One of the names in a table; names added to the table later are allowed too."""
+
+    table: Mapping[str, object]
+
+
 Count = Annotated[int, Range(minimum=0)]
 Positive = Annotated[int, Range(minimum=1)]
 Fraction = Annotated[float, Range(minimum=0, maximum=1)]
@@ -60,7 +67,7 @@ def build(cls: type, tree: Mapping[str, object], prefix: str, problems: list[str
 
 def _check(hint: object, value: object, dotted: str, problems: list[str]) -> object:
     """Return `value` converted to the type `hint`, or add a problem."""
-    bounds: Range | None = None
+    bounds: Range | OneOf | None = None
     if typing.get_origin(hint) is Annotated:
         hint, bounds = typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
@@ -75,8 +82,8 @@ def _check(hint: object, value: object, dotted: str, problems: list[str]) -> obj
             f"{dotted}.",
             problems,
         )
-    if typing.get_origin(hint) is Literal:
-        allowed = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal or isinstance(bounds, OneOf):
+        allowed = list(bounds.table) if isinstance(bounds, OneOf) else typing.get_args(hint)
         if value not in allowed:
             meant = did_you_mean(str(value), [str(choice) for choice in allowed])
             problems.append(

@@ -1,6 +1,6 @@
-"""Learn the vocabulary from a sample of the training documents.
+"""The stage `train_tokenizer`: learn a vocabulary from a sample of the training documents.
 
-The sample is never in memory: its documents are read again as they are learned from.
+The sample is never held in memory: its documents are read again while they are learned from.
 """
 
 import dataclasses
@@ -20,12 +20,9 @@ from llm.errors import DataError
 from llm.runtime.job import Job, run_job
 from llm.seeds import derive_seed
 from llm.tokenizer.base import Tokenizer
-from llm.tokenizer.bpe import ByteLevelBPE
-from llm.tokenizer.characters import ByteTokenizer, CharacterTokenizer
-from llm.tokenizer.gpt2 import GPT2_FILES, GPT2_URL, load_gpt2
+from llm.tokenizer.kinds import TOKENIZER_KINDS, TokenizerCode
 from llm.tokenizer.pre_tokenization import split_text
 from llm.tokenizer.report import REPORT_JSON, measure_tokenizer
-from llm.tokenizer.sentencepiece import SentencePieceTokenizer
 
 VALIDATION_SAMPLE_BYTES = 1_000_000
 # The library needs about 75 bytes of memory for each byte of a distinct word, so random
@@ -37,28 +34,30 @@ _WORDS = re.compile(r"\w+|\W+")
 def train_tokenizer(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     """Train a tokenizer on sampled training documents and measure it on validation documents.
 
-    A vocabulary is smaller than asked for where the text repeats nothing more to merge; the summary
-    says so.
+    A vocabulary is smaller than `vocab_size` if the text repeats nothing more to merge; the summary
+    has both numbers.
 
     Raises:
-        DataError: there is no training text, or files of a published vocabulary are others.
+        DataError: there is no training text, or published files have another sha256.
         ConfigError: the vocabulary is too small for the text, or a library is missing.
         ConnectionError: the network failed; another try may succeed.
     """
     config = read_section(TrainTokenizerConfig, job.settings)
+    kind = TOKENIZER_KINDS[config.kind]
     folder = Path(job.inputs["documents"])
     seed = derive_seed(job.seed, "tokenizer sample")
-    sample = Sample(())
-    if config.kind not in ("gpt2", "bytes"):
+    sample = TextSample(())
+    learns_words = "vocab_size" in kind.settings
+    if kind.learns_from_text:
         documents = DocumentReader(folder, "train")
         texts = draw_sample(documents, seed, config.sample_bytes, job.report_progress)
-        if config.kind in ("bpe", "sentencepiece"):
+        if learns_words:
             texts = limit_words(texts, MAX_WORD_BYTES)
-        sample = Sample(texts)
+        sample = TextSample(texts)
         if sample.is_empty:
             raise DataError(f"{documents.path}: no text to learn a tokenizer from; give more data")
-    if config.kind == "gpt2" and not config.path:
-        config = dataclasses.replace(config, path=str(_fetch_gpt2(job)))
+    if not config.path and (code := kind.code()).published_files:
+        config = dataclasses.replace(config, path=str(_fetch_published(job, config.kind, code)))
     tokenizer = make_tokenizer(config, sample)
     job.raise_if_stopping()
     for name, data in tokenizer.to_files().items():
@@ -67,14 +66,14 @@ def train_tokenizer(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     held_out = draw_sample(validation, seed, VALIDATION_SAMPLE_BYTES, job.report_progress)
     report, speed = measure_tokenizer(tokenizer, list(held_out))
     writer.write_json(REPORT_JSON, asdict(report))
-    print(  # to the stage's log: of this machine, not of the tokenizer
+    print(  # only logged: speed depends on the machine
         f"encodes {speed.encode_megabytes_per_second:.1f} and decodes"
-        f" {speed.decode_megabytes_per_second:.1f} MB a second of processor time"
+        f" {speed.decode_megabytes_per_second:.1f} MB per second of processor time"
     )
     return {
         "kind": config.kind,
         "vocab_size": tokenizer.vocab_size,
-        "asked_vocab_size": config.vocab_size if config.kind in ("bpe", "sentencepiece") else None,
+        "asked_vocab_size": config.vocab_size if learns_words else None,
         "bytes_per_token": report.bytes_per_token if report.num_tokens else None,
         "tokens_per_word": report.tokens_per_word if report.num_words else None,
         "single_byte_share": report.single_byte_share if report.num_tokens else None,
@@ -85,34 +84,24 @@ def train_tokenizer(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
 
 
 def make_tokenizer(config: TrainTokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """Learn from `texts` what `config` asks for."""
-    match config.kind:
-        case "bpe":
-            return ByteLevelBPE.train(
-                texts, config.vocab_size, config.pre_tokenization, config.max_digits
-            )
-        case "gpt2":
-            return load_gpt2(Path(config.path))
-        case "sentencepiece":
-            return SentencePieceTokenizer.train(texts, config.vocab_size, config.algorithm)
-        case "characters":
-            return CharacterTokenizer.train(texts, config.has_byte_fallback)
-        case "bytes":
-            return ByteTokenizer()
+    """Train the tokenizer of `config` on `texts`, if its kind learns from text."""
+    kind = TOKENIZER_KINDS[config.kind]
+    settings = {name: getattr(config, name) for name in kind.settings}
+    tokenizer = kind.code().train(texts, **settings)
+    tokenizer.chat_format = config.chat_format
+    return tokenizer
 
 
-def _fetch_gpt2(job: Job) -> Path:
-    for name, sha256 in GPT2_FILES.items():
-        setting = "train_tokenizer.kind gpt2"
-        for done_bytes, total_bytes in fetch_file(
-            GPT2_URL + name, sha256, job.work / name, setting
-        ):
+def _fetch_published(job: Job, kind: str, code: TokenizerCode) -> Path:
+    for name, sha256 in code.published_files.items():
+        setting, url = f"train_tokenizer.kind {kind}", code.published_url + name
+        for done_bytes, total_bytes in fetch_file(url, sha256, job.work / name, setting):
             job.report_progress(done_bytes, total_bytes, f"bytes of {name}")
     return job.work
 
 
-class Sample:
-    """Texts to learn from, counted as they are taken."""
+class TextSample:
+    """Texts to learn from, counted as they are read."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.num_documents = self.num_bytes = 0
@@ -121,7 +110,7 @@ class Sample:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no text in any of them."""
+        """Whether all texts are empty."""
         return not self._first
 
     def __iter__(self) -> Iterator[str]:
@@ -140,15 +129,15 @@ def draw_sample(
 ) -> Iterator[str]:
     """Yield the documents with the smallest hashes of (seed, id), `max_bytes` in all.
 
-    The last one is cut to fit. Which are drawn does not depend on their order; in memory are 16
-    bytes for each document there is.
+    The last one is cut to fit. The sample does not depend on the documents' order, and takes 16
+    bytes of memory per document of the split.
     """
     hashes = np.zeros(len(documents), dtype=np.uint64)
     done_bytes = 0
     for ordinal, document in enumerate(documents.read(range(len(documents)))):
         hashes[ordinal] = _hash(seed, document.id)
         done_bytes += document.size_bytes
-        report(done_bytes, documents.size_bytes, "bytes of documents to draw from")
+        report(done_bytes, documents.size_bytes, "bytes of documents hashed")
     total_bytes = min(max_bytes, documents.size_bytes)
     left_bytes = max_bytes
     for document in documents.read(hashes.argsort(kind="stable").tolist()):
@@ -163,20 +152,20 @@ def draw_sample(
 def limit_words(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
     """Yield the beginning of `texts` whose distinct words are at most `max_bytes` long in all.
 
-    They are what the training holds in memory. Common text is far below: 50 MB of Python 2.5 MB.
+    Training holds them in memory. Common text is far below: 50 MB of Python has 2.5 MB.
     """
     known: set[str] = set()
     for text in texts:
-        pieces: list[str] = []
-        for piece in split_text(text):
-            new = set(_WORDS.findall(piece)) - known
+        chunks: list[str] = []
+        for chunk in split_text(text):
+            new = set(_WORDS.findall(chunk)) - known
             max_bytes -= sum(len(word.encode()) for word in new)
             if max_bytes < 0:
-                if pieces:
-                    yield "".join(pieces)
+                if chunks:
+                    yield "".join(chunks)
                 return
             known |= new
-            pieces.append(piece)
+            chunks.append(chunk)
         yield text
 
 

@@ -12,6 +12,7 @@ from llm.config import CleanConfig, MixtureConfig, RunConfig, ShareConfig, Sourc
 from llm.data.sources.fingerprint import fingerprint
 from llm.errors import ArtifactError, ConfigError
 from llm.runtime.code import code_digests
+from llm.tokenizer.kinds import TOKENIZER_KINDS
 from tasks.stages import CLEAN, DOWNLOAD, PACK, STAGES, TRAIN_TOKENIZER, PipelineStep, Stage
 from tasks.store import KeyParts, KeyRecord, Store, library_versions
 
@@ -133,8 +134,9 @@ def key_parts(
     libraries = list(stage.libraries)
     if stage is TRAIN_TOKENIZER:
         del settings["path"]  # the sha256 of the files counts instead
-    if "tokenizers" in libraries and config.train_tokenizer.kind == "sentencepiece":
-        libraries.append("sentencepiece")
+    library = TOKENIZER_KINDS[config.train_tokenizer.kind].library
+    if "tokenizers" in libraries and library:
+        libraries.append(library)
     return KeyParts(
         stage=stage.name,
         role=str(step.role),

@@ -18,6 +18,7 @@ from llm.data.sources.fingerprint import list_files
 from llm.data.sources.http import file_name
 from llm.errors import ConfigError
 from llm.runtime.job import child_environment
+from llm.tokenizer.kinds import TOKENIZER_KINDS
 from tasks.cluster.runner import missing_runner
 from tasks.plan import PlannedStep, source_of
 from tasks.stages import CLEAN, DOWNLOAD, PACK, STAGES, TRAIN_TOKENIZER, PipelineStep
@@ -95,11 +96,12 @@ def _library_problems(steps: Sequence[PipelineStep], config: RunConfig) -> Itera
             " the library rensa; `pip install rensa`, or set it to none"
         )
     uses_tokenizer = any(STAGES.index(stage) >= STAGES.index(TRAIN_TOKENIZER) for stage in stages)
-    is_sentencepiece = config.train_tokenizer.kind == "sentencepiece"
-    if uses_tokenizer and is_sentencepiece and _lacks("sentencepiece"):
+    kind = config.train_tokenizer.kind
+    library = TOKENIZER_KINDS[kind].library
+    if uses_tokenizer and library and _lacks(library):
         yield (
-            "train_tokenizer.kind: found sentencepiece, which needs its library;"
-            " `pip install 'fromscratch[sentencepiece]'`, or take bpe"
+            f"train_tokenizer.kind: found {kind}, which needs the library {library};"
+            f" `pip install 'fromscratch[{library}]'`, or take bpe"
         )
     if stages & {CLEAN, PACK} and (problem := missing_runner(config.runtime)):
         yield problem

@@ -1,4 +1,4 @@
-"""What several classes that hold open files have in common."""
+"""A base class for objects that hold open files."""
 
 from contextlib import ExitStack
 from types import TracebackType
@@ -6,10 +6,10 @@ from typing import Self
 
 
 class Closing:
-    """Holds files that the end of a `with` closes: enter them into `self._stack`."""
+    """A context manager that closes the files entered into `self._stack`."""
 
     def __init__(self) -> None:
-        """Hold nothing yet."""
+        """Start without open files."""
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:

@@ -1,9 +1,9 @@
-"""The documents that `clean` leaves: written once, read in any order, not held in memory.
+"""Cleaned documents on disk: written once by `clean`, read in any order, not held in memory.
 
-documents.json               what they are, and the files of each side in their order
-train/00000.jsonl            a document a line; a shard without any has no file
-train/00000.offsets.bin      where each line begins, so that nobody must look for line ends
-train/00000.sources.bin      of several sources, which one each document is from
+documents.json               text or chats, and the shards of each split in their order
+train/00000.jsonl            one document per line; a shard without documents has no file
+train/00000.offsets.bin      the byte offset of each line, and the file's length
+train/00000.sources.bin      with several sources, the number of each document's source
 validation/00000.jsonl ...
 """
 
@@ -15,13 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from llm.artifact import ArtifactWriter
 from llm.data.closing import Closing
+from llm.data.content import Content, Message
 from llm.data.open_files import OpenFiles
 from llm.errors import ArtifactError
 
@@ -29,15 +30,6 @@ SPLITS = ("train", "validation")
 SUFFIXES = LINES, OFFSETS, SOURCES = ".jsonl", ".offsets.bin", ".sources.bin"
 SHARD_NAME = re.compile(r"\d{5,9}")
 OFFSET, SOURCE = struct.Struct("<Q"), struct.Struct("<I")
-
-Content = Literal["text", "chats"]
-
-
-class Message(TypedDict):
-    """One turn of a chat: who speaks (`system`, `user` or `assistant`), and what."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,22 +41,20 @@ class Document:
     text: str = ""
     messages: tuple[Message, ...] = ()
     kind: str = ""
-    """Of a chat, what it asks for, where its source says so; figures are given by it too."""
+    """Of a chat, such as a task's name, if its source has one; metrics are grouped by it."""
     size_bytes: int
     """Length of its line in the file."""
 
     @property
     def texts(self) -> list[str]:
-        """Everything that was written in it."""
+        """The text, or that of each message."""
         return [message["content"] for message in self.messages] if self.messages else [self.text]
 
 
 class DocumentsWriter(Closing):
-    """Write documents to `<name>.jsonl` of an artifact, and where each begins to another file.
+    """Write documents to `<name>.jsonl` of an artifact, with their offsets and sources.
 
-    `<name>.offsets.bin` holds that of each line, and at last the length of the file, as 8 bytes,
-    little endian; where there are several sources, `<name>.sources.bin` holds the number of each
-    document's in 4.
+    Offsets are little endian in 8 bytes, sources in 4.
     """
 
     def __init__(self, writer: ArtifactWriter, name: str, *, has_sources: bool) -> None:
@@ -80,7 +70,7 @@ class DocumentsWriter(Closing):
         self._offsets.write(OFFSET.pack(0))
 
     def add(self, line: bytes, source: int) -> None:
-        """Append a document, given as its line with the line's end."""
+        """Append a document, as its line with the line end."""
         self._lines.write(line)
         self.num_bytes += len(line)
         self._offsets.write(OFFSET.pack(self.num_bytes))
@@ -90,7 +80,7 @@ class DocumentsWriter(Closing):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentShard:
-    """One of the files that the documents of a side lie in."""
+    """The entry of a shard in `documents.json`."""
 
     name: str
     documents: int
@@ -103,19 +93,19 @@ def write_documents_json(
     shards: Mapping[str, Sequence[DocumentShard]],
     num_sources: int = 1,
 ) -> None:
-    """Say what the documents are, and in which files those of each side lie, in their order."""
+    """Write the content of the documents and the shards of each split, in their order."""
     several = {"num_sources": num_sources} if num_sources > 1 else {}
     writer.write_json("documents.json", {"content": content, **several, **shards})
 
 
 class DocumentReader:
-    """The documents of one side of the split, in all the files they lie in."""
+    """The documents of one split, in all its files."""
 
     def __init__(self, folder: Path, split: str) -> None:
         """Find the files.
 
         Raises:
-            ArtifactError: one is missing, or not as long as it should be.
+            ArtifactError: a file is missing or of another size than expected.
         """
         self.path = folder / split
         found = _read_documents_json(folder)
@@ -136,18 +126,18 @@ class DocumentReader:
 
     @property
     def size_bytes(self) -> int:
-        """Length of all files."""
+        """Total size of the files of lines."""
         return sum(shard.bytes for shard in self._shards)
 
     def source_numbers(self) -> npt.NDArray[np.int64]:
-        """Return which of several sources each document is from, (num_documents,).
+        """Return the number of each document's source, (num_documents,).
 
         Raises:
-            ArtifactError: the documents do not say.
+            ArtifactError: the artifact has no source numbers.
         """
         if not self._has_sources:
             raise ArtifactError(
-                f"{self.path}: does not say which source a document is from; run clean again"
+                f"{self.path}: without the source of each document; run clean again"
             )
         numbers = np.zeros(len(self), dtype=np.int64)
         for shard, start in zip(self._shards, self._starts[:-1], strict=True):
@@ -157,29 +147,29 @@ class DocumentReader:
         return numbers
 
     def read(self, ordinals: Iterable[int]) -> Iterator[Document]:
-        """Yield the documents of the given numbers, counted from 0 over all files.
+        """Yield the documents with these ordinals, counted from 0 over all files.
 
         Raises:
-            ArtifactError: a line is no document; the message names file and line.
+            ArtifactError: a line is not a document; the message names file and line.
         """
         with OpenFiles() as files:
             for ordinal in ordinals:
-                place = bisect_right(self._starts, ordinal) - 1
-                lines, offsets = self._paths[place]
-                number = int(ordinal) - self._starts[place]
+                shard = bisect_right(self._starts, ordinal) - 1
+                lines, offsets = self._paths[shard]
+                number = int(ordinal) - self._starts[shard]
                 ends = files.read(offsets, number * OFFSET.size, 2 * OFFSET.size)
                 (start,), (end,) = OFFSET.iter_unpack(ends)
-                if not start <= end <= self._shards[place].bytes:
+                if not start <= end <= self._shards[shard].bytes:
                     raise ArtifactError(
                         f"{offsets}: line {number + 1} begins at {start} and ends at {end} of"
-                        f" {self._shards[place].bytes} bytes; run clean again"
+                        f" {self._shards[shard].bytes} bytes; run clean again"
                     )
                 line = files.read(lines, start, end - start)
                 try:
                     yield _parse(line, self._content)
                 except (ValueError, TypeError, KeyError, RecursionError) as error:
                     raise ArtifactError(
-                        f"{lines}:{number + 1}: no document of kind {self._content}"
+                        f"{lines}:{number + 1}: not a document of {self._content}"
                         f" ({type(error).__name__}: {error}); run clean again"
                     ) from error
 
@@ -247,7 +237,7 @@ def _parse(line: bytes, content: Content) -> Document:
 
 
 def _string(value: Any) -> str:
-    """Return `value` if it is text that UTF-8 can say; a lone surrogate is a ValueError."""
+    """Return `value` if it is text that UTF-8 can encode; a lone surrogate is a ValueError."""
     if not isinstance(value, str):
         raise TypeError(f"found {value!r}, expected text")
     value.encode()

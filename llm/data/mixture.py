@@ -1,9 +1,9 @@
 """Mix several sources of documents by tokens: deterministic, and never far from the weights.
 
-The next document always comes from the source that has given the fewest tokens for its weight, so
-that at every point the tokens of each source are within one document of its share. The mixture ends
-when every source has been read once; a source that is too small for its weight is read again, and
-that is counted.
+The next document comes from the source that has given the fewest tokens for its weight, so that at
+every point each source's tokens are within one document of its share. The mixture ends when every
+source has been read once; until then, sources that are too small for their weight are read again,
+and that is counted.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,8 +16,8 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Size:
-    """How long a document is."""
+class DocumentSize:
+    """Length of a document."""
 
     num_tokens: int
     num_bytes: int
@@ -25,30 +25,29 @@ class Size:
 
 @dataclass(kw_only=True, slots=True)
 class SourceTally:
-    """What a source gave to the mixture."""
+    """Counts of what a source gave to the mixture."""
 
     num_tokens: int = 0
     num_documents: int = 0
-    """Each reading of a document counts."""
+    """A document counts each time that it is read."""
     num_distinct_documents: int = 0
 
     @property
     def num_epochs(self) -> float:
-        """How often its documents were read, on average."""
+        """Mean number of times that its documents were read."""
         return round(self.num_documents / max(1, self.num_distinct_documents), 3)
 
 
-def mix(
+def mix_sources(
     shares: Sequence[ShareConfig],
     sources: Sequence[Callable[[], Iterator[Item]]],
-    size_of: Callable[[Item], Size],
+    size_of: Callable[[Item], DocumentSize],
     tallies: Sequence[SourceTally],
 ) -> Iterator[Item]:
-    """Yield documents of `sources`, each a way to read one in order, by the weights of `shares`.
+    """Yield documents of `sources`, functions that read one in order, by the weights of `shares`.
 
-    `tallies`, one for each source, are filled as the documents are taken.
-
-    A source that gives nothing, as when its caps allow no document, is left out.
+    `tallies`, one for each source, count the documents as they are taken. A source whose caps allow
+    no document is left out.
     """
     parts = zip(shares, sources, tallies, strict=True)
     readings = [_read(share, source, tally, size_of) for share, source, tally in parts]
@@ -68,7 +67,7 @@ def mix(
 
 
 def add_tallies(tallies: Iterable[SourceTally]) -> SourceTally:
-    """Return what a source gave to the parts of a mixture together."""
+    """Return the sum of the tallies of one source."""
     total = SourceTally()
     for tally in tallies:
         total.num_tokens += tally.num_tokens
@@ -81,9 +80,9 @@ def _read(
     share: ShareConfig,
     source: Callable[[], Iterator[Item]],
     tally: SourceTally,
-    size_of: Callable[[Item], Size],
+    size_of: Callable[[Item], DocumentSize],
 ) -> Iterator[Item | None]:
-    """Yield the documents that the caps allow, None, and the same documents over and over."""
+    """Yield the documents that the caps allow, then None, then the same documents for ever."""
     left_tokens, left_bytes = share.max_tokens, share.max_bytes
     for item in source():
         size = size_of(item)

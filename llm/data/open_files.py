@@ -1,4 +1,4 @@
-"""Read pieces of many files at any place, a few of which are open at a time."""
+"""Random-access reads over many files, with an LRU of open descriptors."""
 
 import os
 from collections import OrderedDict
@@ -10,16 +10,16 @@ MAX_OPEN_FILES = 128
 
 
 class OpenFiles(Closing):
-    """Files that are opened when they are first read; those not read for long are closed."""
+    """Files opened on first read; the least recently read ones are closed."""
 
     def __init__(self) -> None:
-        """Open nothing yet."""
+        """Start without open files."""
         super().__init__()
         self._stack.callback(self._close_all)
         self._descriptors: OrderedDict[Path, int] = OrderedDict()
 
     def read(self, path: Path, offset_bytes: int, num_bytes: int) -> bytes:
-        """Return `num_bytes` from `offset_bytes` on, fewer where the file ends before."""
+        """Return `num_bytes` from `offset_bytes` on, fewer at the end of the file."""
         if (descriptor := self._descriptors.get(path)) is None:
             if len(self._descriptors) >= MAX_OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])

@@ -1,23 +1,23 @@
-"""Rows of tokens on disk: written once by `pack`, read memory-mapped by training and evaluation.
+"""Packed sequences on disk: written once by `pack`, memory-mapped by training and evaluation.
 
-A row holds T + 1 tokens: positions 0 .. T-1 are the inputs and 1 .. T the targets. It is made of
-pieces of documents, which begin at its position 0 and leave room at its end alone, for padding. A
-piece that goes on with a document begins with the last token of the piece before it, so that what
-follows has something to be told from; each token is a target once at most.
+A sequence holds T + 1 tokens: positions 0 .. T-1 are the inputs and 1 .. T the targets. It consists
+of segments of documents, then padding. A segment that continues a document repeats the last token
+of the segment before, so that its next token has an input; each token is a target once at most.
 
-`pack.json` lists the shards of each split. Files of one of N rows, P pieces and D documents:
+`pack.json` lists the shards of each split. The files of one, with N sequences, P segments and D
+documents (sequences are called rows on disk, and segments pieces):
 
     <split>/00000.tokens.bin        uint16 or uint32 (N, T+1)
-    <split>/00000.mask.bin          uint8 (N, T+1), chats only: 1 where the token is to be learned
-    <split>/00000.pieces.bin        uint32 (P, 3), row after row: the document a piece is of, its
-                                    first token's place in the document, and in the row
-    <split>/00000.first_pieces.bin  uint64 (N + 1, 1): the first piece of each row, and P
+    <split>/00000.mask.bin          uint8 (N, T+1), chats only: 1 where the token is a target
+    <split>/00000.pieces.bin        uint32 (P, 3), by sequence: a segment's document, the position
+                                    of its first token there, and the same in the sequence
+    <split>/00000.first_pieces.bin  uint64 (N + 1, 1): the first segment of each sequence, and P
     <split>/00000.document_ids.bin  uint8 (D, 16): the ids that `clean` gave
-    <split>/00000.kinds.bin         uint16 (D, 1), chats only: a place in `PackedShard.kinds`
+    <split>/00000.kinds.bin         uint16 (D, 1), chats only: an index into `PackedShard.kinds`
 
-All are little endian, and begin with a header of 64 bytes: see `HEADER`.
+All are little endian and begin with a header of 64 bytes: see `HEADER`.
 
-Shapes: B rows read, T positions, N rows, P pieces and D documents of a shard, S tokens in all.
+Shapes: B sequences read, T positions, N sequences, P segments and D documents of a shard.
 """
 
 import json
@@ -25,99 +25,99 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from llm.artifact import ArtifactWriter, Json
+from llm.data.content import Content
 from llm.data.permutation import permute
 from llm.errors import ArtifactError
 from llm.seeds import derive_seed
 
 PACK_JSON = "pack.json"
-FORMAT, VERSION = "fromscratch.rows", 2
+PACK_FORMAT, PACK_VERSION = "fromscratch.rows", 2
 MAGIC = b"\x89FSROWS\n"
-HEADER = struct.Struct("<8sI4x8s16sQQ8x")  # magic, version, type of an item, name, shape
+HEADER = struct.Struct("<8sI4x8s16sQQ8x")  # magic, version, dtype, name, shape
 DOCUMENT_ID_BYTES = 16
-PADDING_ID = -1  # in place of a document's ordinal: padding is of none
-
-Content = Literal["text", "chats"]
+PADDING_ID = -1  # instead of a document's ordinal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedLayout:
-    """What all rows of an artifact have in common."""
+    """What all sequences of an artifact have in common."""
 
     seq_len: int
-    """T: positions in a row."""
+    """T: positions in a sequence."""
     vocab_size: int
     """Ids run from 0 to vocab_size - 1."""
     content: Content
-    """text: every token but padding is a target; chats: the mask says which."""
+    """text: all tokens but padding are targets; chats: those of the mask."""
     bos_id: int
-    """Begins every document."""
+    """First token of every document."""
     pad_id: int
-    """Fills the end of a row."""
+    """Fills the end of a sequence."""
 
     @property
     def dtype(self) -> str:
-        """The type of a token on disk."""
+        """Of tokens on disk."""
         return "<u2" if self.vocab_size <= 1 << 16 else "<u4"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedCounts:
-    """The figures of a shard, or of all shards of a split together."""
+    """Counts of a shard, or of all shards of a split together, named as in `pack.json`."""
 
     num_rows: int = 0
+    """Sequences."""
     num_documents: int = 0
     num_cut_documents: int = 0
-    """Documents of which some tokens do not see those before them: they are in another row."""
+    """Documents with tokens that cannot attend to all before them, in another sequence."""
     num_pieces: int = 0
+    """Segments."""
     num_tokens: int = 0
-    """Tokens of all documents; the one by which a piece repeats the end of another counts once."""
+    """Tokens of all documents; one that a segment repeats counts once."""
     num_padding_tokens: int = 0
     num_target_tokens: int = 0
     num_bytes: int = 0
-    """UTF-8 bytes that the targets stand for: all of a text, the assistant's words of a chat."""
+    """UTF-8 bytes of the targets: all of a text, the assistant's messages of a chat."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedShard:
-    """What `pack.json` says of a shard."""
+    """The entry of a shard in `pack.json`."""
 
     counts: PackedCounts
     kinds: tuple[str, ...] = ()
-    """What the chats ask for, where their source says so."""
+    """Kinds of chats, such as a task's name, if their source has them."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "PackedShard":
-        """Read what `asdict` made of one."""
+        """Make an entry from its JSON."""
         return cls(counts=PackedCounts(**data["counts"]), kinds=tuple(data["kinds"]))
 
 
 class PackedArrays(NamedTuple):
-    """Some packed sequences, (B, T+1) each."""
+    """B packed sequences, (B, T+1) each."""
 
     tokens: npt.NDArray[np.int64]
     mask: npt.NDArray[np.bool_]
     """Whether each token is a target."""
     document_ids: npt.NDArray[np.int64]
-    """The ordinal of each token's document, PADDING_ID where there is none."""
+    """The ordinal of each token's document; PADDING_ID for padding."""
 
     def attention_ids(self, document_mask: bool) -> npt.NDArray[np.int64]:
-        """Return ids (B, T+1) for attention both ways: a token attends where its own id stands.
+        """Return ids (B, T+1) for bidirectional attention: a token attends to tokens of its id.
 
-        That is its document or, where documents see each other, all of the sequence but padding.
+        With `document_mask` that is its document, else the whole sequence without padding.
         """
         return self.document_ids if document_mask else np.minimum(self.document_ids, 0)
 
 
 def file_shapes(layout: PackedLayout, counts: PackedCounts) -> dict[str, tuple[str, int, int]]:
-    """Return the type and the shape of every file of a shard."""
+    """Return the dtype and the shape of every file of a shard."""
     N, D, width = counts.num_rows, counts.num_documents, layout.seq_len + 1
     shapes = {
         "tokens": (layout.dtype, N, width),
@@ -129,13 +129,13 @@ def file_shapes(layout: PackedLayout, counts: PackedCounts) -> dict[str, tuple[s
     return shapes | (of_chats if layout.content == "chats" else {})
 
 
-def file_header(name: str, kind: str, shape: tuple[int, int]) -> bytes:
-    """Return what a file begins with."""
-    return HEADER.pack(MAGIC, VERSION, kind.encode(), name.encode(), *shape)
+def file_header(name: str, dtype: str, shape: tuple[int, int]) -> bytes:
+    """Return the first bytes of a file."""
+    return HEADER.pack(MAGIC, PACK_VERSION, dtype.encode(), name.encode(), *shape)
 
 
 def starts(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Return how many come before each."""
+    """Return the sum of the counts before each."""
     counts = np.asarray(counts, dtype=np.int64)
     return np.cumsum(counts) - counts
 
@@ -146,32 +146,32 @@ def write_pack_json(
     splits: Mapping[str, Sequence[PackedShard]],
     sources: Sequence[Mapping[str, Json]] = (),
 ) -> None:
-    """Write `pack.json`, by which `PackedSequences` finds and checks the other files.
+    """Write `pack.json`, from which `PackedSequences` finds and checks the other files.
 
-    `sources` says of a mixture, for people, what each of its sources gave to the training rows.
+    `sources` reports, for people, what each source of a mixture gave to training.
     """
-    head = {"format": FORMAT, "version": VERSION, "dtype": layout.dtype}
+    head = {"format": PACK_FORMAT, "version": PACK_VERSION, "dtype": layout.dtype}
     infos = {split: [asdict(info) for info in shards] for split, shards in splits.items()}
     mixture = {"sources": list(sources)} if sources else {}
     writer.write_json(PACK_JSON, head | asdict(layout) | {"splits": infos} | mixture)
 
 
 def shard_prefix(split: str, number: int) -> str:
-    """Return what the names of a shard's files begin with."""
+    """Return the beginning of the names of a shard's files."""
     return f"{split}/{number:05}."
 
 
 def add_counts(shards: Sequence[PackedShard]) -> PackedCounts:
-    """Return the figures of shards together."""
+    """Return the sum of the shards' counts."""
     names = [known.name for known in fields(PackedCounts)]
     return PackedCounts(**{name: sum(getattr(s.counts, name) for s in shards) for name in names})
 
 
 class PackedSequences:
-    """The rows of one split, memory-mapped: only the rows asked for are read."""
+    """The packed sequences of one split, memory-mapped."""
 
     def __init__(self, folder: Path, split: str) -> None:
-        """Open a split of a pack artifact; its shards are opened when rows of them are read.
+        """Open a split of a pack artifact; its shards are opened when first read.
 
         Raises:
             ArtifactError: `pack.json` is missing or damaged, or does not know the split.
@@ -182,7 +182,7 @@ class PackedSequences:
         infos = splits[split]
         self.info = add_counts(infos)
         self.num_rows, self.seq_len = self.info.num_rows, self.layout.seq_len
-        self._first_rows = starts([info.counts.num_rows for info in infos])
+        self._first_sequences = starts([info.counts.num_rows for info in infos])
         self._first_documents = starts([info.counts.num_documents for info in infos])
         self._shards = [
             _Shard(folder, shard_prefix(split, number), self.layout, info)
@@ -190,118 +190,99 @@ class PackedSequences:
         ]
 
     def read(self, indices: npt.ArrayLike) -> PackedArrays:
-        """Return the rows at `indices` (B,).
+        """Return the sequences at `indices` (B,).
 
         Raises:
             ArtifactError: a file of a shard is missing, or not what `pack.json` says.
         """
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_rows:
-            raise IndexError(f"rows {indices.min()} to {indices.max()} of {self.num_rows}")
+            raise IndexError(f"sequences {indices.min()} to {indices.max()} of {self.num_rows}")
         shape = len(indices), self.seq_len + 1
-        rows = PackedArrays(
+        arrays = PackedArrays(
             tokens=np.empty(shape, dtype=np.int64),
             mask=np.empty(shape, dtype=np.bool_),
             document_ids=np.empty(shape, dtype=np.int64),
         )
-        numbers = np.searchsorted(self._first_rows, indices, side="right") - 1
+        numbers = np.searchsorted(self._first_sequences, indices, side="right") - 1
         order = np.argsort(numbers, kind="stable")
-        for places in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
-            if len(places):
-                number = int(numbers[places[0]])
-                found = self._shards[number].read(indices[places] - self._first_rows[number])
-                rows.tokens[places], rows.mask[places] = found.tokens, found.mask
-                rows.document_ids[places] = found.document_ids + self._first_documents[number]
-        rows.document_ids[rows.tokens == self.layout.pad_id] = PADDING_ID
-        return rows
+        for where in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
+            if len(where):
+                number = int(numbers[where[0]])
+                found = self._shards[number].read(indices[where] - self._first_sequences[number])
+                arrays.tokens[where], arrays.mask[where] = found.tokens, found.mask
+                arrays.document_ids[where] = found.document_ids + self._first_documents[number]
+        arrays.document_ids[arrays.tokens == self.layout.pad_id] = PADDING_ID
+        return arrays
 
     def cut_documents(self) -> npt.NDArray[np.int64]:
-        """Return the ordinals of the documents that are in several pieces, ascending."""
+        """Return the ordinals of the documents with several segments, ascending."""
         found = [np.zeros(0, dtype=np.int64)]
         for shard, first in zip(self._shards, self._first_documents, strict=True):
-            found.append(first + np.flatnonzero(np.bincount(shard.pieces[:, 0]) > 1))
+            found.append(first + np.flatnonzero(np.bincount(shard.array("pieces")[:, 0]) > 1))
         return np.concatenate(found)
 
     def kind(self, ordinal: int) -> str:
-        """Return what the chat `ordinal` asks for, or nothing where its source did not say."""
+        """Return the kind of chat `ordinal`; empty if its source had none."""
         number = int(np.searchsorted(self._first_documents, ordinal, side="right")) - 1
         return self._shards[number].kind(ordinal - int(self._first_documents[number]))
 
 
 class _Shard:
-    """The files of a shard, each mapped when it is first needed."""
+    """The files of a shard, each mapped on first use."""
 
     def __init__(self, folder: Path, prefix: str, layout: PackedLayout, info: PackedShard) -> None:
         self._folder, self._prefix, self._layout, self._info = folder, prefix, layout, info
+        self._arrays: dict[str, npt.NDArray[Any]] = {}
 
     def read(self, indices: npt.NDArray[np.int64]) -> PackedArrays:
-        """Return rows; documents are counted from the shard's first."""
-        first, end = self.first_pieces[indices, 0], self.first_pieces[indices + 1, 0]  # 2 x (B,)
-        counts = (end - first).astype(np.int64)
-        row = np.repeat(np.arange(len(indices)), counts)  # (pieces read,)
-        nth_in_row = np.arange(len(row)) - np.repeat(starts(counts), counts)
-        pieces = self.pieces[np.repeat(first.astype(np.int64), counts) + nth_in_row]
-        document, offset, start = pieces.astype(np.int64).T
-        tokens = self.tokens[indices]  # (B, T+1)
+        """Return sequences; document ids count from the shard's first document."""
+        first_segments = self.array("first_pieces")[:, 0]  # (N + 1,)
+        first = first_segments[indices]  # (B,)
+        counts = (first_segments[indices + 1] - first).astype(np.int64)
+        row = np.repeat(np.arange(len(indices)), counts)  # (segments read,)
+        nth = np.arange(len(row)) - np.repeat(starts(counts), counts)
+        segments = self.array("pieces")[np.repeat(first.astype(np.int64), counts) + nth]
+        document, offset, start = segments.astype(np.int64).T
+        tokens = self.array("tokens")[indices]  # (B, T+1)
         if self._layout.content == "chats":
-            mask = self.mask[indices] != 0
+            mask = self.array("mask")[indices] != 0
         else:
             mask = tokens != self._layout.pad_id
-            mask[:, 0] = False  # the input before it is in another row
+            mask[:, 0] = False  # its input is in another sequence
             mask[row[offset > 0], start[offset > 0]] = False  # repeated
         document_ids = np.zeros(tokens.shape, dtype=np.int64)
         document_ids[row, start] = np.diff(document, prepend=0)
-        document_ids[row[nth_in_row == 0], 0] = document[nth_in_row == 0]
+        document_ids[row[nth == 0], 0] = document[nth == 0]
         np.cumsum(document_ids, axis=1, out=document_ids)
         return PackedArrays(tokens.astype(np.int64), mask, document_ids)
 
     def kind(self, ordinal: int) -> str:
-        """Return what a chat asks for."""
+        """Return the kind of a chat."""
         if self._layout.content == "text":
             return ""
-        return self._info.kinds[int(self.kinds[ordinal, 0])]
+        return self._info.kinds[int(self.array("kinds")[ordinal, 0])]
 
-    @cached_property
-    def tokens(self) -> npt.NDArray[Any]:
-        """(N, T+1)"""
-        return self._map("tokens")
-
-    @cached_property
-    def mask(self) -> npt.NDArray[Any]:
-        """(N, T+1), of chats"""
-        return self._map("mask")
-
-    @cached_property
-    def pieces(self) -> npt.NDArray[Any]:
-        """(P, 3): document, offset, start"""
-        return self._map("pieces")
-
-    @cached_property
-    def first_pieces(self) -> npt.NDArray[Any]:
-        """(N + 1, 1)"""
-        return self._map("first_pieces")
-
-    @cached_property
-    def kinds(self) -> npt.NDArray[Any]:
-        """(D, 1), of chats"""
-        return self._map("kinds")
-
-    def _map(self, name: str) -> npt.NDArray[Any]:
-        kind, *shape = file_shapes(self._layout, self._info.counts)[name]
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """Return the content of a file."""
+        if name in self._arrays:
+            return self._arrays[name]
+        dtype, *shape = file_shapes(self._layout, self._info.counts)[name]
         try:
             file = (self._folder / f"{self._prefix}{name}.bin").open("rb")
         except FileNotFoundError as error:
             raise ArtifactError(f"{error.filename}: not there; run pack again") from error
         with file:
-            return _map_file(file, name, kind, (shape[0], shape[1]))
+            self._arrays[name] = _map_file(file, name, dtype, (shape[0], shape[1]))
+        return self._arrays[name]
 
 
 def sequence_order(
     seed: int, epoch: int, indices: npt.ArrayLike, num_rows: int
 ) -> npt.NDArray[np.int64]:
-    """Return the rows at places `indices` (0 .. num_rows - 1) of an epoch's order.
+    """Return the sequences at `indices` (0 .. num_rows - 1) of an epoch's order.
 
-    A function of its arguments alone: no state to lose, the same on any number of processes.
+    A function of its arguments alone: no state to save, the same on any number of processes.
     """
     return permute(indices, num_rows, derive_seed(seed, "row order", epoch))
 
@@ -311,14 +292,14 @@ def _read_pack_json(folder: Path) -> tuple[PackedLayout, dict[str, list[PackedSh
     try:
         data = json.loads(path.read_bytes())
         found = (data.pop("format"), data.pop("version"))
-        if found != (FORMAT, VERSION):
-            raise ValueError(f"format and version {found}, expected {(FORMAT, VERSION)}")
+        if found != (PACK_FORMAT, PACK_VERSION):
+            raise ValueError(f"format and version {found}, expected {(PACK_FORMAT, PACK_VERSION)}")
         splits = {
             split: [PackedShard.from_json(info) for info in infos]
             for split, infos in data.pop("splits").items()
         }
         dtype = data.pop("dtype")
-        data.pop("sources", None)  # of a mixture, for people
+        data.pop("sources", None)  # for people
         layout = PackedLayout(**data)
         if layout.dtype != dtype:
             raise ValueError(f"dtype {dtype} for a vocabulary of {layout.vocab_size}")
@@ -329,15 +310,15 @@ def _read_pack_json(folder: Path) -> tuple[PackedLayout, dict[str, list[PackedSh
     return layout, splits
 
 
-def _map_file(file: IO[bytes], name: str, kind: str, shape: tuple[int, int]) -> npt.NDArray[Any]:
-    expected = HEADER.size + np.dtype(kind).itemsize * shape[0] * shape[1]
+def _map_file(file: IO[bytes], name: str, dtype: str, shape: tuple[int, int]) -> npt.NDArray[Any]:
+    expected = HEADER.size + np.dtype(dtype).itemsize * shape[0] * shape[1]
     header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
     if size != expected:
         raise ArtifactError(f"{file.name}: {size} bytes, expected {expected}; run pack again")
-    if header != file_header(name, kind, shape):
+    if header != file_header(name, dtype, shape):
         raise ArtifactError(
             f"{file.name}: its header says {HEADER.unpack(header)}, expected"
-            f" {HEADER.unpack(file_header(name, kind, shape))}; run pack again"
+            f" {HEADER.unpack(file_header(name, dtype, shape))}; run pack again"
         )
-    mapped = np.memmap(file, dtype=kind, mode="r", offset=HEADER.size, shape=shape)
+    mapped = np.memmap(file, dtype=dtype, mode="r", offset=HEADER.size, shape=shape)
     return mapped.view(np.ndarray)

@@ -1,8 +1,7 @@
-"""Pack encoded documents into sequences and write them as the files of a shard.
+"""Write packed sequences as the files of a shard; `llm/data/packed.py` has their format.
 
-The format is that of `llm/data/packed.py`.
-
-B rows at once, T positions, N rows, P pieces and D documents of the shard, S tokens.
+B sequences written at once, T positions, N sequences, P segments, D documents and S tokens of a
+shard.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,8 +23,8 @@ from llm.data.packed import (
     starts,
 )
 
-TOKENS_AT_ONCE = 1 << 22
-MAX_KINDS = 1000  # a source that gives every chat a kind of its own says nothing by it
+TOKENS_PER_WRITE = 1 << 22
+MAX_CHAT_KINDS = 1000  # with a kind for every chat, kinds say nothing
 OTHER_KINDS = "other"
 
 Integers = npt.NDArray[np.int64]
@@ -41,8 +40,8 @@ class EncodedDocument:
     kind: str = ""
 
 
-class Documents:
-    """The encoded documents of a shard, held end to end in the type that they have on disk."""
+class EncodedDocuments:
+    """The encoded documents of a shard, concatenated, in the dtype of their file."""
 
     def __init__(self, dtype: str) -> None:
         self.dtype = dtype
@@ -51,7 +50,7 @@ class Documents:
         self._lengths: list[int] = []
 
     def add(self, documents: Sequence[EncodedDocument]) -> None:
-        """Take the next documents."""
+        """Append documents."""
         if not documents:
             return
         assert all(len(document.id) == DOCUMENT_ID_BYTES for document in documents)
@@ -74,7 +73,7 @@ class Documents:
 
     @property
     def ids(self) -> npt.NDArray[np.uint8]:
-        """The documents' ids, (D, 16)."""
+        """Ids of the documents, (D, 16)."""
         return np.frombuffer(self._ids, dtype=np.uint8).reshape(-1, DOCUMENT_ID_BYTES)
 
     @property
@@ -84,60 +83,60 @@ class Documents:
 
     @property
     def mask(self) -> npt.NDArray[np.bool_]:
-        """Whether each token of chats is to be learned, (S,)."""
+        """Whether each token of chats is a target, (S,)."""
         return np.frombuffer(self._mask, dtype=np.bool_)
 
 
-class Pieces(NamedTuple):
-    """How documents lie in rows, (P,) each: row after row, and in a row from its begin on."""
+class Segments(NamedTuple):
+    """Parts of documents in sequences, (P,) each, ordered by sequence and start."""
 
     document: Integers
     offset: Integers
-    """The place in its document of a piece's first token."""
+    """Position in its document of a segment's first token."""
     length: Integers
-    row: Integers
+    sequence: Integers
     start: Integers
-    """The place in its row of a piece's first token."""
+    """Position in its sequence of a segment's first token."""
 
 
-def write_shard(
+def write_packed_shard(
     writer: ArtifactWriter,
     prefix: str,
     layout: PackedLayout,
-    documents: Documents,
-    pieces: Pieces,
+    documents: EncodedDocuments,
+    segments: Segments,
     token_bytes: npt.NDArray[np.int64],
 ) -> PackedShard:
-    """Write the files of a shard, their names after `prefix`, and count what they hold.
+    """Write the files of a shard, named `prefix` and a name of `file_shapes`, and count.
 
-    `token_bytes` (V,) is the number of bytes each id stands for.
+    `token_bytes` (V,) is the number of bytes of each id.
     """
-    num_rows = int(pieces.row[-1]) + 1 if len(pieces.row) else 0
-    first_pieces = np.searchsorted(pieces.row, np.arange(num_rows + 1))
+    num_sequences = int(segments.sequence[-1]) + 1 if len(segments.sequence) else 0
+    first_segments = np.searchsorted(segments.sequence, np.arange(num_sequences + 1))
     kinds, kind_numbers = _number_kinds(documents.kinds)
     tables: dict[str, npt.NDArray[Any]] = {
-        "pieces": np.stack([pieces.document, pieces.offset, pieces.start], axis=1),
-        "first_pieces": first_pieces[:, None],
+        "pieces": np.stack([segments.document, segments.offset, segments.start], axis=1),
+        "first_pieces": first_segments[:, None],
         "document_ids": documents.ids,
         "kinds": kind_numbers[:, None],
     }
-    is_cut = (pieces.offset > 0) & (pieces.length > 1)
+    is_cut = (segments.offset > 0) & (segments.length > 1)
     counts = PackedCounts(
-        num_rows=num_rows,
+        num_rows=num_sequences,
         num_documents=len(documents),
-        num_cut_documents=len(np.unique(pieces.document[is_cut])),
-        num_pieces=len(pieces.row),
+        num_cut_documents=len(np.unique(segments.document[is_cut])),
+        num_pieces=len(segments.sequence),
     )
     num_padding = num_targets = num_bytes = 0
-    bytes_of = token_bytes.astype(np.min_scalar_type(token_bytes.max()))  # less to move
+    bytes_of = token_bytes.astype(np.min_scalar_type(token_bytes.max()))  # less memory traffic
     with ExitStack() as stack:
         files: dict[str, IO[bytes]] = {}
-        for name, (kind, count, width) in file_shapes(layout, counts).items():
+        for name, (dtype, count, width) in file_shapes(layout, counts).items():
             files[name] = stack.enter_context(writer.open(f"{prefix}{name}.bin"))
-            files[name].write(file_header(name, kind, (count, width)))
+            files[name].write(file_header(name, dtype, (count, width)))
             if name in tables:
-                files[name].write(tables[name].astype(kind).data)
-        for tokens, targets in _lay(layout, documents, pieces, first_pieces):
+                files[name].write(tables[name].astype(dtype).data)
+        for tokens, targets in _sequences(layout, documents, segments, first_segments):
             files["tokens"].write(tokens.data)
             if layout.content == "chats":
                 files["mask"].write(targets.data)
@@ -147,7 +146,7 @@ def write_shard(
     num_repeated = counts.num_pieces - counts.num_documents
     counts = replace(
         counts,
-        num_tokens=num_rows * (layout.seq_len + 1) - num_padding - num_repeated,
+        num_tokens=num_sequences * (layout.seq_len + 1) - num_padding - num_repeated,
         num_padding_tokens=num_padding,
         num_target_tokens=num_targets,
         num_bytes=num_bytes,
@@ -155,52 +154,52 @@ def write_shard(
     return PackedShard(counts=counts, kinds=kinds if layout.content == "chats" else ())
 
 
-def _lay(
+def _sequences(
     layout: PackedLayout,
-    documents: Documents,
-    pieces: Pieces,
-    first_pieces: npt.NDArray[np.int64],
+    documents: EncodedDocuments,
+    segments: Segments,
+    first_segments: Integers,
 ) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]]:
-    """Yield rows of tokens and whether each is a target, (B, T+1) each, some at a time."""
-    width, num_rows = layout.seq_len + 1, len(first_pieces) - 1
-    begins = starts(documents.lengths)[pieces.document] + pieces.offset
-    places = pieces.row * width + pieces.start
-    at_once = max(1, TOKENS_AT_ONCE // width)
-    for first in range(0, num_rows, at_once):
-        end = min(first + at_once, num_rows)
-        some = slice(first_pieces[first], first_pieces[end])
-        where = places[some] - first * width, begins[some], pieces.length[some]
+    """Yield the tokens of B sequences and whether each is a target, (B, T+1) each."""
+    width, num_sequences = layout.seq_len + 1, len(first_segments) - 1
+    begins = starts(documents.lengths)[segments.document] + segments.offset
+    positions = segments.sequence * width + segments.start
+    at_once = max(1, TOKENS_PER_WRITE // width)
+    for first in range(0, num_sequences, at_once):
+        end = min(first + at_once, num_sequences)
+        some = slice(first_segments[first], first_segments[end])
+        where = positions[some] - first * width, begins[some], segments.length[some]
         tokens = np.full((end - first, width), layout.pad_id, dtype=layout.dtype)
-        _copy_pieces(documents.tokens, tokens, *where)
+        _copy_segments(documents.tokens, tokens, *where)
         targets = tokens != layout.pad_id
         if layout.content == "chats":
             targets = np.zeros(tokens.shape, dtype=np.bool_)
-            _copy_pieces(documents.mask, targets, *where)
-        targets[:, 0] = False  # the input before it is in another row
-        targets.reshape(-1)[where[0][pieces.offset[some] > 0]] = False  # repeated
+            _copy_segments(documents.mask, targets, *where)
+        targets[:, 0] = False  # its input is in another sequence
+        targets.reshape(-1)[where[0][segments.offset[some] > 0]] = False  # repeated
         yield tokens, targets
 
 
-def _copy_pieces(
+def _copy_segments(
     source: npt.NDArray[Any],
-    rows: npt.NDArray[Any],
-    places: npt.NDArray[np.int64],
-    begins: npt.NDArray[np.int64],
-    lengths: npt.NDArray[np.int64],
+    sequences: npt.NDArray[Any],
+    positions: Integers,
+    begins: Integers,
+    lengths: Integers,
 ) -> None:
-    flat = rows.reshape(-1)  # (B, T+1) -> (B * (T+1),)
-    ends, place_ends = (begins + lengths).tolist(), (places + lengths).tolist()
-    spans = zip(places.tolist(), place_ends, begins.tolist(), ends, strict=True)
-    for place, place_end, begin, end in spans:
-        flat[place:place_end] = source[begin:end]
+    flat = sequences.reshape(-1)  # (B, T+1) -> (B * (T+1),)
+    ends, position_ends = (begins + lengths).tolist(), (positions + lengths).tolist()
+    spans = zip(positions.tolist(), position_ends, begins.tolist(), ends, strict=True)
+    for position, position_end, begin, end in spans:
+        flat[position:position_end] = source[begin:end]
 
 
-def _number_kinds(kinds: Sequence[str]) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-    """Return the kinds there are, and each document's place in these."""
+def _number_kinds(kinds: Sequence[str]) -> tuple[tuple[str, ...], Integers]:
+    """Return the distinct kinds and, for each document, its kind's index among them."""
     numbers: dict[str, int] = {}
-    places = np.empty(len(kinds), dtype=np.int64)
+    indices = np.empty(len(kinds), dtype=np.int64)
     for ordinal, kind in enumerate(kinds):
-        if kind not in numbers and len(numbers) >= MAX_KINDS:
+        if kind not in numbers and len(numbers) >= MAX_CHAT_KINDS:
             kind = OTHER_KINDS
-        places[ordinal] = numbers.setdefault(kind, len(numbers))
-    return tuple(numbers), places
+        indices[ordinal] = numbers.setdefault(kind, len(numbers))
+    return tuple(numbers), indices

@@ -1,6 +1,6 @@
-"""Whole model folders, to and from what transformers loads: weights, tokenizer, chat template.
+"""Export and import of model folders for transformers: weights, tokenizer, chat template.
 
-A folder appears under its name when it is whole, or not at all.
+A folder appears under its name complete, or not at all.
 """
 
 import os
@@ -12,8 +12,8 @@ from typing import cast
 
 from llm.artifact import ArtifactWriter, fsync_folder
 from llm.errors import ArtifactError, ConfigError
-from llm.exchange.hf_tokenizer import hub_files
-from llm.exchange.huggingface import CONFIG, read_json, read_model, write_model
+from llm.exchange.hf_tokenizer import exported_files
+from llm.exchange.huggingface import CONFIG, read_json_object, read_model, write_model
 from llm.exchange.import_tokenizer import import_tokenizer
 from llm.model.transformer import Transformer
 from llm.model.weights import load_model, save_model
@@ -28,8 +28,8 @@ def export_model(source: Path, target: Path, *, dtype: str = "float32") -> None:
     """Write the model in `source` as a folder that AutoModelForCausalLM and AutoTokenizer load.
 
     Raises:
-        ArtifactError: there is no whole model in `source`.
-        ConfigError: no layout can hold it, or `target` is there already.
+        ArtifactError: `source` has no complete model.
+        ConfigError: no layout can express it, or `target` exists.
     """
     _refuse_existing(target)
     model, tokenizer = load_both(source)
@@ -40,7 +40,7 @@ def export_model(source: Path, target: Path, *, dtype: str = "float32") -> None:
             "pad_token_id": tokenizer.pad_id,
         }
         layout = write_model(writer, model, dtype, ids)
-        for name, data in hub_files(tokenizer, model.seq_len).items():
+        for name, data in exported_files(tokenizer, model.seq_len).items():
             writer.write_bytes(name, data)
         stops = [tokenizer.end_id, tokenizer.bos_id]  # as in `fromscratch chat`
         writer.write_json(GENERATION, ids | {"eos_token_id": stops, "do_sample": False})
@@ -48,28 +48,28 @@ def export_model(source: Path, target: Path, *, dtype: str = "float32") -> None:
 
 
 def import_model(source: Path, target: Path) -> None:
-    """Write the model that transformers saved in `source` as a model folder of this project.
+    """Write a model that transformers saved in `source` as a model folder of this project.
 
-    Its answers stay the same. Control tokens that its tokenizer lacks are added to the vocabulary
-    after its last; fine-tuning teaches it what they mean.
+    Its logits stay the same. Missing control tokens are added at the end of its vocabulary; their
+    vectors are learned in fine-tuning.
 
     Raises:
         ArtifactError: the model or its tokenizer cannot be expressed here, or a file is damaged.
-        ConfigError: `target` is there already.
+        ConfigError: `target` exists.
     """
     _refuse_existing(target)
     tokenizer = import_tokenizer(source)
     model = read_model(source, min_vocab_size=tokenizer.vocab_size)
     if isinstance(tokenizer, ImportedTokenizer):
         tokenizer = tokenizer.padded(model.vocab_size)
-    num_stored = cast(int, read_json(source / CONFIG)["vocab_size"])
+    num_stored = cast(int, read_json_object(source / CONFIG)["vocab_size"])
     is_known = set(range(num_stored)).union(tokenizer.control_ids)
     if unknown := sorted(set(range(tokenizer.vocab_size)) - is_known):
         raise ArtifactError(
             f"{source}: the tokenizer's ids {unknown[0]} to {unknown[-1]} have no vector, expected"
             f" at most {num_stored} tokens, vocab_size in {CONFIG}"
         )
-    _compare(model, tokenizer, source)
+    _refuse_other_vocabulary(model, tokenizer, source)
     with new_folder(target) as writer:
         save_model(writer, model, tokenizer.to_files())
 
@@ -81,17 +81,17 @@ def load_both(folder: Path) -> tuple[Transformer, Tokenizer]:
         ArtifactError: a file is missing or damaged, or their vocabularies differ.
     """
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    _compare(model, tokenizer, folder)
+    _refuse_other_vocabulary(model, tokenizer, folder)
     return model, tokenizer
 
 
 @contextmanager
 def new_folder(target: Path) -> Generator[ArtifactWriter]:
-    """Fill a folder that appears as `target` when the block ends, and vanishes when it fails.
+    """Write a folder that appears as `target` if the block succeeds, and is deleted if it fails.
 
     Raises:
-        ConfigError: `target` is there already.
-        ArtifactError: it cannot be written.
+        ConfigError: `target` exists.
+        ArtifactError: `target` cannot be written.
     """
     _refuse_existing(target)
     staging = target.absolute().with_name(f".{target.name}.{os.getpid()}.staging")
@@ -107,7 +107,7 @@ def new_folder(target: Path) -> Generator[ArtifactWriter]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _compare(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
+def _refuse_other_vocabulary(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
     if model.vocab_size != tokenizer.vocab_size:
         raise ArtifactError(
             f"{folder}: found a tokenizer of {tokenizer.vocab_size} tokens, expected the model's"
@@ -117,11 +117,11 @@ def _compare(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
 
 def _refuse_existing(target: Path) -> None:
     if target.exists() or target.is_symlink():
-        raise ConfigError(f"{target}: already there; name a folder that is not")
+        raise ConfigError(f"{target}: exists; name a new folder")
 
 
 def _card(model: Transformer, architecture: str, dtype: str) -> str:
-    """Return the model card: what it is, how to use it, what holds for control tokens."""
+    """Return the model card: shape, usage, and the names of control tokens."""
     return f"""\
 # A language model made with fromscratch
 
@@ -141,15 +141,15 @@ answer = model.generate(**prompt, max_new_tokens=100)
 print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-A text begins with `tokenizer.bos_token`, which the chat template writes and `tokenizer(text)` does
+Every text begins with `tokenizer.bos_token`: the chat template writes it, `tokenizer(text)` does
 not.
 
 ## Control tokens
 
-transformers turns the name of a control token into its id wherever it stands in a text, also where
-a user typed it. So here every name begins with the noncharacter U+FDD0, which nobody types:
-`<|end|>` in a question or a text is eight ordinary characters, as in training. The chat template
-replaces U+FDD0 in messages by U+FFFD. For texts that may hold it and do not pass through the
-template, call `tokenizer(text, split_special_tokens=True)`: then nothing gives a control id. Do not
-set that for the whole tokenizer: it would take the control tokens from the template too.
+transformers turns the name of a control token into its id wherever a text contains it, even typed
+by a user. So here every name begins with the noncharacter U+FDD0, which nobody types: `<|end|>` in
+a question or a text is seven ordinary characters, as in training. The chat template replaces U+FDD0
+in messages by U+FFFD. For texts that may contain it and do not pass through the template, call
+`tokenizer(text, split_special_tokens=True)`: then no text gives a control id. Do not set that for
+the whole tokenizer: the template would lose its control tokens too.
 """

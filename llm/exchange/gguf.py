@@ -1,7 +1,6 @@
-"""A model as one GGUF file for llama.cpp: weights, shape, tokenizer and chat template.
+"""Export a model to GGUF for llama.cpp: weights, shape, tokenizer and chat template in one file.
 
-Names come from the `gguf` package, which is llama.cpp's own; what each architecture computes is
-llama.cpp's. One tensor at a time is made and written.
+Tensor names come from llama.cpp's own package `gguf`. One tensor at a time is made and written.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's conversion of the
 same architectures.
@@ -33,7 +32,7 @@ DTYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF1
 ROPE_FACTORS = "rope_freqs.weight"
 
 # llama.cpp supports a fixed set of pre-tokenizers, by name. `code` is not one of them: deepseek-v3
-# gives the same tokens where no word holds an underscore, but for blanks before digits.
+# gives the same tokens if no word contains an underscore, except for spaces before digits.
 _GPT4_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _GPT4_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -46,12 +45,14 @@ PRE_TOKENIZATION_NAMES = {
 
 
 def export_gguf(source: Path, target: Path, *, dtype: str = "float32") -> None:
-    """Write the model in `source` as `model.gguf` in a new folder; vectors and places stay fp32.
+    """Write the model in `source` as `model.gguf` in a new folder.
+
+    Vectors and learned positions stay fp32.
 
     Raises:
-        ArtifactError: there is no whole model in `source`.
-        ConfigError: the package `gguf` is missing, `dtype` is unknown, `target` is there already,
-        or llama.cpp cannot express the model or its tokenizer.
+        ArtifactError: `source` has no complete model.
+        ConfigError: the package `gguf` is missing, `dtype` is unknown, `target` exists, or
+        llama.cpp cannot express the model or its tokenizer.
     """
     gguf = _import_gguf()
     if dtype not in DTYPES:
@@ -71,17 +72,17 @@ def export_gguf(source: Path, target: Path, *, dtype: str = "float32") -> None:
 
 
 def permute_heads(weight: Tensor, num_heads: int) -> Tensor:
-    """Put the pairs of channels that turn together side by side, (heads * D, ...) as before.
+    """Put the channels of each rotary pair side by side, (heads * D, ...) as before.
 
-    llama.cpp turns neighbors in its `llama` architecture, as Meta's weights have them; here, as in
-    transformers, channel d turns with d + D/2.
+    llama.cpp's `llama` architecture rotates neighbors, as Meta's weights have them; here, as in
+    transformers, channel d is paired with d + D/2.
     """
     halves = weight.reshape(num_heads, 2, -1, *weight.shape[1:])  # -> (heads, 2, D/2, ...)
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
 class _Tensors:
-    """The tensors of a GGUF file by name, each made when it is asked for."""
+    """The tensors of a GGUF file by name, each made on demand."""
 
     def __init__(self, gguf: ModuleType, layout: Layout, model: Transformer, dtype: str) -> None:
         plain = replace(layout, is_transposed=False, norm_offset=0.0)  # as they are here
@@ -97,7 +98,7 @@ class _Tensors:
             self.names[ROPE_FACTORS] = ""
 
     def make(self, name: str) -> Tensor:
-        """Return the tensor that the file holds as `name`."""
+        """Return the tensor that the file calls `name`."""
         if name == ROPE_FACTORS:
             ones = torch.ones(head_dim_of(self._config) // 2)
             frequencies = self._config.rope_theta ** -(
@@ -115,7 +116,7 @@ class _Tensors:
 
 
 def _write_tensors(writer: Any, gguf: ModuleType, path: Path, tensors: _Tensors) -> None:
-    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    dtypes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     for name in tensors.names:
         tensor = tensors.make(name)
         writer.add_tensor_info(
@@ -123,7 +124,7 @@ def _write_tensors(writer: Any, gguf: ModuleType, path: Path, tensors: _Tensors)
             list(tensor.shape),
             None,
             tensor.nbytes,
-            raw_dtype=gguf.GGMLQuantizationType[kinds[tensor.dtype]],
+            raw_dtype=gguf.GGMLQuantizationType[dtypes[tensor.dtype]],
         )
     writer.write_header_to_file(path=path)
     writer.write_kv_data_to_file()
@@ -156,7 +157,7 @@ def _add_shape(writer: Any, layout: Layout, model: Transformer) -> None:
 
 
 def _add_tokenizer(writer: Any, gguf: ModuleType, tokenizer: Tokenizer) -> None:
-    """Write the vocabulary, and the names of control tokens marked as they go to transformers."""
+    """Write the vocabulary, with the exported names of control tokens."""
     library = marked_library_json(tokenizer)
     model = library["model"]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", ())]
@@ -164,19 +165,19 @@ def _add_tokenizer(writer: Any, gguf: ModuleType, tokenizer: Tokenizer) -> None:
         found = "pieces with byte fallback" if model.get("byte_fallback") else "which has no merges"
         raise ConfigError(
             f"train_tokenizer.kind: found {tokenizer.kind}, {found}; expected a byte-level BPE with"
-            " merges, which llama.cpp runs as it is run here; `--format hf` can hold this one"
+            " merges, which llama.cpp can run; use `--format hf` for this one"
         )
-    types, kind = gguf.TokenType, [gguf.TokenType.UNUSED] * tokenizer.vocab_size
+    types, token_types = gguf.TokenType, [gguf.TokenType.UNUSED] * tokenizer.vocab_size
     tokens = [f"[PAD{index}]" for index in range(tokenizer.vocab_size)]
     for token, index in model["vocab"].items():
-        tokens[index], kind[index] = token, types.NORMAL
+        tokens[index], token_types[index] = token, types.NORMAL
     for token in library["added_tokens"]:
         tokens[token["id"]] = token["content"]
-        kind[token["id"]] = types.CONTROL if token["special"] else types.USER_DEFINED
+        token_types[token["id"]] = types.CONTROL if token["special"] else types.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre_tokenizer_name(library))
     writer.add_token_list(tokens)
-    writer.add_token_types(kind)
+    writer.add_token_types(token_types)
     writer.add_token_merges(merges)
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.end_id)
@@ -184,7 +185,7 @@ def _add_tokenizer(writer: Any, gguf: ModuleType, tokenizer: Tokenizer) -> None:
     writer.add_pad_token_id(tokenizer.pad_id)
     writer.add_mask_token_id(tokenizer.mask_id)
     writer.add_add_bos_token(True)
-    writer.add_chat_template(chat_template(control_names(tokenizer, library)))
+    writer.add_chat_template(chat_template(tokenizer, control_names(tokenizer, library)))
 
 
 def _pre_tokenizer_name(library: Mapping[str, Any]) -> str:
@@ -211,10 +212,10 @@ def _pre_tokenizer_name(library: Mapping[str, Any]) -> str:
 
 
 def _refuse(layout: Layout, model: Transformer) -> None:
-    """Name what transformers can express and llama.cpp's architecture of that name cannot.
+    """Raise for settings that llama.cpp's architecture lacks, unlike that of transformers.
 
     Raises:
-        ConfigError: there is something.
+        ConfigError: with all of them.
     """
     config, problems = model.config, list[str]()
     if config.sliding_window:
@@ -225,8 +226,8 @@ def _refuse(layout: Layout, model: Transformer) -> None:
         problems.append("model.tie_embeddings: found False, expected True")
     if problems:
         raise ConfigError(
-            f"llama.cpp cannot hold this {layout.name} model: {'; '.join(problems)}; `--format hf`"
-            " can"
+            f"llama.cpp cannot express this {layout.name} model: {'; '.join(problems)}; use"
+            " `--format hf`"
         )
 
 

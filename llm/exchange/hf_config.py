@@ -1,4 +1,4 @@
-"""`config.json` of four architectures of transformers: its keys, as a model's shape and back.
+"""The keys of `config.json` of four architectures of transformers, to a model's shape and back.
 
 Source: transformers, configuration_{gpt2,llama,qwen3,gemma}.py, version 5.23: keys and defaults.
 """
@@ -11,8 +11,8 @@ from llm.model.attention import window_of
 from llm.model.positions import head_dim_of
 from llm.settings import Positive, PositiveFloat, Range
 
-# Bounds above every real model: a hostile file can neither overflow a product of two of them nor
-# make tables for longer than a moment.
+# Bounds above every real model, so that a hostile file can neither overflow a product of two sizes
+# nor allocate large tables.
 Size = Annotated[int, Range(minimum=1, maximum=1 << 24)]
 OptionalSize = Annotated[int, Range(minimum=0, maximum=1 << 24)]
 NumLayers = Annotated[int, Range(minimum=1, maximum=1024)]
@@ -24,7 +24,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class Shape(NamedTuple):
-    """What makes a model: its settings, its vocabulary and its context."""
+    """Settings, vocabulary and context of a model."""
 
     config: ModelConfig
     vocab_size: int
@@ -33,7 +33,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GPT2Json:
-    """The keys of GPT-2's `config.json` that decide its logits. A Literal is all we can express."""
+    """The keys of GPT-2's `config.json` that decide its logits. Literals: the supported values."""
 
     vocab_size: Size
     n_positions: Context
@@ -136,7 +136,7 @@ def read_gpt2(keys: GPT2Json, problems: list[str]) -> Shape:
 
 
 def write_gpt2(shape: Shape) -> GPT2Json:
-    """Return the keys of GPT-2 for `shape`, as well as they can say it."""
+    """Return the keys of GPT-2 for `shape`, as far as they can express it."""
     config = shape.config
     return GPT2Json(
         vocab_size=shape.vocab_size,
@@ -168,11 +168,11 @@ def _read_rotary(keys: LlamaJson | Qwen3Json | GemmaJson) -> Shape:
         rope_high_frequency_factor=rope.high_freq_factor,
         rope_original_seq_len=rope.original_max_position_embeddings,
     )
-    return Shape(meant(config), keys.vocab_size, keys.max_position_embeddings)
+    return Shape(normalized_config(config), keys.vocab_size, keys.max_position_embeddings)
 
 
 def _rotary_keys(shape: Shape) -> dict[str, object]:
-    """Return the keys of RotaryJson and the one all three have besides."""
+    """Return the keys of RotaryJson and `tie_word_embeddings`."""
     config = shape.config
     rope = RopeJson(
         rope_type="default" if config.rope_scaling == "none" else "llama3",
@@ -198,7 +198,7 @@ def _rotary_keys(shape: Shape) -> dict[str, object]:
 
 
 def read_llama(keys: LlamaJson, problems: list[str]) -> Shape:
-    """Return the shape that a `config.json` of Llama describes, or say in `problems` why not."""
+    """Return the shape that a `config.json` of Llama describes; add to `problems`."""
     if keys.attention_bias != keys.mlp_bias:
         problems.append(
             f"mlp_bias: found {keys.mlp_bias}, expected {keys.attention_bias} as attention_bias"
@@ -208,14 +208,14 @@ def read_llama(keys: LlamaJson, problems: list[str]) -> Shape:
 
 
 def write_llama(shape: Shape) -> LlamaJson:
-    """Return the keys of Llama for `shape`, as well as they can say it."""
+    """Return the keys of Llama for `shape`, as far as they can express it."""
     has_biases = shape.config.has_biases
     keys = _rotary_keys(shape)
     return LlamaJson(**keys, attention_bias=has_biases, mlp_bias=has_biases)  # type: ignore[arg-type]
 
 
 def read_qwen3(keys: Qwen3Json, problems: list[str]) -> Shape:
-    """Return the shape that a `config.json` of Qwen-3 describes, or say in `problems` why not."""
+    """Return the shape that a `config.json` of Qwen-3 describes; add to `problems`."""
     window = keys.sliding_window if keys.use_sliding_window else 0
     num_layers, first = keys.num_hidden_layers, keys.max_window_layers
     by_number = [SLIDING if window and layer >= first else FULL for layer in range(num_layers)]
@@ -234,7 +234,7 @@ def read_qwen3(keys: Qwen3Json, problems: list[str]) -> Shape:
 
 
 def write_qwen3(shape: Shape) -> Qwen3Json:
-    """Return the keys of Qwen-3 for `shape`, as well as they can say it."""
+    """Return the keys of Qwen-3 for `shape`, as far as they can express it."""
     config = shape.config
     keys = _rotary_keys(shape)
     return Qwen3Json(
@@ -257,12 +257,12 @@ def read_gemma(keys: GemmaJson, problems: list[str]) -> Shape:
 
 
 def write_gemma(shape: Shape) -> GemmaJson:
-    """Return the keys of Gemma for `shape`, as well as they can say it."""
+    """Return the keys of Gemma for `shape`, as far as they can express it."""
     return GemmaJson(**_rotary_keys(shape))  # type: ignore[arg-type]
 
 
-def meant(config: ModelConfig) -> ModelConfig:
-    """Return `config` with every setting that decides no logit as it is by default."""
+def normalized_config(config: ModelConfig) -> ModelConfig:
+    """Return `config` with defaults for settings that have no effect on logits."""
     defaults = ModelConfig()
     config = replace(
         config,

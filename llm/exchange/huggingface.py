@@ -1,7 +1,7 @@
-"""Models in the Hugging Face layouts: `config.json` and safetensors, read and written here.
+"""Read and write models in the Hugging Face layouts: `config.json` and safetensors.
 
-Weights pass one tensor at a time, so that never more than the model and one tensor stand in memory.
-What comes in as fp32, bf16 or fp16 becomes fp32. Pickled weights are refused: they can run code.
+Weights pass one tensor at a time, so memory holds the model and one tensor more. Weights in fp32,
+bf16 or fp16 are read as fp32. Pickled weights are refused: they can run code.
 """
 
 import json
@@ -29,7 +29,7 @@ WRITABLE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Stored:
-    """One tensor of a safetensors file, not read yet."""
+    """A tensor of a safetensors file, not read yet."""
 
     source: Path
     name: str
@@ -37,13 +37,13 @@ class _Stored:
     type_name: str
 
     def read(self) -> Tensor:
-        # the file is mapped anew for each tensor: what was read before leaves memory
+        # mapped anew for each tensor, so that those read before leave memory
         with cast(Any, safe_open(self.source, framework="pt")) as file:
             return file.get_tensor(self.name)
 
 
 class LayoutTensors(Mapping[str, Tensor]):
-    """The weights of a model under a layout's names, each made when it is asked for."""
+    """The weights of a model under a layout's names, each made on demand."""
 
     def __init__(
         self, layout: Layout, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
@@ -51,7 +51,7 @@ class LayoutTensors(Mapping[str, Tensor]):
         self._layout, self._weights, self._dtype = layout, weights, dtype
         self._ours: dict[str, list[tuple[int, str]]] = {}
         for name in weights:
-            theirs, part, _ = layout.place(name)
+            theirs, part, _ = layout.locate(name)
             self._ours.setdefault(theirs, []).append((part, name))
 
     def __getitem__(self, name: str) -> Tensor:
@@ -78,12 +78,12 @@ def write_model(
     dtype: str = "float32",
     control_ids: Mapping[str, int] | None = None,
 ) -> Layout:
-    """Write `config.json` and `model.safetensors` in the layout that can hold the model.
+    """Write `config.json` and `model.safetensors` in a layout that can express the model.
 
-    `control_ids` (`bos_token_id`, ...) go into `config.json` beside the shape.
+    `control_ids` (`bos_token_id`, ...) are written to `config.json` beside the shape.
 
     Raises:
-        ConfigError: no layout can, or `dtype` is none of WRITABLE_TYPES.
+        ConfigError: no layout can, or `dtype` is not in WRITABLE_TYPES.
     """
     if dtype not in WRITABLE_TYPES:
         raise ConfigError(f"dtype: found {dtype!r}, expected one of {', '.join(WRITABLE_TYPES)}")
@@ -101,14 +101,14 @@ def write_model(
 def read_model(folder: Path, min_vocab_size: int = 0) -> Transformer:
     """Read a model from a folder in one of the layouts, its weights as fp32.
 
-    Where its vocabulary is smaller than `min_vocab_size`, tokens are added after its last, with
-    the mean of all vectors for theirs: the least wrong until they are learned.
+    A vocabulary below `min_vocab_size` is extended, with the mean of all vectors for new tokens:
+    the best guess until they are learned.
 
     Raises:
         ArtifactError: a file is missing, damaged or pickled; a setting has no counterpart here; a
-        tensor is missing, unknown, or of another shape or type. Each is named.
+        tensor is missing, unknown, or of another shape or dtype. Each is named.
     """
-    config = read_json(folder / CONFIG)
+    config = read_json_object(folder / CONFIG)
     name = config.get("model_type")
     if not isinstance(name, str) or name not in LAYOUTS:
         raise ArtifactError(
@@ -123,11 +123,11 @@ def read_model(folder: Path, min_vocab_size: int = 0) -> Transformer:
     return model
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json_object(path: Path) -> dict[str, object]:
     """Read a JSON object.
 
     Raises:
-        ArtifactError: the file is missing or holds none.
+        ArtifactError: the file is missing or not a JSON object.
     """
     try:
         data = json.loads(path.read_bytes())
@@ -141,7 +141,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def _find_weights(folder: Path, layout: Layout) -> dict[str, _Stored]:
-    """Return every stored tensor under the layout's full name."""
+    """Return every stored tensor by the layout's full name."""
     stored: dict[str, _Stored] = {}
     for path in _weight_files(folder):
         for tensor in _tensors_in(path):
@@ -179,12 +179,12 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder}: found {found}, expected {WEIGHTS} or {INDEX};"
             " `save_pretrained` of transformers writes it"
         )
-    names = read_json(folder / INDEX).get("weight_map")
+    names = read_json_object(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ArtifactError(f"{folder / INDEX}: weight_map: expected tensors with their files")
     files = sorted({str(name) for name in cast(dict[str, object], names).values()})
     for name in files:
-        # a plain name: no folder, no drive, nothing above
+        # a plain name: no folder, no drive, no parent
         if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
             raise ArtifactError(
                 f"{folder / INDEX}: weight_map: found the file {name!r}, expected the name of a"
@@ -194,7 +194,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _check_weights(layout: Layout, shape: Shape, stored: dict[str, _Stored], folder: Path) -> None:
-    """Compare what is stored with what the model needs, before any of it is allocated."""
+    """Compare the stored tensors with the model's, before any memory is allocated."""
     outline = make_outline(*shape, len(stored), folder / CONFIG)
     needed = LayoutTensors(layout, weights_of(outline))
     wrong = [
@@ -205,8 +205,8 @@ def _check_weights(layout: Layout, shape: Shape, stored: dict[str, _Stored], fol
     if wrong:
         raise ArtifactError(f"{folder}: weights\n" + "\n".join(f"  {line}" for line in wrong))
     head = stored.get(HEAD)
-    if head and HEAD not in needed:  # tied, and stored twice
-        embedding = stored.get(layout.place("embedding.weight")[0])
+    if head and HEAD not in needed:  # tied embeddings, stored twice
+        embedding = stored.get(layout.locate("embedding.weight")[0])
         if embedding is None or not torch.equal(head.read(), embedding.read()):
             raise ArtifactError(
                 f"{head.source}: {HEAD}: found other weights than the embedding's, expected the"
@@ -222,10 +222,10 @@ def _copy_weights(layout: Layout, model: Transformer, stored: Mapping[str, _Stor
     for name in ("embedding.weight", "head.weight"):
         model.get_parameter(name)[model.vocab_size :] = 0.0
     for name, weight in weights_of(model).items():
-        theirs, part, num_parts = layout.place(name)
-        is_turned = layout.transposes(name)
-        found = stored[theirs].read().chunk(num_parts, dim=-1 if is_turned else 0)[part]
-        found = found.T if is_turned and found.ndim == 2 else found
+        theirs, part, num_parts = layout.locate(name)
+        is_transposed = layout.transposes(name)
+        found = stored[theirs].read().chunk(num_parts, dim=-1 if is_transposed else 0)[part]
+        found = found.T if is_transposed and found.ndim == 2 else found
         weight[: len(found)] = found
-        weight[len(found) :] = weight[: len(found)].mean(dim=0)  # tokens the file has not
+        weight[len(found) :] = weight[: len(found)].mean(dim=0)  # new tokens
         weight += layout.offset(name)

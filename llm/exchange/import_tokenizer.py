@@ -1,8 +1,8 @@
-"""Read the tokenizer of a folder that others saved, made exact: any text comes back from its ids.
+"""Import a tokenizer trained elsewhere, made exact: any text is restored from its ids.
 
-What would change a text is left out: NFC, and the blank that Llama 2 puts before a text. Pieces
-hold blanks themselves (llm/tokenizer/pieces.py). So ids are those of transformers on text that is
-NFC and holds no U+2581; where a blank goes before the text there, with `add_prefix_space=False`.
+Steps that would change a text are left out: NFC, and the space that Llama 2 puts before a text.
+Pieces contain spaces themselves (llm/tokenizer/pieces.py). So ids equal those of transformers on
+texts in NFC without U+2581, with `add_prefix_space=False` for tokenizers that put a space first.
 """
 
 import json
@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from llm.errors import ArtifactError
+from llm.exchange.hf_tokenizer import find_chat_format
 from llm.exchange.sentencepiece_model import MODEL_FILE, library_parts, read_piece_model
 from llm.tokenizer.base import (
     CONTROL_TOKENS,
@@ -27,9 +28,9 @@ from llm.tokenizer.imported import (
     ImportedTokenizer,
     is_byte_level,
     load_library,
-    model_problems,
     pre_tokenization_steps,
     refuse,
+    vocabulary_problems,
 )
 from llm.tokenizer.pieces import (
     BLANK,
@@ -45,15 +46,15 @@ _BLANK_STEP = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedW
 
 
 def import_tokenizer(folder: Path) -> Tokenizer:
-    """Read `tokenizer.json` or else `tokenizer.model`: one of ours as it was, or ImportedTokenizer.
+    """Read `tokenizer.json` or else `tokenizer.model`; an exported one comes back as it was.
 
     Raises:
-        ArtifactError: neither is there, or it is damaged or cannot be made to keep every byte; the
-        message names what hinders.
+        ArtifactError: both are missing, or the file is damaged or cannot be made exact.
     """
     path = folder / TOKENIZER_JSON
     try:
-        begin = _begin_token(_read(folder / TOKENIZER_CONFIG_JSON) or {})
+        config = _read(folder / TOKENIZER_CONFIG_JSON) or {}
+        begin = _begin_token(config)
         parts = _read(path)
         if parts is None and (folder / MODEL_FILE).is_file():
             path = folder / MODEL_FILE
@@ -64,7 +65,9 @@ def import_tokenizer(folder: Path) -> Tokenizer:
                 f"not there, nor {MODEL_FILE}; `save_pretrained` of a tokenizer of transformers"
                 " writes it"
             )
-        return _make(parts, begin)
+        tokenizer = _make(parts, begin)
+        tokenizer.chat_format = find_chat_format(tokenizer, config.get("chat_template"))
+        return tokenizer
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
 
@@ -72,8 +75,8 @@ def import_tokenizer(folder: Path) -> Tokenizer:
 def _make(parts: dict[str, Any], begin: str | None) -> Tokenizer:
     _unmark(parts)
     try:
-        return ByteLevelBPE.from_json(json.dumps(parts).encode())
-    except ArtifactError:  # it is not one of ours
+        return ByteLevelBPE.from_json(parts)
+    except ArtifactError:  # not exported from here
         pass
     parts |= {"post_processor": None, "truncation": None, "padding": None}
     try:
@@ -103,10 +106,10 @@ def _begin_token(config: Mapping[str, Any]) -> str | None:
 
 
 def _unmark(parts: dict[str, Any]) -> None:
-    """Give control tokens that this project marked on their way out their own names back."""
+    """Remove MARK from the names of exported control tokens."""
     added, model = parts.get("added_tokens"), parts.get("model")
     if not isinstance(added, list) or not isinstance(model, dict):
-        return  # the library will say what is wrong
+        return  # the library reports what is wrong
     model = cast(dict[str, Any], model)
     names: dict[str, str] = {}
     for token in cast(list[Any], added):
@@ -126,9 +129,9 @@ def _unmark(parts: dict[str, Any]) -> None:
 
 
 def _exact(parts: dict[str, Any]) -> dict[str, Any]:
-    """Return the parts without what changes a text, and so that no text gives a special token."""
+    """Return the parts without steps that change a text, so that no text gives a special token."""
     special = {token["content"] for token in parts["added_tokens"] if token["special"]}
-    refuse(model_problems(parts))
+    refuse(vocabulary_problems(parts))
     if is_byte_level(parts):
         if (parts["normalizer"] or {}).get("type") == "NFC":
             parts["normalizer"] = None
@@ -137,17 +140,17 @@ def _exact(parts: dict[str, Any]) -> dict[str, Any]:
         return parts
     normalizers = _normalizers(parts)
     is_replaced = any(step["type"] == "Replace" for step in normalizers)
-    steps, is_written_otherwise = _steps(parts, is_replaced)
+    steps, are_spaces_replaced = _steps(parts, is_replaced)
     added = _added_tokens(parts, normalizers)
-    model = _exact_model(parts["model"], special, added, has_blanks=not is_written_otherwise)
+    model = _exact_model(parts["model"], special, added, keeps_spaces=not are_spaces_replaced)
     return pieces_library(model, added, steps)
 
 
 def _normalizers(parts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the normalizers, all of which write a blank otherwise, put one first, or are NFC.
+    """Return the normalizers: U+2581 for spaces, a space put first, or NFC.
 
     Raises:
-        ArtifactError: there is another.
+        ArtifactError: there is another one.
     """
     normalizer: dict[str, Any] = parts["normalizer"] or {"type": "Sequence", "normalizers": []}
     is_sequence = normalizer["type"] == "Sequence"
@@ -156,18 +159,19 @@ def _normalizers(parts: Mapping[str, Any]) -> list[dict[str, Any]]:
         is_blank = step.get("pattern") == {"String": " "} and step.get("content") == BLANK
         if not is_blank and step != {"type": "Prepend", "prepend": BLANK} and step["type"] != "NFC":
             raise ArtifactError(
-                f"normalizer: found {step['type']}, which changes texts; expected NFC, or what"
-                " writes a blank as U+2581. Train another without it, or one here with"
+                f"normalizer: found {step['type']}, which changes texts; expected NFC, or"
+                " U+2581 for spaces. Train another tokenizer without it, or one here with"
                 " train_tokenizer.kind=sentencepiece"
             )
     return steps
 
 
 def _steps(parts: Mapping[str, Any], is_replaced: bool) -> tuple[list[dict[str, Any]], bool]:
-    """Return what pre-tokenizes a text whose blanks stay, and whether they do not stay there.
+    """Return the pre-tokenization steps for texts that keep their spaces, and whether the original
+    tokenizer replaces them.
 
     Raises:
-        ArtifactError: a step cannot be written for such a text.
+        ArtifactError: a step has no counterpart.
     """
     steps = pre_tokenization_steps(parts)
     is_metaspace = any(step["type"] == "Metaspace" for step in steps)
@@ -176,7 +180,7 @@ def _steps(parts: Mapping[str, Any], is_replaced: bool) -> tuple[list[dict[str, 
         if step["type"] == "Metaspace" and step["replacement"] == BLANK:
             kept += [_BLANK_STEP] if step["split"] else []
         elif is_replaced and step.get("pattern") == {"String": " "}:
-            pass  # it finds nothing
+            pass  # it matches nothing
         elif (is_replaced or is_metaspace) and step["type"] != "Digits":
             raise ArtifactError(f"pre_tokenizer: found {step}, expected Metaspace, Digits or none")
         else:
@@ -187,7 +191,7 @@ def _steps(parts: Mapping[str, Any], is_replaced: bool) -> tuple[list[dict[str, 
 def _added_tokens(
     parts: Mapping[str, Any], normalizers: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return the tokens that are looked for before anything else, special ones marked."""
+    """Return the tokens that are matched before pre-tokenization, special ones with MARK."""
     is_prefixed = any(step["type"] == "Prepend" for step in normalizers)
     is_replaced = any(step["type"] == "Replace" for step in normalizers)
     kept: list[dict[str, Any]] = []
@@ -197,12 +201,12 @@ def _added_tokens(
             kept.append(added_token(token["id"], MARK + content, is_special=True))
         elif token["normalized"] and is_prefixed:
             raise ArtifactError(
-                f"added_tokens: {content!r} is normalized after a blank is put first; expected"
+                f"added_tokens: {content!r} is normalized after a space is put first; expected"
                 " normalized false"
             )
         elif token["normalized"] and is_replaced:
             kept.append(token | {"content": content.replace(BLANK, " "), "normalized": False})
-        elif BLANK not in content:  # else it is found where U+2581 itself stands, which is no blank
+        elif BLANK not in content:  # else it would match U+2581 itself, which is not a space
             kept.append(token | {"normalized": False})
     return kept
 
@@ -212,27 +216,27 @@ def _exact_model(
     special: Collection[str],
     added: Sequence[Mapping[str, Any]],
     *,
-    has_blanks: bool,
+    keeps_spaces: bool,
 ) -> dict[str, Any]:
-    """Return the model with blanks as blanks and the names marked that no text may give."""
+    """Return the model with spaces for U+2581, and MARK before names that no text may give."""
     is_unigram = model["type"] == "Unigram"
-    scores: dict[str, float] = dict(model["vocab"])  # of BPE they are the ids
+    scores: dict[str, float] = dict(model["vocab"])  # ids, if BPE
     unknown = model["unk_id"] if is_unigram else model["unk_token"]
     if is_unigram and unknown is not None:
         unknown = model["vocab"][unknown][0]
-    looked_for = {token["content"] for token in added}
+    matched_first = {token["content"] for token in added}
     names: dict[str, str] = {}
     for piece in scores:
-        # where blanks are written otherwise, no text gives a piece that holds one
-        is_never = not has_blanks and " " in piece and piece not in looked_for
-        plain = piece if has_blanks else piece.replace(BLANK, " ")
+        # if spaces are replaced, no text gives a piece that contains one
+        is_never = not keeps_spaces and " " in piece and piece not in matched_first
+        plain = piece if keeps_spaces else piece.replace(BLANK, " ")
         is_marked = is_never or piece == unknown or piece in special
         names[piece] = MARK + piece if is_marked else plain
     num_entries = len(model["vocab"])
     if len(set(names.values())) < num_entries or any(MARK in piece for piece in scores):
         raise ArtifactError(
-            "model.vocab: found pieces that hold U+FDD0, or that are the same once U+2581 is a"
-            " blank; expected neither"
+            "model.vocab: found pieces that contain U+FDD0, or that are equal once U+2581 is a"
+            " space; expected neither"
         )
     if is_unigram:
         return unigram_model([(names[piece], score) for piece, score in scores.items()])

@@ -1,8 +1,7 @@
 """The Hugging Face layouts of GPT-2, Llama-3, Qwen-3 and Gemma, as data.
 
-A layout says how `config.json` reads as the shape of a model and back, and under which name each of
-our weights lies in its safetensors files. What a layout cannot say is found by the round trip: a
-shape that does not come back as it was has no place there.
+A layout maps `config.json` to the shape of a model and back, and the names of our weights to those
+in its safetensors files. A shape that the round trip changes cannot be expressed in it.
 """
 
 import re
@@ -18,7 +17,7 @@ from llm.exchange.hf_config import (
     LlamaJson,
     Qwen3Json,
     Shape,
-    meant,
+    normalized_config,
     read_gemma,
     read_gpt2,
     read_llama,
@@ -48,26 +47,26 @@ class Layout:
     architecture: str
     """The class in transformers."""
     keys: type[ConfigJson]
-    """What config.json must and may hold."""
+    """The keys of config.json, required and optional."""
     read: Callable[..., Shape]
-    """From the keys to a shape; what has none is added to the problems given with them."""
+    """From the keys to a shape; takes a list to which it adds problems."""
     write: Callable[[Shape], ConfigJson]
-    """From a shape to the keys, as well as they can say it."""
+    """From a shape to the keys, as far as they can express it."""
     modules: Mapping[str, str]
-    """The name of each of our modules, N for the layer's number. Modules of one name lie in one
-    tensor, one after another.
+    """The name of each of our modules, N for the layer's number. Modules of one name are
+    concatenated in one tensor.
     """
     prefix: str
-    """What names begin with, unless the file is of the model without its head."""
+    """Prefix of all names, unless the file is of the model without its head."""
     ignored: re.Pattern[str] = re.compile(r".*\.rotary_emb\.inv_freq")
-    """Tensors of older files that follow from the settings."""
+    """Tensors of older files that the settings determine."""
     is_transposed: bool = False
     """Matrices inside the blocks are (in, out), as GPT-2's Conv1D has them."""
     norm_offset: float = 0.0
-    """Added to a stored norm weight: Gemma stores it less one."""
+    """Added to stored norm weights: Gemma stores them minus one."""
 
-    def place(self, name: str) -> tuple[str, int, int]:
-        """Return where our weight `name` lies: their name, which part of it, and of how many."""
+    def locate(self, name: str) -> tuple[str, int, int]:
+        """Return their tensor of our weight `name`, the part's index and the number of parts."""
         module, leaf = name.rsplit(".", 1)
         number = re.search(r"(?<=^blocks\.)\d+(?=\.)", module)
         generic = re.sub(r"^blocks\.\d+\.", "blocks.N.", module)
@@ -77,11 +76,11 @@ class Layout:
         return f"{filled}.{leaf}", shared.index(generic), len(shared)
 
     def transposes(self, name: str) -> bool:
-        """Tell whether our weight `name` lies transposed."""
+        """Tell whether our weight `name` is stored transposed."""
         return self.is_transposed and name.startswith("blocks.")
 
     def offset(self, name: str) -> float:
-        """Return what is added to the stored weight to give ours."""
+        """Return the number to add to the stored weight."""
         return self.norm_offset if name.endswith("norm.weight") else 0.0
 
 
@@ -89,8 +88,8 @@ def read_shape(layout: Layout, config: Mapping[str, object], source: str) -> Sha
     """Read the `config.json` of a model as its shape.
 
     Raises:
-        ArtifactError: a key is missing, of a wrong type, or says what we cannot express; all of
-        them are named, with what was found and what is expected.
+        ArtifactError: with all keys that are missing, of a wrong type, or of a value that cannot
+        be expressed here.
     """
     problems: list[str] = []
     known = {key.name: key for key in fields(layout.keys)}
@@ -105,14 +104,14 @@ def read_shape(layout: Layout, config: Mapping[str, object], source: str) -> Sha
         if key.default is MISSING and key.default_factory is MISSING and name not in settings
     ]
     if config.get("quantization_config") is not None:
-        problems.append("quantization_config: found one, expected weights that are not quantized")
+        problems.append("quantization_config: found one, expected unquantized weights")
     keys = None
     if not problems:
         keys = cast(ConfigJson | None, build(layout.keys, settings, "", problems))
     shape = layout.read(keys, problems) if keys else None
     if problems or shape is None:
         listed = "\n".join(f"  {problem}" for problem in problems)
-        raise ArtifactError(f"{source}: no {layout.name} model that fits here\n{listed}")
+        raise ArtifactError(f"{source}: not a {layout.name} model that fits here\n{listed}")
     return shape
 
 
@@ -120,12 +119,12 @@ def write_shape(layout: Layout, shape: Shape) -> dict[str, object]:
     """Return the content of `config.json`, without the ids of control tokens.
 
     Raises:
-        ConfigError: the layout cannot say it; every setting is named.
+        ConfigError: with all settings that the layout cannot express.
     """
-    problems = differences(layout, shape)
+    problems = unsupported_settings(layout, shape)
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
-        raise ConfigError(f"the {layout.name} layout cannot hold this model\n{listed}")
+        raise ConfigError(f"the {layout.name} layout cannot express this model\n{listed}")
     keys = asdict(layout.write(shape))
     rope = keys.get("rope_parameters")
     if rope is not None:
@@ -142,11 +141,14 @@ def write_shape(layout: Layout, shape: Shape) -> dict[str, object]:
     return {"model_type": layout.name, "architectures": [layout.architecture], **keys}
 
 
-def differences(layout: Layout, shape: Shape) -> list[str]:
-    """Return what of `shape` the layout cannot say: setting, found and expected."""
+def unsupported_settings(layout: Layout, shape: Shape) -> list[str]:
+    """Return the settings of `shape` that the layout cannot express."""
     problems: list[str] = []
     returned = layout.read(layout.write(shape), problems)
-    ours, theirs = asdict(meant(shape.config)), asdict(meant(returned.config))
+    ours, theirs = (
+        asdict(normalized_config(shape.config)),
+        asdict(normalized_config(returned.config)),
+    )
     return problems + [
         f"model.{name}: found {ours[name]}, expected {theirs[name]}"
         for name in ours
@@ -155,21 +157,21 @@ def differences(layout: Layout, shape: Shape) -> list[str]:
 
 
 def layout_for(shape: Shape) -> Layout:
-    """Return the layout that can hold a model.
+    """Return a layout that can express a model.
 
     Raises:
-        ConfigError: none can; for each it says why.
+        ConfigError: none can, with the reasons of each.
     """
-    found = {layout.name: differences(layout, shape) for layout in LAYOUTS.values()}
+    found = {layout.name: unsupported_settings(layout, shape) for layout in LAYOUTS.values()}
     for name, problems in found.items():
         if not problems:
             return LAYOUTS[name]
     listed = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in found.items())
-    raise ConfigError(f"no layout of transformers can hold this model\n{listed}")
+    raise ConfigError(f"no layout of transformers can express this model\n{listed}")
 
 
 def _rope_settings(config: Mapping[str, object], problems: list[str]) -> dict[str, object]:
-    """Gather what says how positions turn, wherever a version of transformers wrote it."""
+    """Gather the settings of RoPE from wherever a version of transformers wrote them."""
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
         problems.append(f"rope_parameters: found {found!r}, expected an object")

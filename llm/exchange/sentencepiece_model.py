@@ -1,7 +1,7 @@
-"""Read `tokenizer.model`, in which SentencePiece publishes a vocabulary, without its library.
+"""Read SentencePiece's `tokenizer.model`, a protocol buffer, without its library.
 
-Source: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto, whose
-numbers of fields stand here.
+Source of the field numbers:
+https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
 
 import struct
@@ -20,7 +20,7 @@ _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5
 
 
 class PieceType(IntEnum):
-    """What a piece is."""
+    """The type of a piece."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -41,7 +41,7 @@ class ModelPiece:
 
 @dataclass(kw_only=True, slots=True)
 class PieceModel:
-    """What `tokenizer.model` holds, of what matters here; the defaults are the format's."""
+    """The fields of `tokenizer.model` that are used here, with the format's defaults."""
 
     pieces: list[ModelPiece] = field(default_factory=list[ModelPiece])
     model_type: int = 1
@@ -50,9 +50,9 @@ class PieceModel:
     normalization: str = ""
     """The name of the rule."""
     is_normalized: bool = False
-    """Whether there is a table by which texts are changed."""
-    escapes_blanks: bool = True
-    """Whether pieces write a blank as U+2581."""
+    """Whether a table of replacements changes texts."""
+    escapes_spaces: bool = True
+    """Whether pieces have U+2581 for spaces."""
 
     @property
     def begin(self) -> str | None:
@@ -64,7 +64,7 @@ def read_piece_model(data: bytes) -> PieceModel:
     """Parse the file.
 
     Raises:
-        ArtifactError: it is no model of SentencePiece.
+        ArtifactError: it is not a SentencePiece model.
     """
     model = PieceModel()
     try:
@@ -81,15 +81,15 @@ def read_piece_model(data: bytes) -> PieceModel:
                     normalizer = dict(_fields(value))
                     model.normalization = bytes(normalizer.get(1, b"")).decode()
                     model.is_normalized = bool(normalizer.get(2) or normalizer.get(6))
-                    model.escapes_blanks = bool(normalizer.get(5, True))
+                    model.escapes_spaces = bool(normalizer.get(5, True))
                 case _:
                     pass
         if not model.pieces:
             raise ValueError("no pieces")
     except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
         raise ArtifactError(
-            f"no model of SentencePiece ({error}); one whose name is {MODEL_FILE} may be of"
-            " tiktoken, for which transformers writes tokenizer.json"
+            f"not a SentencePiece model ({error}); a {MODEL_FILE} of tiktoken must be converted to"
+            " tokenizer.json by transformers"
         ) from error
     return model
 
@@ -98,11 +98,11 @@ def library_parts(model: PieceModel) -> dict[str, Any]:
     """Return the model as transformers converts it to the format of `tokenizers`.
 
     Raises:
-        ArtifactError: it changes texts or loses characters; the message names the option.
+        ArtifactError: it changes texts or loses characters, with the options that do.
     """
     if problems := _problems(model):
         raise ArtifactError(
-            "a model of SentencePiece that does not keep every byte: " + "; ".join(problems)
+            "a SentencePiece model that does not keep every byte: " + "; ".join(problems)
         )
     kinds = {PieceType.CONTROL: True, PieceType.USER_DEFINED: False}
     added = [
@@ -124,7 +124,7 @@ def library_parts(model: PieceModel) -> dict[str, Any]:
     return {
         "version": "1.0",
         "added_tokens": added,
-        "normalizer": replace if model.escapes_blanks else None,
+        "normalizer": replace if model.escapes_spaces else None,
         "pre_tokenizer": None,
         "decoder": None,
         "model": made,
@@ -139,24 +139,25 @@ def _problems(model: PieceModel) -> list[str]:
     if model.is_normalized:
         problems.append(
             f"normalization_rule_name: found {model.normalization or 'a table'}, which changes"
-            " texts; expected identity. Train another with it, or one here with"
+            " texts; expected identity. Train another tokenizer with it, or one here with"
             " train_tokenizer.kind=sentencepiece"
         )
     if not model.has_byte_fallback:
         problems.append(
-            "byte_fallback: found false, expected true, or characters that it lacks would be"
-            " lost. Train another with it, or one here with train_tokenizer.kind=sentencepiece"
+            "byte_fallback: found false, expected true, or characters outside the"
+            " vocabulary would be lost. Train another tokenizer with it, or one here with"
+            " train_tokenizer.kind=sentencepiece"
         )
     held = [one.piece for one in model.pieces if one.type is PieceType.USER_DEFINED]
     if ALGORITHMS.get(model.model_type) == "Unigram" and any(BLANK in piece for piece in held):
         problems.append(
-            "user_defined_symbols: found some with blanks, which unigram weighs in another way"
-            " than it was trained with; expected none"
+            "user_defined_symbols: found some with spaces, which unigram would score differently"
+            " from its training; expected none"
         )
     if unused := sum(one.type is PieceType.UNUSED for one in model.pieces):
         problems.append(
-            f"{unused} pieces are of the type UNUSED, by which a vocabulary was made smaller after"
-            " its training; expected none"
+            f"{unused} pieces of the type UNUSED, from shrinking the vocabulary after training;"
+            " expected none"
         )
     return problems
 
@@ -193,7 +194,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """Return the number that begins at `position`, and where the next field does."""
+    """Return the number at `position`, and the position after it."""
     value, shift = 0, 0
     while True:
         byte = data[position]

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm.data.permutation import mix
 from llm.model.loss import IGNORED
 from llm.model.transformer import Transformer
+from llm.seeds import splitmix64
 
 SHARE_HIDDEN, SHARE_REPLACED = 0.8, 0.1
 LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32
@@ -53,9 +53,9 @@ class Masking:
         T = tokens.shape[1]
         # one counter per position of the training run: every epoch masks other tokens
         counters = samples[:, None] * T + np.arange(T)  # (B,) -> (B, T)
-        # + 1: mix(0) is 0, so seed 0 would always mask the first position
+        # + 1: splitmix64(0) is 0, so seed 0 would always mask the first position
         with np.errstate(over="ignore"):  # SplitMix64 wraps around at 64 bits
-            bits = mix(
+            bits = splitmix64(
                 np.uint64(self.seed) + (counters.astype(np.uint64) + np.uint64(1)) * STREAM_STEP
             )
         # disjoint bits of one number serve as independent draws: 24 + 16 + 24

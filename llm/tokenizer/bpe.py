@@ -1,7 +1,7 @@
-"""Byte-level BPE: text to token ids and back, exact on any text, learned and run by `tokenizers`.
+"""Byte-level BPE, trained and run by the library `tokenizers`.
 
-Every one of the 256 bytes is a token, so no text is unknown. The control tokens hold the first ids;
-in GPT-2's published vocabulary the last (llm/tokenizer/gpt2.py).
+Each of the 256 bytes is a token, so no text is unknown. The control tokens have the first ids; in
+GPT-2's published vocabulary the last (llm/tokenizer/gpt2.py).
 """
 
 import json
@@ -15,13 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from llm.errors import ArtifactError
-from llm.tokenizer.base import (
-    CONTROL_TOKENS,
-    TOKENIZER_JSON,
-    Ids,
-    Tokenizer,
-    refuse_lone_surrogates,
-)
+from llm.tokenizer.base import CONTROL_TOKENS, Ids, Tokenizer, refuse_lone_surrogates
 from llm.tokenizer.pre_tokenization import (
     MAX_DIGITS,
     PRE_TOKENIZATIONS,
@@ -29,15 +23,15 @@ from llm.tokenizer.pre_tokenization import (
     split_text,
     word_finder,
 )
-from llm.tokenizer.word_cache import WordCache, encode_in_pieces
+from llm.tokenizer.word_cache import WordCache, encode_in_chunks
 
-SEPARATOR = "\uffff"  # stands for no character, so texts that hold it are not split here
+SEPARATOR = "\uffff"  # not a character; texts that contain it are encoded by the library
 JOINED_WORDS = 100
 GPT2_CONTROL_TOKENS = ("<|endoftext|>", *CONTROL_TOKENS[1:])
 
 
 class ByteLevelBPE(Tokenizer):
-    """Encode and decode with one learned vocabulary."""
+    """Encode and decode with one vocabulary of byte-level tokens."""
 
     kind: ClassVar[str] = "bpe"
 
@@ -61,28 +55,24 @@ class ByteLevelBPE(Tokenizer):
         pre_tokenization: str = "code",
         max_digits: int = 3,
     ) -> "ByteLevelBPE":
-        """Learn at most `vocab_size` tokens; fewer where the texts repeat nothing more."""
+        """Learn at most `vocab_size` tokens; fewer if the texts repeat nothing more."""
         tokenizer = make_library_tokenizer(models.BPE(), pre_tokenization, max_digits)
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            min_frequency=2,  # what occurs once is memorized, not learned
+            min_frequency=2,  # a merge that occurs once only memorizes the text
             show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # else unseen bytes would vanish
             special_tokens=[AddedToken(token, special=True) for token in CONTROL_TOKENS],
         )
-        pieces = (piece for text in texts for piece in split_text(text, pre_tokenization))
-        tokenizer.train_from_iterator(pieces, trainer)
-        return cls.from_json(tokenizer.to_str().encode())
+        chunks = (chunk for text in texts for chunk in split_text(text, pre_tokenization))
+        tokenizer.train_from_iterator(chunks, trainer)
+        return cls.from_json(_parts(tokenizer))
 
     @classmethod
-    def from_json(cls, data: bytes) -> "ByteLevelBPE":
-        """Make a tokenizer from what `to_files` wrote.
-
-        Raises:
-            ArtifactError: the bytes are damaged or of another kind of tokenizer.
-        """
+    def from_json(cls, fields: Mapping[str, Any]) -> "ByteLevelBPE":
+        """Make a tokenizer from the fields that `to_json` wrote, or raise ArtifactError."""
         try:
-            tokenizer = LibraryTokenizer.from_str(data.decode("utf-8"))
+            tokenizer = LibraryTokenizer.from_str(json.dumps(fields))
         except Exception as error:  # the library raises the bare class
             raise ArtifactError(f"the library cannot read it ({error})") from error
         found = _parts(tokenizer)
@@ -91,31 +81,34 @@ class ByteLevelBPE(Tokenizer):
             raise ArtifactError(problem)
         return cls(tokenizer, pre_tokenization, max_digits)
 
-    def to_files(self) -> dict[str, bytes]:
-        return {TOKENIZER_JSON: self._tokenizer.to_str(pretty=True).encode() + b"\n"}
+    def to_json(self) -> bytes:
+        return self._tokenizer.to_str(pretty=True).encode() + b"\n"
+
+    def library_json(self) -> dict[str, Any]:
+        return _parts(self._tokenizer)
 
     def encode_arrays(self, texts: Sequence[str]) -> list[Ids]:
         try:
-            return encode_in_pieces(
-                texts, lambda text: split_text(text, self._pre_tokenization), self._encode_pieces
+            return encode_in_chunks(
+                texts, lambda text: split_text(text, self._pre_tokenization), self._encode_chunks
             )
         except TypeError:
             refuse_lone_surrogates(texts)
             raise
 
-    def _encode_pieces(self, pieces: Sequence[str]) -> list[Ids]:
-        """Encode by words where Python's engine splits as the library's does, else all there."""
-        split = [self._find_words(piece) for piece in pieces]
+    def _encode_chunks(self, chunks: Sequence[str]) -> list[Ids]:
+        """Encode by words where Python's engine splits as the library's does, else by it."""
+        split = [self._find_words(chunk) for chunk in chunks]
         by_words = iter(self._words.encode([words for words in split if words is not None]))
         by_library = iter(
             self._encode_by_library(
-                [piece for piece, words in zip(pieces, split, strict=True) if words is None]
+                [chunk for chunk, words in zip(chunks, split, strict=True) if words is None]
             )
         )
         return [next(by_library if words is None else by_words) for words in split]
 
     def _merge(self, words: Sequence[str]) -> tuple[Ids, npt.NDArray[np.int64]]:
-        """Encode words; joined, as the library's price for a text is twice that for a word."""
+        """Encode words, joined: the library's overhead per text is twice its cost per word."""
         texts = [
             SEPARATOR.join(words[start : start + JOINED_WORDS])
             for start in range(0, len(words), JOINED_WORDS)
@@ -141,9 +134,9 @@ class ByteLevelBPE(Tokenizer):
 
 
 def byte_characters() -> list[str]:
-    """Return the printable character by which the vocabulary writes each of the 256 bytes.
+    """Return the printable character that stands for each of the 256 bytes in the vocabulary.
 
-    Source: GPT-2, `bytes_to_unicode`: printable Latin-1 stands for itself, the rest for U+0100 on.
+    Source: GPT-2, `bytes_to_unicode`: printable Latin-1 as itself, the rest from U+0100 on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -153,7 +146,7 @@ def byte_characters() -> list[str]:
 def make_library_tokenizer(
     model: models.BPE, pre_tokenization: str = "code", max_digits: int = 0
 ) -> LibraryTokenizer:
-    """Put the parts around `model` that make it byte-level; control tokens are yet to be added."""
+    """Return a byte-level tokenizer around `model`, without control tokens."""
     tokenizer = LibraryTokenizer(model)
     pattern = Regex(library_pattern(pre_tokenization, max_digits))
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -165,7 +158,7 @@ def make_library_tokenizer(
 
 
 def _make_merger(tokenizer: LibraryTokenizer) -> LibraryTokenizer:
-    """Make what encodes words that SEPARATOR joins, with the model of `tokenizer`."""
+    """Return an encoder of words joined by SEPARATOR, with the model of `tokenizer`."""
     merger = LibraryTokenizer(tokenizer.model)
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     merger.pre_tokenizer = pre_tokenizers.Sequence(
@@ -175,28 +168,28 @@ def _make_merger(tokenizer: LibraryTokenizer) -> LibraryTokenizer:
 
 
 def _find_pre_tokenization(found: Mapping[str, Any]) -> tuple[str, int]:
-    """Return the pre_tokenization and digits that a loaded tokenizer, `found`, was made with.
+    """Return the `pre_tokenization` and `max_digits` of a loaded tokenizer.
 
     Raises:
-        ArtifactError: it splits in another way.
+        ArtifactError: it has another pre-tokenizer.
     """
     for pre_tokenization in PRE_TOKENIZATIONS:
         for max_digits in range(MAX_DIGITS + 1):
             made = make_library_tokenizer(models.BPE(), pre_tokenization, max_digits)
             if _parts(made)["pre_tokenizer"] == found["pre_tokenizer"]:
                 return pre_tokenization, max_digits
-    raise ArtifactError("its pre_tokenizer is another")
+    raise ArtifactError("its pre_tokenizer is not one of this project")
 
 
 def _difference(found: Mapping[str, Any], pre_tokenization: str, max_digits: int) -> str | None:
-    """Say in what a loaded tokenizer, `found`, is not one that is made here, or return None."""
+    """Say how a loaded tokenizer differs from one made here, or return None."""
     expected = _parts(make_library_tokenizer(models.BPE(), pre_tokenization, max_digits))
     for part in expected.keys() - {"model", "added_tokens"}:
         if found[part] != expected[part]:
-            return f"its {part} is another"
+            return f"its {part} is not the one of this project"
     settings = found["model"].keys() - {"vocab", "merges"}
     if any(found["model"][key] != expected["model"][key] for key in settings):
-        return "its model has other settings"
+        return "its model has settings other than this project's"
     return _vocabulary_problem(found)
 
 
@@ -217,7 +210,7 @@ def _vocabulary_problem(parts: Mapping[str, Any]) -> str | None:
         return "its ids have gaps"
     tokens = vocabulary.keys() - {token for _, token, _ in added}
     if strange := set("".join(tokens)) - set(byte_characters()):
-        return f"its vocabulary holds {sorted(strange)}, which stand for no byte"
+        return f"its vocabulary has {sorted(strange)}, which stand for no byte"
     if missing := set(byte_characters()) - tokens:
         return f"its vocabulary lacks {sorted(missing)}"
     return None

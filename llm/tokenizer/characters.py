@@ -1,29 +1,33 @@
-"""The two vocabularies that merge nothing: one id a character, and one id a byte."""
+"""Tokenizers without merges: one id per character, and one id per byte."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as LibraryTokenizer
 
 from llm.errors import ArtifactError, DataError
 from llm.tokenizer.base import (
     CONTROL_TOKENS,
     NUM_BYTE_VALUES,
-    TOKENIZER_JSON,
     Ids,
     Tokenizer,
+    json_bytes,
     refuse_lone_surrogates,
 )
+from llm.tokenizer.bpe import byte_characters
+from llm.tokenizer.pieces import BYTE_PIECES
 
 NUM_CONTROL = len(CONTROL_TOKENS)
 CODE_POINTS = 0x110000
 
 
 class ByteTokenizer(Tokenizer):
-    """One id a byte of UTF-8: nothing to learn, nothing unknown."""
+    """One id per byte of UTF-8: nothing to learn, nothing unknown."""
 
     kind: ClassVar[str] = "bytes"
 
@@ -31,17 +35,18 @@ class ByteTokenizer(Tokenizer):
         super().__init__(NUM_CONTROL + NUM_BYTE_VALUES)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "ByteTokenizer":
-        """Make a tokenizer from what `to_files` wrote.
-
-        Raises:
-            ArtifactError: it is none.
-        """
-        _refuse_other_fields(data, {"kind": str})
+    def train(cls, texts: Iterable[str] = ()) -> "ByteTokenizer":
+        """Make the tokenizer, whatever the texts."""
         return cls()
 
-    def to_files(self) -> dict[str, bytes]:
-        return _json_file({"kind": self.kind})
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "ByteTokenizer":
+        """Make a tokenizer from the fields that `to_json` wrote, or raise ArtifactError."""
+        _refuse_other_fields(fields, {"kind": str})
+        return cls()
+
+    def to_json(self) -> bytes:
+        return json_bytes({"kind": self.kind})
 
     def encode_arrays(self, texts: Sequence[str]) -> list[Ids]:
         refuse_lone_surrogates(texts)
@@ -54,12 +59,19 @@ class ByteTokenizer(Tokenizer):
     def bytes_of_token(self) -> list[bytes]:
         return [b""] * NUM_CONTROL + [bytes([byte]) for byte in range(NUM_BYTE_VALUES)]
 
+    def library_json(self) -> dict[str, Any]:
+        """Return a byte-level BPE without merges."""
+        made = LibraryTokenizer(models.BPE(_vocabulary(byte_characters()), []))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.decoder = decoders.ByteLevel()
+        return _with_control_tokens(made)
+
 
 class CharacterTokenizer(Tokenizer):
-    """One id a character of the training text; the rest by their bytes, or not at all.
+    """One id per character of the training text; other characters by their bytes, or an error.
 
-    The ids after the control tokens are the characters by code point, then the 256 bytes where
-    `has_byte_fallback`.
+    After the control tokens come the characters by code point, then, with `has_byte_fallback`, the
+    256 bytes.
     """
 
     kind: ClassVar[str] = "characters"
@@ -78,24 +90,20 @@ class CharacterTokenizer(Tokenizer):
         return cls("".join(sorted(characters)), has_byte_fallback)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "CharacterTokenizer":
-        """Make a tokenizer from what `to_files` wrote.
-
-        Raises:
-            ArtifactError: it is none.
-        """
-        _refuse_other_fields(data, {"kind": str, "characters": str, "has_byte_fallback": bool})
-        characters: str = data["characters"]
+    def from_json(cls, fields: Mapping[str, Any]) -> "CharacterTokenizer":
+        """Make a tokenizer from the fields that `to_json` wrote, or raise ArtifactError."""
+        _refuse_other_fields(fields, {"kind": str, "characters": str, "has_byte_fallback": bool})
+        characters: str = fields["characters"]
         if characters != "".join(sorted(set(characters))):
             raise ArtifactError("its characters are not in order, each once")
         try:
             refuse_lone_surrogates([characters])
         except DataError as error:
             raise ArtifactError(f"its characters: {error}") from error
-        return cls(characters, data["has_byte_fallback"])
+        return cls(characters, fields["has_byte_fallback"])
 
-    def to_files(self) -> dict[str, bytes]:
-        return _json_file(
+    def to_json(self) -> bytes:
+        return json_bytes(
             {
                 "kind": self.kind,
                 "characters": self._characters,
@@ -104,7 +112,8 @@ class CharacterTokenizer(Tokenizer):
         )
 
     def can_encode(self, text: str) -> bool:
-        return super().can_encode(text) and (self._has_byte_fallback or not self._unknown(text))
+        is_known = self._has_byte_fallback or set(text) <= set(self._characters)
+        return is_known and super().can_encode(text)
 
     def encode_arrays(self, texts: Sequence[str]) -> list[Ids]:
         refuse_lone_surrogates(texts)
@@ -117,15 +126,27 @@ class CharacterTokenizer(Tokenizer):
             tokens += [bytes([byte]) for byte in range(NUM_BYTE_VALUES)]
         return tokens
 
+    def library_json(self) -> dict[str, Any]:
+        """Return one word per character or, with byte fallback, a BPE without merges."""
+        if self._has_byte_fallback:
+            vocabulary = _vocabulary([*self._characters, *BYTE_PIECES])
+            made = LibraryTokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+            made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        else:
+            made = LibraryTokenizer(models.WordLevel(_vocabulary(self._characters), unk_token=""))
+            made.decoder = decoders.Fuse()
+        made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+        return _with_control_tokens(made)
+
     def _encode(self, text: str, index: int) -> Ids:
         code_points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
         ids = self._id_of_code_point[code_points]
         if ids.all():
             return ids
         if not self._has_byte_fallback:
-            place = int((ids == 0).argmax())
+            position = int((ids == 0).argmax())
             raise DataError(
-                f"text {index}: character {place}, {text[place]!r}, is not among the"
+                f"text {index}: character {position}, {text[position]!r}, is not among the"
                 f" {len(self._characters)} characters of the training text; take it out, or set"
                 " train_tokenizer.has_byte_fallback to true"
             )
@@ -139,12 +160,9 @@ class CharacterTokenizer(Tokenizer):
         )
         return spelled
 
-    def _unknown(self, text: str) -> set[str]:
-        return set(text).difference(self._characters)
-
     @cached_property
     def _id_of_code_point(self) -> Ids:
-        """(CODE_POINTS,); 0, which is bos, for a character the vocabulary lacks."""
+        """(CODE_POINTS,); 0, the id of bos, for characters outside the vocabulary."""
         table = np.zeros(CODE_POINTS, dtype=np.uint32)
         code_points = np.array([ord(character) for character in self._characters], dtype=np.int64)
         table[code_points] = np.arange(NUM_CONTROL, self._first_byte_id)
@@ -155,11 +173,16 @@ def _utf8_lengths(code_points: Ids) -> npt.NDArray[np.int64]:
     return 1 + np.searchsorted([0x80, 0x800, 0x10000], code_points, side="right")
 
 
-def _json_file(fields: Mapping[str, object]) -> dict[str, bytes]:
-    return {TOKENIZER_JSON: json.dumps(fields, indent=2).encode() + b"\n"}
+def _refuse_other_fields(fields: Mapping[str, Any], types: Mapping[str, type]) -> None:
+    if {name: type(value) for name, value in fields.items()} != dict(types):
+        raise ArtifactError(f"found the fields {sorted(fields)}, expected {sorted(types)}")
 
 
-def _refuse_other_fields(data: Mapping[str, Any], types: Mapping[str, type]) -> None:
-    found = {name: type(value) for name, value in data.items()}
-    if found != dict(types):
-        raise ArtifactError(f"found the fields {sorted(found)}, expected {sorted(types)}")
+def _vocabulary(tokens: Iterable[str]) -> dict[str, int]:
+    """Return the ids of the control tokens and of the tokens that follow them."""
+    return {token: index for index, token in enumerate((*CONTROL_TOKENS, *tokens))}
+
+
+def _with_control_tokens(made: LibraryTokenizer) -> dict[str, Any]:
+    made.add_special_tokens([AddedToken(token, special=True) for token in CONTROL_TOKENS])
+    return cast(dict[str, Any], json.loads(made.to_str()))

@@ -1,8 +1,8 @@
-"""GPT-2's published vocabulary, its ids exact, from the two files OpenAI gave out with it.
+"""GPT-2's published vocabulary with its exact ids, from the two files that OpenAI released.
 
-`<|endoftext|>`, 50256, begins every document, as GPT-2 learned it; the other control tokens follow
-from 50257 on. So a model with GPT-2's own 50,257 ids can read and write text, and only chats and
-masks need the 6 ids more.
+`<|endoftext|>`, 50256, begins every document, as in GPT-2's training; the other control tokens
+follow from 50257 on. So a model with GPT-2's 50,257 ids can read and write text, and only chats and
+masks need the 6 extra ids.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ GPT2_FILES = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-"""The sha256 of each file; no other bytes are taken, so that where they lie does not matter."""
+"""The sha256 of each file. No other bytes are accepted, so that their path does not matter."""
 
 
 def load_gpt2(folder: Path) -> ByteLevelBPE:
@@ -43,9 +43,9 @@ def load_gpt2(folder: Path) -> ByteLevelBPE:
             + "\nleave train_tokenizer.path empty to fetch them"
         )
     vocabulary: dict[str, int] = json.loads(data["encoder.json"])
-    lines = data["vocab.bpe"].decode().splitlines()[1:]  # the first says the version
+    lines = data["vocab.bpe"].decode().splitlines()[1:]  # the first line is the version
     merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
     del vocabulary[GPT2_CONTROL_TOKENS[0]]  # 50256, the last; added again as a control token
     tokenizer = make_library_tokenizer(models.BPE(vocabulary, merges), "gpt2", max_digits=0)
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in GPT2_CONTROL_TOKENS])
-    return ByteLevelBPE.from_json(tokenizer.to_str().encode())
+    return ByteLevelBPE.from_json(json.loads(tokenizer.to_str()))

@@ -1,30 +1,23 @@
 """Load a tokenizer of any kind from the folder that holds its files."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from llm.errors import ArtifactError
-from llm.tokenizer.base import TOKENIZER_JSON, Tokenizer
-from llm.tokenizer.bpe import ByteLevelBPE
-from llm.tokenizer.characters import ByteTokenizer, CharacterTokenizer
+from llm.tokenizer.base import CHAT_FORMAT_JSON, DEFAULT_CHAT_FORMAT, TOKENIZER_JSON, Tokenizer
 from llm.tokenizer.imported import ImportedTokenizer
-from llm.tokenizer.sentencepiece import SentencePieceTokenizer
+from llm.tokenizer.kinds import TOKENIZER_KINDS
 
-KINDS = {
-    kind.kind: kind
-    for kind in (ByteTokenizer, CharacterTokenizer, ImportedTokenizer, SentencePieceTokenizer)
-}
-"""The kinds that `tokenizer.json` names; one without a name is ByteLevelBPE."""
+KIND_WITHOUT_NAME = "bpe"  # its file is in the format of the library `tokenizers`
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer in an artifact or a model folder, whatever its kind.
-
-    `tokenizer.json` says the kind; without one it is the format of the library `tokenizers`.
+    """Load the tokenizer in an artifact or a model folder.
 
     Raises:
-        ArtifactError: it is missing, damaged or not one of this project.
+        ArtifactError: the file is missing, damaged or of no kind known here.
     """
     path = folder / TOKENIZER_JSON
     try:
@@ -35,17 +28,29 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         fields = json.loads(data)
         if not isinstance(fields, dict):
             raise ValueError("no JSON object")
-        return _from_json(data, cast(dict[str, Any], fields))
-    except (ValueError, RecursionError, ArtifactError) as error:
+        tokenizer = _from_json(cast(dict[str, Any], fields))
+    except (TypeError, ValueError, RecursionError, ArtifactError) as error:
         raise ArtifactError(
             f"{path}: no tokenizer of this project: {error}; run train_tokenizer"
         ) from error
+    tokenizer.chat_format = _read_chat_format(folder / CHAT_FORMAT_JSON)
+    return tokenizer
 
 
-def _from_json(data: bytes, fields: dict[str, Any]) -> Tokenizer:
-    kind = fields.get("kind")
-    if kind is None:
-        return ByteLevelBPE.from_json(data)
-    if kind not in KINDS:
-        raise ArtifactError(f"the kind {kind!r} is unknown, expected one of {', '.join(KINDS)}")
-    return KINDS[kind].from_json(fields)
+def _from_json(fields: Mapping[str, Any]) -> Tokenizer:
+    kind = fields.get("kind", KIND_WITHOUT_NAME)
+    if kind == ImportedTokenizer.kind:
+        return ImportedTokenizer.from_json(fields)
+    if kind not in TOKENIZER_KINDS:
+        known = ", ".join([*TOKENIZER_KINDS, ImportedTokenizer.kind])
+        raise ArtifactError(f"the kind {kind!r} is unknown, expected one of {known}")
+    return TOKENIZER_KINDS[kind].code().from_json(fields)
+
+
+def _read_chat_format(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_bytes())["name"])
+    except FileNotFoundError:
+        return DEFAULT_CHAT_FORMAT
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ArtifactError(f"{path}: damaged ({error!r}); run train_tokenizer again") from error

@@ -1,8 +1,8 @@
 """Pre-tokenization: regular expressions that split text before BPE merging.
 
-A pattern's matches, one after another, are the whole text, and no token crosses them. The library
-`tokenizers` runs it in its own engine. Here it is written a second time for Python's, which
-is several times faster, over the characters on whose classes both engines agree in every version.
+A pattern's matches concatenate to the whole text, and no token crosses them. The library
+`tokenizers` runs it in its own engine. Here it is also translated for Python's engine, which is
+several times faster, over the characters on whose classes both engines agree in every version.
 """
 
 import re
@@ -11,10 +11,9 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from functools import cache
 
-# `code` is GPT-2's with three changes: a word with the space before it, underscores being letters;
-# numbers; punctuation with the line ends after it; and runs of whitespace, so that an indentation
-# can be one token. GPT-4's lets a word take the sign before it: `(self` and `self` share nothing,
-# and a model cannot copy one from the other.
+# `code` is GPT-2's pattern, changed for source code: underscores are letters, punctuation takes the
+# line ends after it, and an indentation can be one token. In GPT-4's a word takes the sign before
+# it: `(self` and `self` share no token, so that a model cannot copy one from the other.
 # Sources: GPT-2, encoder.py; GPT-4, cl100k_base of tiktoken.
 _TEMPLATES = {
     "code": (
@@ -33,35 +32,36 @@ _TEMPLATES = {
 PRE_TOKENIZATIONS = tuple(_TEMPLATES)
 MAX_DIGITS = 3
 
-# The library needs over 100 bytes a token while it encodes, so a long text goes in pieces.
-PIECE_CHARACTERS = 32_768
+CHUNK_CHARACTERS = 32_768  # long texts are cut: the library needs over 100 bytes per token
 _LINE_START = r"(?<=\n)(?=\S)"
+# a line end may belong to the punctuation before it, but not to a word
+_LINE_OR_WORD = re.compile(rf"{_LINE_START}|(?<=[A-Za-z0-9])(?=[ \n\r\t])")
 _CUTS = {
-    # a line end may belong to the punctuation before it, but not to a word
-    "code": re.compile(rf"{_LINE_START}|(?<=[A-Za-z0-9])(?=[ \n\r\t])"),
-    "gpt2": re.compile(r"(?<=\S)(?=[ \n\r\t])"),
-    "gpt4": re.compile(rf"{_LINE_START}|(?<=[A-Za-z0-9])(?=[ \n\r\t])"),
+    "code": (_LINE_OR_WORD,),
+    "gpt2": (re.compile(r"(?<=\S)(?=[ \n\r\t])"),),
+    "gpt4": (_LINE_OR_WORD,),
+    "imported": (re.compile(_LINE_START), re.compile(r"(?<=\S)(?= )")),  # whatever its pattern
 }
 _CLASSES = {r"\p{L}": "L", r"\p{N}": "N", r"\s": " "}
 _WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
 )
 _FOLDING_TO_ASCII = "\u017f\u212a\ufb05\ufb06"  # to s, k, st: engines differ in ignoring case
-_EMOJI = ("\U0001f300", "\U0001faff")  # no letter, number or blank among them, nor ever will be
+_EMOJI = ("\U0001f300", "\U0001faff")  # a range without letters, numbers or whitespace
 
 
 def library_pattern(pre_tokenization: str, max_digits: int) -> str:
-    """Return the regular expression for `tokenizers`; 0 digits are as many as there are."""
+    """Return the regular expression for `tokenizers`; `max_digits` 0 is no limit."""
     digits = f"{{1,{max_digits}}}" if max_digits else "+"
     return _TEMPLATES[pre_tokenization].replace("DIGITS", digits)
 
 
 @cache
 def word_finder(pre_tokenization: str, max_digits: int) -> Callable[[str], list[str] | None]:
-    """Return a function that splits a text as the library would, in Python's own engine.
+    """Return a function that splits a text into words as the library would.
 
-    It returns None for a text with characters that the engines may class differently: those that
-    came to Unicode after 2002, or have changed since.
+    It returns None for a text with characters that the two engines may class differently: those
+    added to Unicode after 2002, or reclassified since.
     """
     pattern = library_pattern(pre_tokenization, max_digits)
     for written, name in _CLASSES.items():
@@ -72,15 +72,17 @@ def word_finder(pre_tokenization: str, max_digits: int) -> Callable[[str], list[
 
 
 def split_text(text: str, pre_tokenization: str = "code") -> Iterator[str]:
-    """Yield `text` in pieces of about PIECE_CHARACTERS, cut where no token crosses.
+    """Yield `text` in chunks of CHUNK_CHARACTERS to twice as many, cut where no token crosses.
 
-    So the pieces' tokens are the text's. Where there is no such place in twice that length the cut
-    falls between any two characters: the round trip is still exact, in slightly other tokens.
+    So the chunks' tokens are the text's. Without such a position the cut falls between any two
+    characters: the round trip is still exact, in slightly different tokens.
     """
-    cut, start = _CUTS[pre_tokenization], 0
-    while len(text) - start > PIECE_CHARACTERS:
-        place = cut.search(text, start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS)
-        end = place.start() if place else start + PIECE_CHARACTERS
+    start = 0
+    while len(text) - start > CHUNK_CHARACTERS:
+        first, last = start + CHUNK_CHARACTERS, start + 2 * CHUNK_CHARACTERS
+        found = (cut.search(text, first, last) for cut in _CUTS[pre_tokenization])
+        cut = next(filter(None, found), None)
+        end = cut.start() if cut else first
         yield text[start:end]
         start = end
     if start < len(text):
@@ -89,8 +91,9 @@ def split_text(text: str, pre_tokenization: str = "code") -> Iterator[str]:
 
 @cache
 def _characters() -> dict[str, str]:
-    """Return the characters of each class as ranges for a regular expression: letters, numbers,
-    blanks, and the rest; those that no class is sure of are in none.
+    """Return the characters of each class (letters, numbers, whitespace, others) as regex ranges.
+
+    Characters whose class differs between versions of Unicode are in none.
     """
     members: dict[str, list[int]] = {"L": [], "N": [], " ": [], "": []}
     for code_point in range(0x10000):

@@ -1,4 +1,4 @@
-"""What a tokenizer makes of a text: figures that depend on the two alone, and its speed here."""
+"""Measure a tokenizer on texts: counts, which depend on the two alone, and speed."""
 
 import time
 from collections.abc import Sequence
@@ -14,21 +14,21 @@ MAX_SHOWN_DOCUMENTS = 200
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerReport:
-    """Figures of one tokenizer on one set of documents."""
+    """Counts of one tokenizer on one set of documents."""
 
     vocab_size: int
     num_documents: int
-    """Those that the vocabulary can say."""
+    """Documents encoded."""
     num_refused_documents: int
-    """Those that it cannot."""
+    """Documents with characters outside the vocabulary."""
     num_bytes: int
     num_characters: int
     num_words: int
-    """What stands between blanks."""
+    """Separated by whitespace."""
     num_tokens: int
     num_single_byte_tokens: int
     num_round_trip_failures: int
-    """Documents that came back as other bytes; 0, or there is an error in the tokenizer."""
+    """Documents that decode to other bytes; above 0 is an error in the tokenizer."""
     lengths: list[list[int]]
     """Characters and tokens of the first MAX_SHOWN_DOCUMENTS documents."""
 
@@ -39,23 +39,23 @@ class TokenizerReport:
 
     @property
     def bytes_per_token(self) -> float:
-        """How much of a text fits a context."""
+        """Compression; more means that more text fits a context."""
         return self.num_bytes / max(1, self.num_tokens)
 
     @property
     def tokens_per_character(self) -> float:
-        """Length of a text in tokens against that in characters."""
+        """Length in tokens divided by length in characters."""
         return self.num_tokens / max(1, self.num_characters)
 
     @property
     def single_byte_share(self) -> float:
-        """Share of the tokens that stand for one byte."""
+        """Share of the tokens of one byte."""
         return self.num_single_byte_tokens / max(1, self.num_tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerSpeed:
-    """Megabytes of text a second of this process's own time, on all its threads together."""
+    """Megabytes of text per second of processor time, summed over this process's threads."""
 
     encode_megabytes_per_second: float
     decode_megabytes_per_second: float
@@ -64,7 +64,7 @@ class TokenizerSpeed:
 def measure_tokenizer(
     tokenizer: Tokenizer, texts: Sequence[str]
 ) -> tuple[TokenizerReport, TokenizerSpeed]:
-    """Encode and decode every text that the vocabulary can say, and count."""
+    """Encode and decode every text within the vocabulary, and count."""
     known = [text for text in texts if tokenizer.can_encode(text)]
     data = [text.encode() for text in known]
     started = time.process_time()

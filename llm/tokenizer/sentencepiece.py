@@ -1,14 +1,14 @@
-"""SentencePiece, unigram or BPE, made exact: no normalization, and bytes for what it did not learn.
+"""SentencePiece (unigram or BPE), exact on any text: no normalization, and byte fallback.
 
-The library of that name learns the pieces, and is imported for that alone; `tokenizers` runs them,
-here as in transformers, word by word. Line ends, tabs and NUL are never part of a piece.
+The library of that name is imported for training only; `tokenizers` encodes word by word, here as
+in transformers. Line ends, tabs and NUL are never part of a piece.
 """
 
 import importlib
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
 from typing import Any, ClassVar, Self
 
@@ -16,19 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from llm.errors import ConfigError, DataError
-from llm.exchange.sentencepiece_model import PieceType, read_piece_model
-from llm.tokenizer.base import (
-    CONTROL_TOKENS,
-    MARK,
-    Ids,
-    refuse_lone_surrogates,
-)
+from llm.tokenizer.base import CONTROL_TOKENS, MARK, Ids
 from llm.tokenizer.imported import ImportedTokenizer, load_library
 from llm.tokenizer.pieces import (
     BLANK,
     BYTE_PIECES,
     RESERVED,
     WORDS,
+    ScoredPiece,
     added_token,
     bpe_model,
     find_words,
@@ -37,18 +32,18 @@ from llm.tokenizer.pieces import (
     split_step,
     unigram_model,
 )
-from llm.tokenizer.pre_tokenization import split_text
-from llm.tokenizer.word_cache import WordCache, encode_in_pieces
+from llm.tokenizer.word_cache import WordCache
 
-TRAINING_THREADS = 16  # sums are made by thread: the number decides bits, the cores do not
+TRAINING_THREADS = 16  # the library sums per thread: this number decides bits, the cores do not
 MAX_SENTENCE_CHARACTERS = 1000  # 4,000 bytes; the library drops sentences over 4,192
 _NEVER_IN_PIECES = re.compile(f"[\0\t\r\n{BLANK}{MARK}]+")
 
 
 class SentencePieceTokenizer(ImportedTokenizer):
-    """Encode and decode with pieces that were learned here."""
+    """Encode and decode with pieces learned by SentencePiece."""
 
     kind: ClassVar[str] = "sentencepiece"
+    cuts: ClassVar[str] = "gpt2"  # before whitespace, which no piece crosses
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, algorithm: str) -> Self:
@@ -62,9 +57,9 @@ class SentencePieceTokenizer(ImportedTokenizer):
         first = next(sentences, None)
         if first is None:
             raise DataError("only blanks in the training documents; give more data")
-        model = io.BytesIO()
+        library, model = _import_library(), io.BytesIO()
         try:
-            _library().SentencePieceTrainer.train(
+            library.SentencePieceTrainer.train(
                 sentence_iterator=chain([first], sentences),
                 model_writer=model,
                 model_type=algorithm,
@@ -85,15 +80,11 @@ class SentencePieceTokenizer(ImportedTokenizer):
                 f"train_tokenizer.vocab_size: found {vocab_size}, with which SentencePiece learns"
                 f" nothing: {error}"
             ) from error
-        learned = [
-            (one.piece.replace(BLANK, " "), one.score)
-            for one in read_piece_model(model.getvalue()).pieces
-            if one.type is PieceType.NORMAL
-        ]
+        learned = learned_pieces(library.SentencePieceProcessor(model_proto=model.getvalue()))
         return cls._from_pieces(learned, algorithm)
 
     @classmethod
-    def _from_pieces(cls, learned: Sequence[tuple[str, float]], algorithm: str) -> Self:
+    def _from_pieces(cls, learned: Sequence[ScoredPiece], algorithm: str) -> Self:
         """Put the control tokens and the bytes before the pieces."""
         names = [MARK + name for name in CONTROL_TOKENS]
         pieces = [*((name, 0.0) for name in (*names, *BYTE_PIECES)), *learned]
@@ -106,26 +97,28 @@ class SentencePieceTokenizer(ImportedTokenizer):
         steps = [split_step(RESERVED), split_step(WORDS)]
         return cls(load_library(pieces_library(model, added, steps)), names)
 
-    def encode_arrays(self, texts: Sequence[str]) -> list[Ids]:
-        refuse_lone_surrogates(texts)
-        split = partial(
-            split_text, pre_tokenization="gpt2"
-        )  # before blanks, where no piece crosses
-        return encode_in_pieces(texts, split, self._encode_pieces)
-
-    def _encode_pieces(self, pieces: Sequence[str]) -> list[Ids]:
-        return self._words.encode([find_words(piece) for piece in pieces])
+    def _encode_chunks(self, chunks: Sequence[str]) -> list[Ids]:
+        return self._words.encode([find_words(chunk) for chunk in chunks])
 
     @cached_property
     def _words(self) -> WordCache:
         return WordCache(self._encode_words)
 
     def _encode_words(self, words: Sequence[str]) -> tuple[Ids, npt.NDArray[np.int64]]:
-        """Return the ids of the words, one after another, and how many each has."""
+        """Return the concatenated ids of the words and the number of ids of each."""
         encodings = self._library.encode_batch_fast(words, add_special_tokens=False)
         ids = [encoding.ids for encoding in encodings]
         lengths = np.array(list(map(len, ids)), dtype=np.int64)
         return np.array(list(chain.from_iterable(ids)), dtype=np.uint32), lengths
+
+
+def learned_pieces(processor: Any) -> list[ScoredPiece]:
+    """Return the learned pieces of a `SentencePieceProcessor`: all but <unk> and the bytes."""
+    return [
+        (processor.id_to_piece(index).replace(BLANK, " "), processor.get_score(index))
+        for index in range(processor.vocab_size())
+        if not processor.is_unknown(index) and not processor.is_byte(index)
+    ]
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
@@ -135,7 +128,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
                 yield line[start : start + MAX_SENTENCE_CHARACTERS]
 
 
-def _library() -> Any:
+def _import_library() -> Any:
     try:
         return importlib.import_module("sentencepiece")
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Remember the ids of words: text repeats its words, and looking one up beats merging it again."""
+"""A cache of the ids of words: text repeats its words, and a look-up beats merging them again."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, chain, islice, pairwise
@@ -10,19 +10,19 @@ from llm.tokenizer.base import Ids
 
 MAX_WORDS = 1 << 18  # about 60 MB
 MAX_CHARACTERS = 1 << 24
-CALL_CHARACTERS = 1 << 20  # `tokenizers` needs over 100 bytes a token while it encodes
+CALL_CHARACTERS = 1 << 20  # `tokenizers` needs over 100 bytes per token while it encodes
 
 
-def encode_in_pieces(
+def encode_in_chunks(
     texts: Sequence[str],
     split: Callable[[str], Iterator[str]],
     encode: Callable[[Sequence[str]], list[Ids]],
 ) -> list[Ids]:
-    """Encode texts of any length, `split` in pieces and about CALL_CHARACTERS at a time."""
-    pieces = [(index, piece) for index, text in enumerate(texts) for piece in split(text)]
+    """Encode texts of any length, `split` into chunks, about CALL_CHARACTERS at a time."""
+    chunks = [(index, chunk) for index, text in enumerate(texts) for chunk in split(text)]
     parts: list[list[Ids]] = [[] for _ in texts]
-    for call in _calls(pieces):
-        encoded = encode([piece for _, piece in call])
+    for call in _calls(chunks):
+        encoded = encode([chunk for _, chunk in call])
         for (index, _), ids in zip(call, encoded, strict=True):
             parts[index].append(ids)
     empty = np.zeros(0, dtype=np.uint32)
@@ -32,17 +32,17 @@ def encode_in_pieces(
 
 
 class WordCache:
-    """The ids of every word seen, until there are too many; then it starts anew."""
+    """The ids of every word seen, emptied when there are too many."""
 
     def __init__(
         self, encode: Callable[[Sequence[str]], tuple[Ids, npt.NDArray[np.int64]]]
     ) -> None:
-        """Take a function that gives the ids of words, one after another, and how many each has."""
+        """Take a function from words to their concatenated ids and the number of ids of each."""
         self._encode_new = encode
         self._forget()
 
     def encode(self, texts: Sequence[Sequence[str]]) -> list[Ids]:
-        """Return the ids of texts that are given as their words."""
+        """Return the ids of texts given as words."""
         if len(self._numbers) > MAX_WORDS or self._num_characters > MAX_CHARACTERS:
             self._forget()
         num_known, num_words = len(self._numbers), sum(map(len, texts))
@@ -52,7 +52,7 @@ class WordCache:
             self._learn(list(islice(self._numbers, num_known, None)))
         lengths = self._lengths[numbers]
         ends = np.concatenate([[0], lengths.cumsum()])
-        # position i of a word that starts at s here and at t in the table is t + (i - s)
+        # index i of a word that starts at s here and at t in the table is t + (i - s)
         shifts = np.repeat(self._starts[numbers] - ends[:-1], lengths)
         ids = self._ids[shifts + np.arange(ends[-1])]
         spans = pairwise(ends[list(accumulate(map(len, texts), initial=0))].tolist())
@@ -74,20 +74,20 @@ class WordCache:
 
 
 class _Numbers(dict[str, int]):
-    """The number of each word, given when it is first asked for."""
+    """The number of each word, assigned on first use."""
 
     def __missing__(self, word: str) -> int:
         number = self[word] = len(self)
         return number
 
 
-def _calls(pieces: Sequence[tuple[int, str]]) -> Iterator[Sequence[tuple[int, str]]]:
-    """Yield slices of `pieces` of about CALL_CHARACTERS each."""
+def _calls(chunks: Sequence[tuple[int, str]]) -> Iterator[Sequence[tuple[int, str]]]:
+    """Yield slices of `chunks` of about CALL_CHARACTERS each."""
     start, characters = 0, 0
-    for end, (_, piece) in enumerate(pieces, start=1):
-        characters += len(piece)
+    for end, (_, chunk) in enumerate(chunks, start=1):
+        characters += len(chunk)
         if characters >= CALL_CHARACTERS:
-            yield pieces[start:end]
+            yield chunks[start:end]
             start, characters = end, 0
-    if start < len(pieces):
-        yield pieces[start:]
+    if start < len(chunks):
+        yield chunks[start:]

@@ -44,7 +44,7 @@ from llm.training.loop import TrainState
 from llm.training.optimizers import make_optimizer
 from tests.chaos.counting import Figure
 from tests.chaos.small_data import LONG, TEXTS, lines, rows_of
-from tests.chaos.tokenizer_promises import CORPUS, KINDS
+from tests.chaos.tokenizer_promises import CORPUS, TOKENIZERS
 from tests.llm.cleaning import run_clean
 from tests.llm.hostile_archives import entry, tar, zipped
 from tests.llm.training_setup import tiny_model
@@ -174,7 +174,7 @@ class Loaded:
 
 def good_things(folder: Path) -> dict[str, Loaded]:
     """Make one of each kind."""
-    tokenizer = KINDS["bpe code"]()
+    tokenizer = TOKENIZERS["bpe code"]()
     model = tiny_model(seed=1, vocab_size=tokenizer.vocab_size)
     save_model(ArtifactWriter(folder / "model"), model, tokenizer.to_files())
     export_model(folder / "model", folder / "exported")

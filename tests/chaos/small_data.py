@@ -135,8 +135,8 @@ SMALL_DATA_CASES: dict[str, Case] = {
         "empty documents": ("a.jsonl", lines([""] * 99), "99 empty", {}),
         "chats without an answer": ("chats.jsonl", chats([" "] * 99), "99 empty answer", {}),
         "chats of wrong types": ("chats.jsonl", chats([3] * 99), "99 wrong type", {}),
-        "less than one row": (
-            "a.jsonl", lines([chr(97 + n) for n in range(9)]), "less than one row", {},
+        "less than one sequence": (
+            "a.jsonl", lines([chr(97 + n) for n in range(9)]), "less than one sequence", {},
         ),
         "a vocabulary without room": (
             "a.jsonl", lines([f"{chr(0x4E00 + n)}" * 40 for n in range(300)]),

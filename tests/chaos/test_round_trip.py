@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.tokenizer_promises import KINDS, TRAININGS, try_round_trips, try_trainings
+from tests.chaos.tokenizer_promises import TOKENIZERS, TRAININGS, try_round_trips, try_trainings
 
 TRIES = 1000
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(TOKENIZERS))
 def test_any_text_comes_back_from_its_ids(kind: str, tmp_path: Path) -> None:
     if kind in ("unigram", "sentencepiece bpe"):
         pytest.importorskip("sentencepiece")
-    figure = try_round_trips(KINDS[kind], TRIES, 1, tmp_path)
+    figure = try_round_trips(TOKENIZERS[kind], TRIES, 1, tmp_path)
     assert figure.num_tried == TRIES and figure.failures == []
 
 

@@ -20,7 +20,7 @@ from llm.artifact import Json, load_artifact
 from llm.clean import clean
 from llm.data.chat import render_chats
 from llm.data.documents import Message
-from llm.exchange.hf_tokenizer import hub_files
+from llm.exchange.hf_tokenizer import exported_files
 from llm.exchange.import_tokenizer import import_tokenizer
 from llm.runtime.job import Job, write_job
 from llm.tokenizer.base import (
@@ -63,7 +63,7 @@ def narrow() -> Tokenizer:
     return CharacterTokenizer.train([*FRAGMENTS, *TYPED, *CORPUS], has_byte_fallback=False)
 
 
-KINDS: dict[str, Make] = {
+TOKENIZERS: dict[str, Make] = {
     **{name: functools.partial(make, CORPUS) for name, make in MAKERS.items()},
     "characters without bytes": narrow,
     **{f"imported {form}": functools.partial(imported, form) for form in BEGIN},
@@ -121,7 +121,7 @@ def _exported(made: Tokenizer, folder: Path) -> Any:
     import transformers
 
     folder.mkdir()
-    for name, data in hub_files(made, 64).items():
+    for name, data in exported_files(made, 64).items():
         (folder / name).write_bytes(data)
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder / "again")
     return transformers.AutoTokenizer.from_pretrained(folder / "again")

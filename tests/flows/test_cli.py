@@ -40,7 +40,7 @@ def test_export_writes_a_folder_and_says_which(
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
-        (["export", "MODEL", "--to", "MODEL"], 2, "already there"),
+        (["export", "MODEL", "--to", "MODEL"], 2, "exists; name a new"),
         (["export", "MODEL", "--to", "NEW", "--dtype", "float16"], 2, "dtype: found 'float16'"),
         (["export", "MODEL", "--to", "NEW", "--format", "gguf"], 2, "found characters"),
         (["export", "NOWHERE", "--to", "NEW"], 1, "nowhere: no such folder; expected that of a"),
@@ -48,7 +48,7 @@ def test_export_writes_a_folder_and_says_which(
         (["chat", "NOWHERE"], 1, "nowhere: no such folder; expected that of a model"),
         (["export", "--to", "NEW", "--artifacts", "NOWHERE"], 1, "no chat model there"),
         (["import", "NOWHERE", "--to", "NEW"], 1, "tokenizer.json: not there"),
-        (["import", "MODEL", "--to", "MODEL"], 2, "already there"),
+        (["import", "MODEL", "--to", "MODEL"], 2, "exists; name a new"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line_and_leaves_nothing(

@@ -84,7 +84,7 @@ def test_any_folder_is_compared_on_any_file(
     folder.mkdir()
     for name, data in CharacterTokenizer.train(["ab"], False).to_files().items():
         (folder / name).write_bytes(data)
-    text.write_text("ab" * compare_tokenizers.CHUNK_CHARACTERS + "é")
+    text.write_text("ab" * compare_tokenizers.PART_CHARACTERS + "é")
     assert main(["tokenizers", str(folder), "--text", str(text)]) == 0
     row = capsys.readouterr().out.splitlines()[-1].split()
     assert row[0] == str(folder)
@@ -94,8 +94,8 @@ def test_any_folder_is_compared_on_any_file(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 1, "no cleaned corpus there"),
-        (["--text", "TEXT"], 1, "no tokenizer there"),
+        ([], 1, "no cleaned corpus"),
+        (["--text", "TEXT"], 1, "no tokenizers"),
         (["--text", "NOWHERE"], 2, "No such file"),
         (["--text", "BAD"], 2, "expected UTF-8 text"),
         (["--text", "EMPTY"], 1, "documents.json: not there"),

@@ -15,7 +15,7 @@ from llm.tokenizer import word_cache as words
 from llm.tokenizer.base import CONTROL_TOKENS, TOKENIZER_JSON, Tokenizer
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.tokenizer.load import load_tokenizer
-from llm.tokenizer.pre_tokenization import PIECE_CHARACTERS, split_text
+from llm.tokenizer.pre_tokenization import CHUNK_CHARACTERS, split_text
 
 FRAGMENTS = (
     *CONTROL_TOKENS, "<|", "|>", "<", "|", "bos", "end", " ", "\n", "  \n ", "\t", "a", "é", "漢",
@@ -105,7 +105,7 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizer: ByteLevelBPE, ids: li
         tokenizer.decode_bytes(ids)
 
 
-def test_a_lone_surrogate_is_refused_with_its_place(tokenizer: ByteLevelBPE) -> None:
+def test_a_lone_surrogate_is_refused_with_its_position(tokenizer: ByteLevelBPE) -> None:
     with pytest.raises(DataError, match=r"text 1: character 2 is the lone surrogate U\+DC80"):
         tokenizer.encode_batch(["fine", "ab\udc80"])
 
@@ -122,14 +122,14 @@ def test_blank_lines_at_a_cut_keep_their_tokens(
     text = "a\n \n  b\n\n\nc\n" * 50
     tokenizer = ByteLevelBPE.train([*corpus, text], 1000)
     (whole,) = tokenizer.encode_batch([text])
-    monkeypatch.setattr(pre_tokenization, "PIECE_CHARACTERS", 16)
+    monkeypatch.setattr(pre_tokenization, "CHUNK_CHARACTERS", 16)
     assert len(list(split_text(text))) > 20
     assert tokenizer.encode_batch([text]) == [whole]
 
 
-def test_a_text_without_lines_is_cut_to_bounded_pieces(tokenizer: ByteLevelBPE) -> None:
-    text = "é" * (3 * PIECE_CHARACTERS + 5)
-    assert max(map(len, split_text(text))) == PIECE_CHARACTERS
+def test_a_text_without_lines_is_cut_to_bounded_chunks(tokenizer: ByteLevelBPE) -> None:
+    text = "é" * (3 * CHUNK_CHARACTERS + 5)
+    assert max(map(len, split_text(text))) == CHUNK_CHARACTERS
     assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
 
 

@@ -1,4 +1,4 @@
-"""Reading the documents that `clean` left: any order, and no line believed unchecked."""
+"""Reading cleaned documents: in any order, with every line checked."""
 
 import json
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def test_documents_in_many_files_are_read_as_if_in_one(
     folder = tmp_path_factory.mktemp("many")
     writer, shards = ArtifactWriter(folder), list[DocumentShard]()
     for number, texts in enumerate(parts):
-        name = f"{3 * number:05}"  # shards without documents on this side have no files
+        name = f"{3 * number:05}"  # shards without documents of this split have no files
         with DocumentsWriter(writer, f"train/{name}", has_sources=True) as file:
             for text in texts:
                 file.add(json.dumps({"id": IDENTIFIER, "text": text}).encode() + b"\n", number)
@@ -79,7 +79,7 @@ def test_chats_are_read_with_their_messages(make_documents: MakeDocuments) -> No
 def test_a_line_that_is_no_document_is_named(tmp_path: Path, line: str) -> None:
     good = json.dumps({"id": IDENTIFIER, "text": "good"})
     folder = write_lines(tmp_path, {"train": [good, good, line], "validation": []})
-    with pytest.raises(ArtifactError, match=r"train/00000\.jsonl:3: no document of kind text"):
+    with pytest.raises(ArtifactError, match=r"train/00000\.jsonl:3: not a document of text"):
         list(DocumentReader(folder, "train").read(range(3)))
 
 
@@ -89,7 +89,7 @@ def test_a_line_that_is_no_document_is_named(tmp_path: Path, line: str) -> None:
 def test_a_line_that_is_no_chat_is_named(tmp_path: Path, messages: object) -> None:
     line = json.dumps({"id": IDENTIFIER, "messages": messages})
     folder = write_lines(tmp_path, {"train": [line], "validation": []}, "chats")
-    with pytest.raises(ArtifactError, match=r"train/00000\.jsonl:1: no document of kind chats"):
+    with pytest.raises(ArtifactError, match=r"train/00000\.jsonl:1: not a document of chats"):
         list(DocumentReader(folder, "train").read([0]))
 
 
@@ -134,5 +134,5 @@ def test_damaged_offsets_are_named(make_documents: MakeDocuments) -> None:
 
 
 def test_documents_of_one_source_have_no_numbers(make_documents: MakeDocuments) -> None:
-    with pytest.raises(ArtifactError, match="which source"):
+    with pytest.raises(ArtifactError, match="without the source of each"):
         DocumentReader(make_documents(TEXTS, []), "train").source_numbers()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,22 @@ from hypothesis import strategies as st
 
 from llm.artifact import ArtifactWriter
 from llm.config import ModelConfig
-from llm.data.chat import render_chat, render_prompt
-from llm.data.documents import Message
+from llm.data.chat import CHAT_FORMATS, ChatFormat, ChatPart, render_chat, render_prompt
+from llm.data.content import Message
+from llm.data.packed import PackedSequences
 from llm.errors import ArtifactError, ConfigError, DataError
 from llm.exchange.folders import export_model, import_model, load_both
-from llm.exchange.hf_tokenizer import hub_files
+from llm.exchange.hf_tokenizer import exported_files
 from llm.inference.generate import generate
 from llm.model.transformer import Transformer
 from llm.model.weights import load_model, save_model
+from llm.pack import pack
 from llm.tokenizer.base import CONTROL_TOKENS, MARK, Tokenizer
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.tokenizer.characters import ByteTokenizer, CharacterTokenizer
+from llm.tokenizer.load import load_tokenizer
 from llm.tokenizer.sentencepiece import SentencePieceTokenizer
+from llm.train_tokenizer import train_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
 pytest.importorskip("sentencepiece", reason="one of the kinds is learned by it")
@@ -66,7 +71,7 @@ def theirs(kinds: dict[str, Tokenizer], tmp_path_factory: pytest.TempPathFactory
     loaded: dict[str, Any] = {}
     for kind, tokenizer in kinds.items():
         folder = tmp_path_factory.mktemp(kind)
-        for name, data in hub_files(tokenizer, 64).items():
+        for name, data in exported_files(tokenizer, 64).items():
             (folder / name).write_bytes(data)
         transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder / "again")
         loaded[kind] = transformers.AutoTokenizer.from_pretrained(folder / "again")
@@ -127,6 +132,55 @@ def test_the_names_control_tokens_go_out_by_give_no_control_id_in_a_chat(
     assert not set(split) & set(ours.control_ids)
 
 
+def _render_quiz(messages: Sequence[Message]) -> Iterator[ChatPart]:
+    yield ChatPart("<|bos|>", is_control=True)
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        yield ChatPart("A: " if is_answer else "Q: ")
+        yield ChatPart(message["content"], is_target=is_answer)
+        yield ChatPart("<|end|>", is_control=True, is_target=is_answer)
+
+
+QUIZ = ChatFormat(
+    _render_quiz,
+    (ChatPart("A: "),),
+    lambda names, content: (
+        f"{names['<|bos|>']}{{% for message in messages %}}"
+        f"{{{{ 'A: ' if message['role'] == 'assistant' else 'Q: ' }}}}{{{{ {content} }}}}"
+        f"{names['<|end|>']}{{% endfor %}}{{% if add_generation_prompt %}}A: {{% endif %}}"
+    ),
+)
+
+
+def test_a_chat_format_added_to_the_table_is_rendered_saved_and_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_documents: Any, run_stage: Any
+) -> None:
+    monkeypatch.setitem(CHAT_FORMATS, "quiz", QUIZ)
+    chat = [Message(role="user", content="2 + 2?"), Message(role="assistant", content="4")]
+    documents = make_documents([chat], [chat])
+    settings = {"kind": "bytes", "chat_format": "quiz"}
+    folder, _ = run_stage(train_tokenizer, settings, out="tokenizer", documents=documents)
+    tokenizer = load_tokenizer(folder)
+    ids, mask = render_chat(chat, tokenizer)
+    assert tokenizer.decode(ids) == "Q: 2 + 2?A: 4" and ids[0] == tokenizer.bos_id
+    assert sum(mask) == 2, "the answer and its end"
+    assert render_prompt(chat[:1], tokenizer) == ids[:-2]
+    out, _ = run_stage(pack, {"seq_len": 32}, documents=documents, tokenizer=folder)
+    packed = PackedSequences(out, "train").read([0])
+    assert packed.tokens[0, : len(ids)].tolist() == ids
+    assert packed.mask[0, : len(ids)].tolist() == mask
+    export_model(make_model(tmp_path / "ours", tokenizer), tmp_path / "theirs")
+    template = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs").apply_chat_template
+    assert template(chat, return_dict=False) == ids
+    prompt = template(chat[:1], add_generation_prompt=True, return_dict=False)
+    assert prompt == render_prompt(chat[:1], load_both(tmp_path / "ours")[1])
+    import_model(tmp_path / "theirs", tmp_path / "back")
+    assert load_both(tmp_path / "back")[1].chat_format == "quiz"
+    monkeypatch.delitem(CHAT_FORMATS, "quiz")
+    with pytest.raises(ArtifactError, match="chat format: found 'quiz', expected one of turns"):
+        render_chat(chat, tokenizer)
+
+
 def test_a_role_of_none_of_ours_is_refused_by_the_template(theirs: dict[str, Any]) -> None:
     with pytest.raises(Exception, match="a role other than system, user, assistant"):
         theirs["bpe"].apply_chat_template([{"role": "tool", "content": "x"}])
@@ -134,7 +188,7 @@ def test_a_role_of_none_of_ours_is_refused_by_the_template(theirs: dict[str, Any
 
 def test_a_character_outside_the_vocabulary_is_an_error_there_as_here(tmp_path: Path) -> None:
     tokenizer = CharacterTokenizer.train(["abc"], has_byte_fallback=False)
-    for name, data in hub_files(tokenizer, 64).items():
+    for name, data in exported_files(tokenizer, 64).items():
         (tmp_path / name).write_bytes(data)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs("cab")["input_ids"] == tokenizer.encode_batch(["cab"])[0]
@@ -213,9 +267,9 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(
 ) -> None:
     source = make_model(tmp_path / "ours", tokenizer)
     (tmp_path / "there").mkdir()
-    with pytest.raises(ConfigError, match="there: already there; name a folder that is not"):
+    with pytest.raises(ConfigError, match="there: exists; name a new folder"):
         export_model(source, tmp_path / "there")
-    with pytest.raises(ConfigError, match="already there"):
+    with pytest.raises(ConfigError, match="exists"):
         import_model(source, tmp_path / "there")
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="cannot be written"):

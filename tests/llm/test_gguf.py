@@ -316,7 +316,7 @@ def test_the_nearest_splitting_gives_our_ids_where_no_word_has_an_underscore(
     [
         (
             {"has_qk_norm": True, "sliding_window": 8},
-            "model.sliding_window: found 8, expected 0; `--format hf` can",
+            "model.sliding_window: found 8, expected 0; use `--format hf`",
         ),
         (
             {"has_qk_norm": True, "rope_scaling": "llama3"},
@@ -326,7 +326,7 @@ def test_the_nearest_splitting_gives_our_ids_where_no_word_has_an_underscore(
             {"mlp": "geglu", "is_embedding_scaled": True, "tie_embeddings": False},
             "model.tie_embeddings: found False, expected True",
         ),
-        ({"mlp": "relu2"}, "no layout of transformers can hold this model"),
+        ({"mlp": "relu2"}, "no layout of transformers can express this model"),
     ],
 )
 def test_what_llama_cpp_cannot_express_is_named(

@@ -320,5 +320,5 @@ def test_a_model_of_gemma_comes_in_answers_a_chat_and_goes_out_again(
     assert back.encode_batch(texts) == tokenizer.encode_batch(texts)
 
     pytest.importorskip("gguf")
-    with pytest.raises(ConfigError, match=r"pieces with byte fallback.*`--format hf` can"):
+    with pytest.raises(ConfigError, match=r"pieces with byte fallback.*use `--format hf`"):
         export_gguf(tmp_path / "model", tmp_path / "gguf")

@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 from llm.artifact import Json, read_manifest
 from llm.clean import clean
 from llm.config import ShareConfig
-from llm.data.mixture import Size, SourceTally, mix
+from llm.data.mixture import DocumentSize, SourceTally, mix_sources
 from llm.data.packed import HEADER, PackedSequences
 from llm.errors import DataError
 from llm.pack import pack
 from tests.llm.cleaning import lines_of
 
-Item = tuple[int, int, int]  # source, place in it, tokens
+Item = tuple[int, int, int]  # source, index in it, tokens
 LENGTHS = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=12), min_size=1, max_size=4)
 WEIGHTS = st.lists(st.floats(0.1, 10), min_size=4, max_size=4)
 
 
-def size_of(item: Item) -> Size:
-    return Size(num_tokens=item[2], num_bytes=3 * item[2])
+def size_of(item: Item) -> DocumentSize:
+    return DocumentSize(num_tokens=item[2], num_bytes=3 * item[2])
 
 
 def run(
@@ -38,7 +38,7 @@ def run(
         )
         for number, found in enumerate(lengths)
     ]
-    return list(mix(shares, sources, size_of, tallies)), tallies
+    return list(mix_sources(shares, sources, size_of, tallies)), tallies
 
 
 @given(LENGTHS, WEIGHTS)
@@ -57,7 +57,7 @@ def test_at_every_point_shares_are_within_one_document_of_their_weights(
 
 
 @given(LENGTHS, WEIGHTS)
-def test_every_document_is_used_equally_often_but_for_one_reading_and_that_is_counted(
+def test_every_document_is_read_equally_often_within_one_and_that_is_counted(
     lengths: list[list[int]], weights: list[float]
 ) -> None:
     shares = [ShareConfig(weight=weight) for weight, _ in zip(weights, lengths, strict=False)]
@@ -86,7 +86,7 @@ def test_one_source_is_itself() -> None:
         ({"max_bytes": 30}, 2), ({"max_bytes": 29}, 1), ({"max_tokens": 15, "max_bytes": 15}, 1),
     ],
 )  # fmt: skip
-def test_a_cap_lets_the_first_documents_through_and_these_are_read_again(
+def test_a_cap_takes_the_first_documents_and_reads_these_again(
     caps: dict[str, int], num_used: int
 ) -> None:
     items, tallies = run([[5, 5, 5, 5], [100]], [ShareConfig(**caps), ShareConfig()])
@@ -105,7 +105,7 @@ def test_a_source_that_gives_nothing_is_left_out(lengths: list[int], cap: int) -
 
 
 def raw_folder(folder: Path, texts: list[str]) -> Path:
-    """What `download` leaves of a source of `texts`."""
+    """An artifact of `download` with `texts`."""
     (folder / "files").mkdir(parents=True)
     source = {"kind": "files", "content": "text", "text_key": "text"}
     (folder / "source.json").write_text(json.dumps(source))
@@ -115,7 +115,7 @@ def raw_folder(folder: Path, texts: list[str]) -> Path:
 
 
 def ids_of_documents(folder: Path) -> list[str]:
-    """The ids of a pack artifact's training documents, as often as they were read."""
+    """The ids of a pack artifact's training documents, repeated as read."""
     found: list[str] = []
     for path in sorted(folder.glob("train/*.document_ids.bin")):
         data = path.read_bytes()[HEADER.size :]
@@ -123,7 +123,7 @@ def ids_of_documents(folder: Path) -> list[str]:
     return found
 
 
-def test_sources_of_a_mixture_come_out_of_pack_with_their_shares(
+def test_packed_sources_of_a_mixture_have_their_shares(
     tmp_path: Path,
     run_stage: Callable[..., tuple[Path, Mapping[str, Json]]],
     tokenizer_folder: Path,
@@ -165,5 +165,5 @@ def test_sources_of_a_mixture_come_out_of_pack_with_their_shares(
     assert (
         PackedSequences(folder, "validation").info.num_documents == summary["validation_documents"]
     )
-    with pytest.raises(DataError, match=r"sources\.2: no document"):
+    with pytest.raises(DataError, match=r"sources\.2: none of its documents"):
         packed([3, 1, 1], "c")

@@ -1,4 +1,4 @@
-"""The stage `pack`: from documents to rows, deterministic, and refusing what cannot work."""
+"""The stage `pack`: from documents to sequences, deterministic, with errors for bad inputs."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ CHATS = [chat(f"what is {n} + {n}?", f"{n} and {n} make {2 * n}." * (n % 4)) for
 
 
 def contents_of_documents(folder: Path, split: str) -> dict[str, list[int]]:
-    """Every document's tokens by its id, joined over rows."""
+    """Every document's tokens by its id, joined over sequences."""
     rows = PackedSequences(folder, split)
     ids = [
         data[place : place + 16].hex()
@@ -55,7 +55,7 @@ def contents_of_documents(folder: Path, split: str) -> dict[str, list[int]]:
     return contents
 
 
-def test_every_document_comes_back_from_the_rows(
+def test_every_document_is_restored_from_the_sequences(
     make_documents: MakeDocuments,
     run_stage: RunStage,
     tokenizer_folder: Path,
@@ -63,7 +63,7 @@ def test_every_document_comes_back_from_the_rows(
     corpus: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pack_module, "BATCH_BYTES", 2000)
+    monkeypatch.setattr(pack_module, "ENCODE_BATCH_BYTES", 2000)
     train, validation = corpus[:-5], [*corpus[-5:], "", "<|bos|> typed <|pad|>"]
     documents = make_documents(train, validation)
     out, summary = run_stage(pack, {"seq_len": 64}, documents=documents, tokenizer=tokenizer_folder)
@@ -82,7 +82,7 @@ def test_every_document_comes_back_from_the_rows(
     assert not list(out.glob("*/*.mask.bin"))
 
 
-def test_every_chat_comes_back_with_its_mask(
+def test_every_chat_is_restored_with_its_mask(
     make_documents: MakeDocuments,
     run_stage: RunStage,
     tokenizer_folder: Path,
@@ -111,7 +111,7 @@ def test_every_chat_comes_back_with_its_mask(
     assert summary["train_cut_documents"] == num_long < len(train) / 2
 
 
-def test_documents_that_the_vocabulary_cannot_say_are_left_out_and_counted(
+def test_documents_with_unknown_characters_are_left_out_and_counted(
     make_documents: MakeDocuments, run_stage: RunStage, tmp_path: Path
 ) -> None:
     tokenizer = CharacterTokenizer.train(["ab"], has_byte_fallback=False)
@@ -139,7 +139,7 @@ def test_packing_again_gives_the_same_bytes_and_another_seed_another_order(
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_the_size_of_batches_does_not_change_rows_of_text(
+def test_the_size_of_batches_does_not_change_sequences_of_text(
     make_documents: MakeDocuments,
     run_stage: RunStage,
     tokenizer_folder: Path,
@@ -149,7 +149,7 @@ def test_the_size_of_batches_does_not_change_rows_of_text(
     inputs = {"documents": make_documents(corpus, corpus[:9]), "tokenizer": tokenizer_folder}
     digests: set[str] = set()
     for size in (1, 1000, 1 << 20):
-        monkeypatch.setattr(pack_module, "BATCH_BYTES", size)
+        monkeypatch.setattr(pack_module, "ENCODE_BATCH_BYTES", size)
         out, _ = run_stage(pack, {"seq_len": 32}, out=f"out{size}", **inputs)
         digests.add(read_manifest(out).digest)
     assert len(digests) == 1
@@ -160,9 +160,9 @@ def test_the_size_of_batches_does_not_change_rows_of_text(
     [
         ([], ["text"], r"train: no documents, expected at least one"),
         (["text " * 99], [], r"validation: no documents.*clean\.validation_fraction"),
-        (["short"], ["text"], r"tokens, less than one row of pack\.seq_len \+ 1 = 33; lower"),
-        (["text " * 99], [""], r"validation: nothing in it is a target"),
-        ([CHATS[0][:1]], CHATS[1:3], r"train: nothing in it is a target to learn"),
+        (["short"], ["text"], r"tokens, less than one sequence of pack\.seq_len \+ 1 = 33; lower"),
+        (["text " * 99], [""], r"validation: no targets"),
+        ([CHATS[0][:1]], CHATS[1:3], r"train: no targets to learn"),
     ],
 )
 def test_too_little_data_is_refused(
@@ -178,7 +178,7 @@ def test_too_little_data_is_refused(
         run_stage(pack, {"seq_len": 32}, documents=documents, tokenizer=tokenizer_folder)
 
 
-def test_training_text_of_exactly_one_row_is_enough(
+def test_training_text_of_exactly_one_sequence_is_enough(
     make_documents: MakeDocuments,
     run_stage: RunStage,
     tokenizer_folder: Path,
@@ -189,7 +189,7 @@ def test_training_text_of_exactly_one_row_is_enough(
     inputs = {"documents": make_documents([text], ["x"]), "tokenizer": tokenizer_folder}
     out, _ = run_stage(pack, {"seq_len": 32}, **inputs)
     assert PackedSequences(out, "train").num_rows == 1
-    with pytest.raises(DataError, match="33 tokens, less than one row"):
+    with pytest.raises(DataError, match="33 tokens, less than one sequence"):
         run_stage(pack, {"seq_len": 33}, out="longer", **inputs)
 
 
@@ -202,7 +202,7 @@ def test_bad_inputs_are_named(
     lines = {split: [json.dumps(one) for one in lines_of(inputs["documents"], split)]
              for split in SPLITS}  # fmt: skip
     write_lines(inputs["documents"], lines | {"validation": ["{}"]})
-    with pytest.raises(ArtifactError, match=r"validation/00000\.jsonl:1: no document"):
+    with pytest.raises(ArtifactError, match=r"validation/00000\.jsonl:1: not a document"):
         run_stage(pack, {"seq_len": 32}, **inputs)
     (tokenizer_folder / TOKENIZER_JSON).write_text("{}")
     with pytest.raises(ArtifactError, match=TOKENIZER_JSON):
@@ -233,7 +233,7 @@ def test_a_stop_leaves_no_manifest_and_a_new_start_gives_the_same_bytes(
 ) -> None:
     inputs = {"documents": make_documents(corpus, corpus[:9]), "tokenizer": tokenizer_folder}
     undisturbed, _ = run_stage(pack, {"seq_len": 32}, out="undisturbed", **inputs)
-    monkeypatch.setattr(pack_module, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(pack_module, "ENCODE_BATCH_BYTES", 10_000)
 
     def stop(job: Job, done: int, total: int, unit: str) -> None:
         if done > total // 2:
@@ -265,7 +265,7 @@ def test_real_instructions_fill_97_of_100_positions(
     assert summary["train_cut_documents"] == 0
 
 
-def test_pack_keeps_what_each_chat_asks_for(
+def test_pack_keeps_the_kind_of_each_chat(
     tmp_path: Path, run_stage: RunStage, tokenizer_folder: Path
 ) -> None:
     chats = [

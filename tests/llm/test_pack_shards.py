@@ -1,4 +1,4 @@
-"""Pack by shards: the same bytes however many processes do them and whatever is killed."""
+"""Pack by shards: the same bytes with any number of processes and after kills."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def inputs(make_documents: MakeDocuments, tokenizer_folder: Path) -> dict[str, P
 
 @pytest.fixture
 def settings(inputs: dict[str, Path]) -> dict[str, Json]:
-    """Settings by which the training documents are four shards."""
+    """Settings that give four training shards."""
     size_bytes = (inputs["documents"] / "train/00000.jsonl").stat().st_size
     return {"seq_len": 256, "packing": "best_fit", "shard_bytes": -(-size_bytes // 4)}
 
@@ -50,7 +50,7 @@ def settings(inputs: dict[str, Path]) -> dict[str, Json]:
 def start(
     folder: Path, settings: Mapping[str, Json], inputs: Mapping[str, Path], workers: int
 ) -> subprocess.Popen[str]:
-    """Start the stage as a process; its artifact and its work folder lie in `folder`."""
+    """Start the stage as a process; its artifact and its work folder are in `folder`."""
     folder.mkdir(exist_ok=True)
     job = Job(stage="pack", settings=settings, seed=1, out=folder / "out", work=folder / "work")
     job.inputs = {name: str(path) for name, path in inputs.items()}
@@ -83,7 +83,7 @@ def ids_of(path: Path) -> list[str]:
     return [data[place : place + 16].hex() for place in range(0, len(data), 16)]
 
 
-def test_each_shard_is_a_run_of_the_shuffled_documents(
+def test_each_shard_has_consecutive_shuffled_documents(
     inputs: dict[str, Path], settings: dict[str, Json], run_stage: RunStage
 ) -> None:
     out, summary = run_stage(pack, settings, **inputs)
@@ -122,7 +122,7 @@ def test_two_processes_give_the_bytes_of_one_also_when_a_worker_is_killed(
     assert read_manifest(folder / "out").digest == expected.digest
 
 
-def test_a_killed_stage_goes_on_with_what_is_missing_or_damaged(
+def test_a_restarted_stage_makes_only_missing_and_damaged_shards(
     inputs: dict[str, Path], settings: dict[str, Json], run_stage: RunStage, tmp_path: Path
 ) -> None:
     expected = read_manifest(run_stage(pack, settings, **inputs)[0])
@@ -183,5 +183,5 @@ def test_a_mixture_of_many_shards_keeps_its_shares_and_its_caps(
     sizes = {record["id"]: len(record["text"]) for record in records}
     assert sum(sizes[name] for name in times if numbers[name] == 2) <= 8000
     shares[2] = {"weight": 1, "max_tokens": 4}
-    with pytest.raises(DataError, match=r"sources\.2: no document of it is left"):
+    with pytest.raises(DataError, match=r"sources\.2: none of its documents is left"):
         run_stage(pack, packed, out="capped", **inputs)

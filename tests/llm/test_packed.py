@@ -1,4 +1,4 @@
-"""Rows on disk: what was written is read, whichever shard it is in; damage is found."""
+"""Packed sequences on disk: all shards are read as written, and damage is found."""
 
 import json
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ from llm.data.packed import (
     shard_prefix,
     write_pack_json,
 )
-from llm.data.packed_writer import Documents, EncodedDocument, Pieces, write_shard
+from llm.data.packed_writer import EncodedDocument, EncodedDocuments, Segments, write_packed_shard
 from llm.errors import ArtifactError
 
 BOS, PAD = 0, 5
 IDS = [bytes([number]) * 16 for number in range(3)]
 
-# T = 4; rows: 0 7 8 0 9 | 9 10 0 11 .    the second document goes on in the second row
+# T = 4; sequences: 0 7 8 0 9 | 9 10 0 11 .    the second document continues in the second
 TEXT = [[0, 7, 8], [0, 9, 10], [0, 11]]
 PIECES = [(0, 0, 3, 0, 0), (1, 0, 2, 0, 3), (1, 1, 2, 1, 0), (2, 0, 2, 1, 2)]
 ROWS = [[0, 7, 8, 0, 9], [9, 10, 0, 11, 5]]
 
-# a document of two rows, the end of which stands in the middle of the second
+# a document of two sequences, which ends in the middle of the second
 LONG = [[0, 7, 8, 9, 10, 11], [0, 12, 13]]
 LONG_PIECES = [(0, 0, 5, 0, 0), (1, 0, 3, 1, 0), (0, 4, 2, 1, 3)]
 LONG_ROWS = [[0, 7, 8, 9, 10], [0, 12, 13, 10, 11]]
@@ -58,13 +58,13 @@ def write(
     token_bytes[:6] = 0
     infos = []
     for number, (tokens, pieces) in enumerate(shards):
-        documents = Documents(layout.dtype)
+        documents = EncodedDocuments(layout.dtype)
         for ordinal, ids in enumerate(tokens):
             mask = None if masks is None else np.array(masks[ordinal], dtype=np.bool_)
             array, kind = np.array(ids, dtype=np.uint32), f"kind {number} {ordinal}"
             documents.add([EncodedDocument(id=IDS[ordinal], tokens=array, mask=mask, kind=kind)])
-        laid, prefix = Pieces(*np.array(pieces).T), shard_prefix("train", number)
-        infos.append(write_shard(writer, prefix, layout, documents, laid, token_bytes))
+        laid, prefix = Segments(*np.array(pieces).T), shard_prefix("train", number)
+        infos.append(write_packed_shard(writer, prefix, layout, documents, laid, token_bytes))
     write_pack_json(writer, layout, {"train": infos})
     return folder
 
@@ -81,7 +81,7 @@ def test_text_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert rows.read([]).tokens.shape == (0, 5)
 
 
-def test_a_piece_that_goes_on_in_the_middle_of_a_row_begins_with_no_target(tmp_path: Path) -> None:
+def test_a_continued_segment_inside_a_sequence_does_not_begin_with_a_target(tmp_path: Path) -> None:
     for masks in (None, [[1] * 6, [1] * 3]):
         rows = PackedSequences(
             write(tmp_path / str(masks), (LONG, LONG_PIECES), masks=masks), "train"
@@ -92,11 +92,11 @@ def test_a_piece_that_goes_on_in_the_middle_of_a_row_begins_with_no_target(tmp_p
         learned = [[False] + [True] * 4, [False, True, True, False, True]]
         assert mask.tolist() == learned
         assert rows.info.num_target_tokens == 7
-        assert rows.info.num_bytes == 7, "what both rows hold is told once"
+        assert rows.info.num_bytes == 7, "the repeated token counts once"
         assert (rows.info.num_tokens, rows.info.num_cut_documents) == (9, 1)
 
 
-def test_rows_of_many_shards_are_one_sequence(tmp_path: Path) -> None:
+def test_sequences_of_many_shards_have_consecutive_indices(tmp_path: Path) -> None:
     shards = [(TEXT, PIECES), (LONG, LONG_PIECES), (TEXT, PIECES)]
     rows = PackedSequences(write(tmp_path / "out", *shards), "train")
     apart = [
@@ -120,7 +120,7 @@ def test_rows_of_many_shards_are_one_sequence(tmp_path: Path) -> None:
             rows.read([0, outside])
 
 
-def test_attention_both_ways_leaves_padding_out_with_and_without_a_document_mask(
+def test_bidirectional_attention_leaves_padding_out_with_and_without_a_document_mask(
     tmp_path: Path,
 ) -> None:
     arrays = PackedSequences(write(tmp_path / "out", (TEXT, PIECES)), "train").read([0, 1])
@@ -128,7 +128,7 @@ def test_attention_both_ways_leaves_padding_out_with_and_without_a_document_mask
     assert arrays.attention_ids(False).tolist() == [[0] * 5, [0, 0, 0, 0, PADDING_ID]]
 
 
-def test_figures_count_each_token_once(tmp_path: Path) -> None:
+def test_counts_have_each_token_once(tmp_path: Path) -> None:
     info = PackedSequences(write(tmp_path / "out", (TEXT, PIECES)), "train").info
     assert (info.num_rows, info.num_documents, info.num_cut_documents) == (2, 3, 1)
     assert info.num_tokens == 8, "the 9 that both rows hold is one token"
@@ -136,7 +136,7 @@ def test_figures_count_each_token_once(tmp_path: Path) -> None:
     assert info.num_bytes == 5, "control tokens stand for none"
 
 
-def test_the_mask_of_chats_says_what_is_learned_but_never_position_0(tmp_path: Path) -> None:
+def test_the_mask_of_chats_has_the_targets_but_never_position_0(tmp_path: Path) -> None:
     masks = [[0, 1, 0], [0, 1, 1], [1, 0]]
     rows = PackedSequences(
         write(tmp_path / "out", (TEXT, PIECES), (TEXT, PIECES), masks=masks), "train"
@@ -152,7 +152,7 @@ def test_the_mask_of_chats_says_what_is_learned_but_never_position_0(tmp_path: P
     ("vocab_size", "dtype", "item_bytes"),
     [(65_536, "<u2", 2), (65_537, "<u4", 4), (200_000, "<u4", 4)],
 )
-def test_the_last_id_survives_in_the_smallest_type_that_holds_it(
+def test_the_last_id_fits_the_smallest_dtype(
     tmp_path: Path, vocab_size: int, dtype: str, item_bytes: int
 ) -> None:
     tokens = [[0, vocab_size - 1, 7, 8, vocab_size - 2]]
@@ -242,7 +242,7 @@ def test_a_missing_split_or_pack_json_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 100, 1000])
-def test_an_epoch_holds_every_row_once_and_the_next_in_another_order(num_rows: int) -> None:
+def test_an_epoch_has_every_sequence_once_and_the_next_another_order(num_rows: int) -> None:
     orders = [sequence_order(1, epoch, np.arange(num_rows), num_rows) for epoch in range(3)]
     for order in orders:
         assert sorted(order.tolist()) == list(range(num_rows))
@@ -250,7 +250,7 @@ def test_an_epoch_holds_every_row_once_and_the_next_in_another_order(num_rows: i
         assert len({tuple(order.tolist()) for order in orders}) == 3
 
 
-def test_the_order_is_a_function_of_the_place_alone() -> None:
+def test_the_order_is_a_function_of_the_index_alone() -> None:
     whole = sequence_order(1, 0, np.arange(1000), 1000)
     parts = [sequence_order(1, 0, np.arange(start, 1000, 3), 1000) for start in range(3)]
     for start, part in enumerate(parts):

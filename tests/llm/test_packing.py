@@ -1,4 +1,4 @@
-"""Packing: no token lost, none twice, each learned exactly once, documents whole where they fit."""
+"""Packing: no token lost, none twice, each a target once, documents that fit a sequence not cut."""
 
 import tempfile
 from bisect import bisect_left, insort
@@ -12,20 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.artifact import ArtifactWriter
-from llm.data import packed_writer as row_writing
+from llm.data import packed_writer
 from llm.data.packed import PADDING_ID, PackedLayout, PackedSequences, shard_prefix, write_pack_json
-from llm.data.packed_writer import Documents, EncodedDocument, Pieces, write_shard
+from llm.data.packed_writer import EncodedDocument, EncodedDocuments, Segments, write_packed_shard
 from llm.data.packing import pack_best_fit, pack_concatenated
 
 BOS, PAD, VOCAB_SIZE = 0, 5, 300
 TOKEN_BYTES = np.r_[np.zeros(6, dtype=np.int64), np.arange(1, VOCAB_SIZE - 5)]
-LAYS = {"end to end": pack_concatenated, "best fit": pack_best_fit}
+PACKERS = {"concatenate": pack_concatenated, "best-fit": pack_best_fit}
 
 lengths_of_documents = st.lists(st.integers(1, 40) | st.integers(1, 4), min_size=1, max_size=60)
 
 
-def lay(name: str, lengths: Sequence[int], seq_len: int) -> Pieces:
-    return LAYS[name](np.array(lengths, dtype=np.int64), seq_len)
+def pack_lengths(name: str, lengths: Sequence[int], seq_len: int) -> Segments:
+    return PACKERS[name](np.array(lengths, dtype=np.int64), seq_len)
 
 
 def make_documents(lengths: Sequence[int], *, is_chats: bool) -> list[EncodedDocument]:
@@ -47,30 +47,32 @@ def make_documents(lengths: Sequence[int], *, is_chats: bool) -> list[EncodedDoc
 def write_documents(
     folder: Path, documents: Sequence[EncodedDocument], name: str, seq_len: int
 ) -> PackedSequences:
-    """Lay documents into rows of one shard and write it."""
+    """Pack documents into one shard and write it."""
     content = "text" if documents[0].mask is None else "chats"
     layout = PackedLayout(
         seq_len=seq_len, vocab_size=VOCAB_SIZE, content=content, bos_id=BOS, pad_id=PAD
     )
     writer = ArtifactWriter(folder)
-    encoded = Documents(layout.dtype)
+    encoded = EncodedDocuments(layout.dtype)
     encoded.add(documents[:7])
     encoded.add(documents[7:])
-    pieces = LAYS[name](encoded.lengths, seq_len)
-    info = write_shard(writer, shard_prefix("train", 0), layout, encoded, pieces, TOKEN_BYTES)
+    segments = PACKERS[name](encoded.lengths, seq_len)
+    info = write_packed_shard(
+        writer, shard_prefix("train", 0), layout, encoded, segments, TOKEN_BYTES
+    )
     write_pack_json(writer, layout, {"train": [info]})
     return PackedSequences(folder, "train")
 
 
 def check_nothing_is_lost(
-    rows: PackedSequences, documents: Sequence[EncodedDocument], pieces: Pieces
+    rows: PackedSequences, documents: Sequence[EncodedDocument], segments: Segments
 ) -> None:
-    """Walk all positions: every document's tokens are there, each learned at most once."""
+    """Walk all positions: all tokens are there, each a target at most once."""
     arrays = rows.read(np.arange(rows.num_rows))
     times_learned = [np.zeros(len(document.tokens), dtype=int) for document in documents]
     is_there = [np.zeros(len(document.tokens), dtype=bool) for document in documents]
     is_filled = np.zeros(arrays.tokens.shape, dtype=bool)
-    for document, offset, length, row, start in np.array(pieces).T.tolist():
+    for document, offset, length, row, start in np.array(segments).T.tolist():
         where = row, slice(start, start + length)
         span = slice(offset, offset + length)
         assert not is_filled[where].any()
@@ -88,7 +90,7 @@ def check_nothing_is_lost(
         learned_tokens += document.tokens[times > 0].tolist()
         if document.mask is not None:
             assert times.tolist() == document.mask.astype(int).tolist()
-        else:  # but the begin of a row, where there is nothing to tell it from
+        else:  # all but the first of a sequence, which has no input
             assert times[0] <= 1 and (times[1:] == 1).all()
     info = rows.info
     assert info.num_documents == len(documents)
@@ -105,42 +107,42 @@ def check_nothing_is_lost(
 @given(
     lengths=lengths_of_documents,
     seq_len=st.integers(1, 50),
-    name=st.sampled_from(list(LAYS)),
+    name=st.sampled_from(list(PACKERS)),
     is_chats=st.booleans(),
     rows_at_once=st.integers(1, 5),
 )
-def test_documents_come_back_from_their_rows_and_every_token_is_learned_once(
+def test_documents_are_restored_from_sequences_and_every_token_is_a_target_once(
     lengths: list[int], seq_len: int, name: str, is_chats: bool, rows_at_once: int
 ) -> None:
     documents = make_documents(lengths, is_chats=is_chats)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_writing, "TOKENS_AT_ONCE", rows_at_once * (seq_len + 1))
+        patch.setattr(packed_writer, "TOKENS_PER_WRITE", rows_at_once * (seq_len + 1))
         rows = write_documents(Path(folder) / "out", documents, name, seq_len)
-        check_nothing_is_lost(rows, documents, lay(name, lengths, seq_len))
+        check_nothing_is_lost(rows, documents, pack_lengths(name, lengths, seq_len))
 
 
 @given(lengths=lengths_of_documents, seq_len=st.integers(1, 50))
-def test_end_to_end_cuts_one_stream_and_pads_its_last_row_alone(
+def test_concatenated_documents_are_split_and_only_the_last_sequence_is_padded(
     lengths: list[int], seq_len: int
 ) -> None:
-    """The oracle writes the stream out and cuts it."""
-    pieces = lay("end to end", lengths, seq_len)
-    stream = [(number, place) for number, n in enumerate(lengths) for place in range(n)]
+    """The oracle writes the stream out and splits it."""
+    segments = pack_lengths("concatenate", lengths, seq_len)
+    stream = [(number, position) for number, n in enumerate(lengths) for position in range(n)]
     num_rows = max(1, -(-(len(stream) - 1) // seq_len))
     rows = [stream[row * seq_len : row * seq_len + seq_len + 1] for row in range(num_rows)]
     found: list[list[tuple[int, int]]] = [[] for _ in range(num_rows)]
-    for document, offset, length, row, start in np.array(pieces).T.tolist():
+    for document, offset, length, row, start in np.array(segments).T.tolist():
         assert start == len(found[row])
-        found[row] += [(document, place) for place in range(offset, offset + length)]
+        found[row] += [(document, position) for position in range(offset, offset + length)]
     assert found == rows
 
 
 def rooms_of_textbook_best_fit(lengths: Sequence[int], width: int) -> list[int]:
-    """Best fit decreasing, piece by piece: the room left in each row, ascending."""
+    """Best-fit decreasing, one segment at a time: the room left in each sequence, ascending."""
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
-        place = bisect_left(rooms, length)
-        room = rooms.pop(place) if place < len(rooms) else width
+        index = bisect_left(rooms, length)
+        room = rooms.pop(index) if index < len(rooms) else width
         insort(rooms, room - length)
     return rooms
 
@@ -153,46 +155,46 @@ def rooms_of_textbook_best_fit(lengths: Sequence[int], width: int) -> list[int]:
 def test_best_fit_is_that_of_the_textbook_and_cuts_no_document_that_fits(
     lengths: list[int], seq_len: int
 ) -> None:
-    pieces = lay("best fit", lengths, seq_len)
+    segments = pack_lengths("best-fit", lengths, seq_len)
     width = seq_len + 1
-    ends = pieces.start + pieces.length
-    is_last_in_row = np.diff(pieces.row, append=-1) != 0
+    ends = segments.start + segments.length
+    is_last_in_row = np.diff(segments.sequence, append=-1) != 0
     rooms = sorted((width - ends[is_last_in_row]).tolist())
-    assert rooms == rooms_of_textbook_best_fit(pieces.length.tolist(), width)
-    num_pieces = Counter(pieces.document.tolist())
+    assert rooms == rooms_of_textbook_best_fit(segments.length.tolist(), width)
+    num_segments = Counter(segments.document.tolist())
     for ordinal, length in enumerate(lengths):
-        mine = pieces.document == ordinal
-        assert num_pieces[ordinal] == max(1, -(-(length - 1) // seq_len))
-        offsets, sizes = pieces.offset[mine], pieces.length[mine]
-        assert sorted(offsets.tolist()) == list(range(0, num_pieces[ordinal] * seq_len, seq_len))
+        mine = segments.document == ordinal
+        assert num_segments[ordinal] == max(1, -(-(length - 1) // seq_len))
+        offsets, sizes = segments.offset[mine], segments.length[mine]
+        assert sorted(offsets.tolist()) == list(range(0, num_segments[ordinal] * seq_len, seq_len))
         assert sizes[np.argsort(offsets)].tolist() == [
             min(length - offset, width) for offset in sorted(offsets.tolist())
         ]
 
 
-def test_best_fit_puts_rows_and_documents_in_the_order_they_came_in() -> None:
+def test_best_fit_keeps_the_order_of_documents() -> None:
     generator = np.random.default_rng(0)
     lengths = generator.lognormal(3, 1, 5000).astype(int) + 1
-    pieces = lay("best fit", lengths, 128)
-    is_begin = np.diff(pieces.row, prepend=-1) != 0
-    in_row = np.diff(pieces.document)[~is_begin[1:]]
-    assert (in_row >= 0).all(), "ascending in a row"
-    longest = np.maximum.reduceat(lengths[pieces.document], np.flatnonzero(is_begin))
+    segments = pack_lengths("best-fit", lengths, 128)
+    is_begin = np.diff(segments.sequence, prepend=-1) != 0
+    in_row = np.diff(segments.document)[~is_begin[1:]]
+    assert (in_row >= 0).all(), "ascending in a sequence"
+    longest = np.maximum.reduceat(lengths[segments.document], np.flatnonzero(is_begin))
     half = len(longest) // 2
-    # the first rows are as the last: means of some hundred lengths differ by chance alone
+    # the first half is like the second: means of some hundred lengths differ by chance
     assert abs(longest[:half].mean() - longest[half:].mean()) < 4 * longest.std() / half**0.5
 
 
 def test_best_fit_leaves_one_position_in_200_at_most(tmp_path: Path) -> None:
     lengths = np.random.default_rng(0).lognormal(5.5, 1, 50_000).astype(int) + 1
-    pieces = lay("best fit", lengths, 2048)
-    num_positions = (pieces.row[-1] + 1) * 2049
-    assert pieces.length.sum() >= 0.995 * num_positions
+    segments = pack_lengths("best-fit", lengths, 2048)
+    num_positions = (segments.sequence[-1] + 1) * 2049
+    assert segments.length.sum() >= 0.995 * num_positions
 
 
-@pytest.mark.parametrize("name", LAYS)
+@pytest.mark.parametrize("name", PACKERS)
 @pytest.mark.parametrize("is_chats", [False, True])
-def test_one_long_document_of_whole_rows_gets_no_empty_row(
+def test_a_document_of_full_sequences_gets_no_empty_sequence(
     tmp_path: Path, name: str, is_chats: bool
 ) -> None:
     documents = make_documents([4 * 8 + 1], is_chats=is_chats)
@@ -201,23 +203,23 @@ def test_one_long_document_of_whole_rows_gets_no_empty_row(
     assert rows.info.num_cut_documents == 1
 
 
-def test_chats_that_fill_a_row_to_the_last_position_share_it(tmp_path: Path) -> None:
+def test_chats_that_fill_a_sequence_exactly_share_it(tmp_path: Path) -> None:
     documents = make_documents([9, 5, 4], is_chats=True)
-    rows = write_documents(tmp_path / "out", documents, "best fit", seq_len=8)
+    rows = write_documents(tmp_path / "out", documents, "best-fit", seq_len=8)
     assert (rows.num_rows, rows.info.num_padding_tokens) == (2, 0)
     assert rows.info.num_cut_documents == 0
 
 
-def test_what_remains_of_a_long_chat_stands_beside_others(tmp_path: Path) -> None:
+def test_the_remainder_of_a_long_chat_shares_a_sequence(tmp_path: Path) -> None:
     documents = make_documents([5, 8 + 1 + 3], is_chats=True)
-    rows = write_documents(tmp_path / "out", documents, "best fit", seq_len=8)
+    rows = write_documents(tmp_path / "out", documents, "best-fit", seq_len=8)
     assert rows.read([0, 1]).document_ids.tolist() == [[0] * 5 + [1] * 4, [1] * 9]
-    assert not rows.read([0]).mask[0, 5], "the row before it told this token"
+    assert not rows.read([0]).mask[0, 5], "the sequence before has this target"
 
 
-def test_short_text_gives_one_padded_row(tmp_path: Path) -> None:
+def test_a_short_text_gives_one_padded_sequence(tmp_path: Path) -> None:
     documents = make_documents([3], is_chats=False)
-    for name in LAYS:
+    for name in PACKERS:
         rows = write_documents(tmp_path / name, documents, name, seq_len=8)
         assert rows.read([0]).mask.tolist() == [[False, True, True] + [False] * 6]
         assert rows.info.num_padding_tokens == 6

@@ -1,4 +1,4 @@
-"""The permutation: exactly one, the same always, and as good as shuffled."""
+"""The permutation: a bijection, deterministic, and as random as a shuffle."""
 
 from collections import Counter
 
@@ -17,7 +17,7 @@ def mix(value: int) -> int:
 
 
 def permute_one(index: int, size: int, seed: int) -> int:
-    """The oracle: the same network in whole numbers of Python, one index at a time."""
+    """The oracle: the same network in Python integers, one index at a time."""
     half_bits = MIN_HALF_BITS
     while 4**half_bits < size:
         half_bits += 1
@@ -35,7 +35,7 @@ SIZES = [*range(1, 70), 127, 128, 129, 255, 256, 257, 1000, 4095, 4096, 4097, 65
 
 
 @pytest.mark.parametrize("seed", [0, 1, 12345, (1 << 63) - 1])
-def test_every_index_has_one_place(seed: int) -> None:
+def test_every_index_has_one_image(seed: int) -> None:
     for size in SIZES:
         assert np.array_equal(np.sort(permute(np.arange(size), size, seed)), np.arange(size))
 
@@ -70,7 +70,7 @@ def test_over_seeds_every_index_goes_everywhere_equally_often(size: int) -> None
     assert chi_square < (size - 1) + 4 * (2 * (size - 1)) ** 0.5
 
 
-def test_neighbors_are_torn_apart() -> None:
+def test_neighbors_are_separated() -> None:
     size, trials = 10_000, np.arange(9_999)
     places = permute(np.arange(size), size, 5)
     correlation = np.corrcoef(places[trials], places[trials + 1])[0, 1]

@@ -60,7 +60,7 @@ def test_both_engines_split_the_same(name: str, max_digits: int) -> None:
 @pytest.mark.parametrize(("name", "published"), [("gpt2", GPT2), ("gpt4", GPT4)])
 @fast
 @given(text=hard_text)
-def test_published_splittings_are_as_published(name: str, published: str, text: str) -> None:
+def test_published_patterns_are_as_published(name: str, published: str, text: str) -> None:
     pattern = library_pattern(name, max_digits=3 if name == "gpt4" else 0)
     assert library_split(pattern, text) == library_split(published, text)
 
@@ -93,7 +93,7 @@ def test_usual_text_is_split_by_python(name: str) -> None:
 @pytest.mark.parametrize("name", PRE_TOKENIZATIONS)
 def test_words_cut_at_a_cut_are_the_words_of_the_whole(name: str) -> None:
     pattern = library_pattern(name, 3)
-    cuts = pre_tokenization._CUTS[name]
+    (cuts,) = pre_tokenization._CUTS[name]
 
     @fast
     @given(parts=st.lists(hard_text, max_size=8), joint=st.sampled_from([" ", "\n", "\n\n", "a b"]))
@@ -107,15 +107,15 @@ def test_words_cut_at_a_cut_are_the_words_of_the_whole(name: str) -> None:
     check()
 
 
-def test_long_texts_come_in_bounded_pieces_that_join_to_the_text(
+def test_long_texts_are_split_into_bounded_chunks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pre_tokenization, "PIECE_CHARACTERS", 20)
+    monkeypatch.setattr(pre_tokenization, "CHUNK_CHARACTERS", 20)
     text = "one two three, four; five!\n" * 9 + "x" * 100 + "漢" * 70
     for name in PRE_TOKENIZATIONS:
-        pieces = list(split_text(text, name))
-        assert "".join(pieces) == text
-        assert max(map(len, pieces)) <= 40
+        chunks = list(split_text(text, name))
+        assert "".join(chunks) == text
+        assert max(map(len, chunks)) <= 40
 
 
 def test_ids_by_words_are_the_librarys_own(tokenizer: ByteLevelBPE, corpus: list[str]) -> None:

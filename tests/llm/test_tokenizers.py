@@ -1,4 +1,4 @@
-"""Every kind of tokenizer: exact on any text, no control ids from it, the same bytes always."""
+"""Every kind of tokenizer: exact on any text, no control ids from texts, deterministic files."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.errors import ArtifactError, ConfigError, DataError
-from llm.exchange.sentencepiece_model import PieceModel, read_piece_model
 from llm.tokenizer.base import TOKENIZER_JSON, Tokenizer
 from llm.tokenizer.characters import CharacterTokenizer
 from llm.tokenizer.gpt2 import GPT2_FILES, load_gpt2
 from llm.tokenizer.load import load_tokenizer
-from llm.tokenizer.sentencepiece import SentencePieceTokenizer
+from llm.tokenizer.pieces import ScoredPiece
+from llm.tokenizer.sentencepiece import SentencePieceTokenizer, learned_pieces
 from tests.llm.tokenizer_makers import FRAGMENTS, MAKERS, save_and_load
 
 DATA = Path(__file__).parents[2] / "../shared/data"
@@ -91,7 +92,7 @@ def test_every_id_has_the_bytes_that_decoding_gives(loaded: Tokenizer) -> None:
         loaded.decode_bytes([loaded.vocab_size])
 
 
-def test_lone_surrogates_are_refused_with_their_place(loaded: Tokenizer) -> None:
+def test_lone_surrogates_are_refused_with_their_position(loaded: Tokenizer) -> None:
     assert not loaded.can_encode("ab\udc80") and loaded.can_encode("ab\ufffd")
     with pytest.raises(DataError, match=r"text 1: character 2 is the lone surrogate U\+DC80"):
         loaded.encode_batch(["fine", "ab\udc80"])
@@ -139,16 +140,17 @@ def test_no_piece_of_sentencepiece_ends_a_line_or_crosses_a_blank(corpus: list[s
 def test_ids_of_sentencepiece_are_those_of_its_own_processor(
     algorithm: str, corpus: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for the order of blanks in a run: unigram scores those as equal, to the last bit."""
-    library, trained = pytest.importorskip("sentencepiece"), list[bytes]()
+    """Except for the order of spaces in a run, whose unigram scores are equal to the last bit."""
+    pytest.importorskip("sentencepiece")
+    processors = list[Any]()
 
-    def read(data: bytes) -> PieceModel:
-        trained.append(data)
-        return read_piece_model(data)
+    def learned(processor: Any) -> list[ScoredPiece]:
+        processors.append(processor)
+        return learned_pieces(processor)
 
-    monkeypatch.setattr("llm.tokenizer.sentencepiece.read_piece_model", read)
+    monkeypatch.setattr("llm.tokenizer.sentencepiece.learned_pieces", learned)
     tokenizer = SentencePieceTokenizer.train(corpus, 800, algorithm)
-    processor = library.SentencePieceProcessor(model_proto=trained[0])
+    (processor,) = processors
     for text, ids in zip(corpus, tokenizer.encode_batch(corpus), strict=True):
         expected = [6 + index for index in processor.encode(text)]  # <unk> is left out
         if algorithm == "bpe":
@@ -211,7 +213,7 @@ def test_the_published_ids_are_those_of_an_excerpt_of_the_published_files(
     assert tokenizer.bos_id == 50_256 and tokenizer.vocab_size == 50_263
 
 
-def test_the_excerpt_of_gpt2_says_what_the_whole_vocabulary_says(gpt2: Tokenizer) -> None:
+def test_the_excerpt_of_gpt2_gives_the_ids_of_the_whole_vocabulary(gpt2: Tokenizer) -> None:
     excerpt = json.loads((Path(__file__).parent / "gpt2_excerpt.json").read_text())
     for text, ids in excerpt["texts"]:
         assert gpt2.encode_batch([text]) == [ids], text
@@ -229,7 +231,7 @@ def test_gpt2_gives_the_ids_of_transformers(
     assert gpt2.encode_batch(texts) == oracle(texts)["input_ids"]
 
 
-def test_gpt2_survives_saving_and_keeps_its_promises(gpt2: Tokenizer, tmp_path: Path) -> None:
+def test_gpt2_is_exact_after_saving_and_loading(gpt2: Tokenizer, tmp_path: Path) -> None:
     loaded = save_and_load(gpt2, tmp_path)
     assert loaded.control_ids == gpt2.control_ids and loaded.to_files() == gpt2.to_files()
     texts = [*FRAGMENTS, *examples(5000)]

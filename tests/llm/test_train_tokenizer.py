@@ -1,4 +1,4 @@
-"""The stage `train_tokenizer`: a bounded sample, the same bytes always, an honest summary."""
+"""The stage `train_tokenizer`: a bounded sample, deterministic, with a correct summary."""
 
 import hashlib
 import os
@@ -87,7 +87,7 @@ def test_the_sample_ends_where_its_distinct_words_pass_the_limit(
     assert limited(texts, 12) == texts  # "one", " ", "two", "three"
     assert limited(texts, 11) == texts[:2]
     assert limited(texts, 6) == []
-    monkeypatch.setattr(pre_tokenization, "PIECE_CHARACTERS", 6)
+    monkeypatch.setattr(pre_tokenization, "CHUNK_CHARACTERS", 6)
     long = "alpha\nbeta\nalpha\ngamma\n"
     assert limited([long], 100) == [long]
     assert limited([long], 12) == ["alpha\nbeta\nalpha"], "alpha, beta and the line's end"
@@ -154,7 +154,7 @@ def test_the_smallest_vocabulary_allowed_works(
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece", "characters"])
-@pytest.mark.parametrize("unit", ["bytes of documents to draw from", "bytes drawn"])
+@pytest.mark.parametrize("unit", ["bytes of documents hashed", "bytes drawn"])
 def test_a_stop_while_reading_leaves_no_manifest(
     make_documents: MakeDocuments,
     run_stage: RunStage,

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind from a small corpus, and pieces of text that are hard on them."""
+"""Tokenizers of every kind from a small corpus, and difficult pieces of text."""
 
 import json
 from collections.abc import Callable

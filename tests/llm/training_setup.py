@@ -19,7 +19,7 @@ from llm.artifact import ArtifactWriter, Json
 from llm.config import FinetuneConfig, ModelConfig, PretrainConfig, RuntimeConfig
 from llm.data.chat import render_chats
 from llm.data.packed import PackedLayout, PackedShard, shard_prefix, write_pack_json
-from llm.data.packed_writer import Documents, EncodedDocument, Pieces, write_shard
+from llm.data.packed_writer import EncodedDocument, EncodedDocuments, Segments, write_packed_shard
 from llm.model.transformer import Transformer
 from llm.runtime.job import Job, StageFunction, read_job, write_job
 from llm.tokenizer.bpe import ByteLevelBPE
@@ -165,7 +165,7 @@ def _write_sequences(
     is_validation = np.arange(len(tokens)) % 5 == 0
     infos: dict[str, list[PackedShard]] = {}
     for split, is_in in (("train", ~is_validation), ("validation", is_validation)):
-        documents, pieces = Documents(layout.dtype), []
+        documents, pieces = EncodedDocuments(layout.dtype), []
         for row, (ids, is_target) in enumerate(
             zip(tokens[is_in], tokens[is_in] * 0 if mask is None else mask[is_in], strict=True)
         ):
@@ -175,9 +175,9 @@ def _write_sequences(
                 pieces.append((len(documents), 0, end - start, row, start))
                 of_chat = None if mask is None else is_target[start:end]
                 documents.add([EncodedDocument(id=bytes(16), tokens=ids[start:end], mask=of_chat)])
-        laid = Pieces(*np.array(pieces).T)
+        laid = Segments(*np.array(pieces).T)
         prefix = shard_prefix(split, 0)
-        info = write_shard(writer, prefix, layout, documents, laid, tokenizer.token_bytes)
+        info = write_packed_shard(writer, prefix, layout, documents, laid, tokenizer.token_bytes)
         infos[split] = [info]
     write_pack_json(writer, layout, infos)
     writer.finish(stage="pack", summary={})
