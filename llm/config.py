@@ -18,6 +18,7 @@ import yaml
 
 from llm import presets
 from llm.errors import ConfigError
+from llm.models import MODELS
 from llm.settings import (
     Count,
     Fraction,
@@ -545,6 +546,8 @@ class RunConfig:
     """One line for people."""
     seed: Count = 1
     """Every random choice derives from it and its purpose."""
+    stages_after_pretrain: tuple[str, ...] = ("finetune",)
+    """Training stages after pretraining; each starts from the model of the one before."""
     download: DownloadConfig = field(default_factory=DownloadConfig)
     """Raw data."""
     clean: CleanConfig = field(default_factory=CleanConfig)
@@ -745,7 +748,14 @@ def _surroundings(config: RunConfig) -> presets.Surroundings:
 def _cross_checks(config: RunConfig) -> list[str]:
     """Return what is wrong between settings that are each allowed alone."""
     problems = model_problems(config.pretrain.model, "pretrain.model")
-    for stage in ("pretrain", "finetune"):
+    later_stages = tuple(MODELS)[1:]
+    found = config.stages_after_pretrain
+    if found != tuple(stage for stage in later_stages if stage in found):
+        problems.append(
+            f"stages_after_pretrain: found {', '.join(found)}, expected each at most once, and in"
+            f" this order: {', '.join(later_stages)}"
+        )
+    for stage in (next(iter(MODELS)), *(stage for stage in later_stages if stage in found)):
         section: OptimizationConfig = getattr(config, stage)
         if section.warmup_steps >= section.num_steps:
             problems.append(

@@ -10,8 +10,18 @@ from llm.artifact import Json, canonical
 from llm.config import CleanConfig, MixtureConfig, RunConfig, ShareConfig, SourceConfig, flatten
 from llm.data.sources.fingerprint import fingerprint
 from llm.errors import ArtifactError, ConfigError
+from llm.models import MODELS
 from llm.runtime.code import code_digests
-from tasks.stages import CLEAN, DOWNLOAD, PACK, STAGES, TRAIN_TOKENIZER, PipelineStep, Stage
+from tasks.stages import (
+    CLEAN,
+    DOWNLOAD,
+    EVALUATE,
+    PACK,
+    TRAIN_TOKENIZER,
+    PipelineStep,
+    Stage,
+    all_stages,
+)
 from tasks.store import KeyParts, KeyRecord, Store, library_versions
 
 PLACES = ("path", "url")  # where a source's bytes lie; the bytes count, by its fingerprint
@@ -33,7 +43,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         """Refuse names that are no stage."""
-        known = [stage.name for stage in STAGES]
+        known = [stage.name for stage in all_stages()]
         given = {"--only": [self.only], "--from": [self.start_from]}
         given |= {"--force": list(self.force), "--reuse": list(self.reuse)}
         problems = [
@@ -47,7 +57,7 @@ class Selection:
 
     def is_forced(self, stage: Stage) -> bool:
         """Tell whether a stage is built even if it is cached."""
-        names = [known.name for known in STAGES]
+        names = [known.name for known in all_stages()]
         comes_later = bool(self.start_from) and names.index(stage.name) >= names.index(
             self.start_from
         )
@@ -247,7 +257,7 @@ def _note(record: KeyRecord, store: Store) -> str:
     notes = ["declared unchanged by --reuse"] if record.reused_from else []
     manifest = store.folder(record.parts.stage, record.digest) / "manifest.json"
     versions = json.loads(manifest.read_bytes())["provenance"].get("versions", {})
-    if record.parts.stage in ("pretrain", "finetune", "evaluate") and "torch" in versions:
+    if record.parts.stage in (*MODELS, EVALUATE.name) and "torch" in versions:
         now = library_versions(["torch"])["torch"]
         if versions["torch"] != now:
             notes.append(f"made with torch {versions['torch']}, here is {now}")

@@ -32,6 +32,7 @@ from llm.runtime.disk import refuse_full_disk
 from llm.runtime.failures import EXIT_DISK_FULL, EXIT_INTERRUPTED, write_error
 
 PROGRESS, METRICS = "progress.json", "metrics.jsonl"
+STARTING_MODEL = "base"  # name of the input whose weights a stage continues to train
 PARENT_PID = "FROMSCRATCH_PARENT_PID"  # of whoever starts a process that ends with it
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SECONDS_BETWEEN_PROGRESS = 0.2

@@ -55,7 +55,7 @@ ENVIRONMENT = {
 DESCRIPTIONS: Mapping[Experiment, str] = {
     "pipelines": "One run for each run of the pipeline, with a child for each stage that was built."
     " A stage that was cached is a tag that names the run which made it.",
-    "models": "One run for each trained model, base and chat. The chart view lays their curves over"
+    "models": "One run for each trained model. The chart view lays their curves over"
     " each other, the table view puts their sample answers side by side; select some and press"
     " Compare to see the settings that differ.",
 }

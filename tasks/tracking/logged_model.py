@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import llm
+from llm.models import PipelineModel
 from tasks.tracking.client import MlflowStore
 
 if TYPE_CHECKING:
@@ -16,16 +17,18 @@ REQUIREMENTS = ("mlflow", "torch", "tokenizers", "safetensors", "numpy", "pyyaml
 CODE = Path(__file__).parent / "pyfunc.py"
 
 
-def log_model(store: MlflowStore, run: "Run", folder: Path, *, is_chat: bool, step: int) -> str:
+def log_model(
+    store: MlflowStore, run: "Run", folder: Path, made: PipelineModel, *, step: int
+) -> str:
     """Log the model in `folder` as what `run` made, and return its id. A second call finds it."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.entities.logged_model_status import LoggedModelStatus
 
-    model = _find_or_create(store, run, is_chat=is_chat)
+    model = _find_or_create(store, run, made.name)
     if model.status != LoggedModelStatus.READY:
         with tempfile.TemporaryDirectory(dir=store.scratch_folder()) as scratch:
             path = Path(scratch) / "model"
-            _save(path, model, folder, is_chat=is_chat)
+            _save(path, model, folder, is_chat=made.data == "chats")
             store.client.log_model_artifacts(model.model_id, str(path))
         store.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     if logged_model_id(store, run.info.run_id) != model.model_id:
@@ -41,7 +44,7 @@ def logged_model_id(store: MlflowStore, run_id: str) -> str:
     return models[-1].model_id if models else ""
 
 
-def _find_or_create(store: MlflowStore, run: "Run", *, is_chat: bool) -> "LoggedModel":
+def _find_or_create(store: MlflowStore, run: "Run", model_name: str) -> "LoggedModel":
     experiment_id, run_id = run.info.experiment_id, run.info.run_id
     found = store.client.search_logged_models(
         [experiment_id], filter_string=f"source_run_id = '{run_id}'"
@@ -51,10 +54,10 @@ def _find_or_create(store: MlflowStore, run: "Run", *, is_chat: bool) -> "Logged
     name = run.data.params.get("name", "model")
     return store.client.create_logged_model(
         experiment_id,
-        name=f"{name}-{'chat' if is_chat else 'base'}",
+        name=f"{name}-{model_name}",
         source_run_id=run_id,
         params=run.data.params,
-        model_type="chat" if is_chat else "base",
+        model_type=model_name,
     )
 
 

@@ -152,7 +152,7 @@ class Tracker:
         self._tell(ModelFinished(stage=stage, digest="", folder="", summary={}, status=status))
 
     def report_finished(self, folder: Path, metrics: Mapping[str, Json]) -> None:
-        """The report lies in `folder`; figures of a model begin with `base/` or `chat/`."""
+        """The report lies in `folder`; a model's metrics begin with its name."""
         self._tell(ReportFinished(folder=self._relative(folder), metrics=metrics))
 
     def close(self, status: Status = "FINISHED", timeout_seconds: float = 60.0) -> None:
