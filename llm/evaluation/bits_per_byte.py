@@ -28,7 +28,7 @@ LOGITS_PER_BATCH = 16_000_000  # 64 MB in fp32, a few times that while the softm
 class ScoredSequences:
     """The scored targets of some rows, one entry each: its document, its cost, its bytes."""
 
-    num_rows: int
+    num_sequences: int
     documents: np.ndarray
     nats: np.ndarray
     num_bytes: np.ndarray
@@ -97,7 +97,7 @@ def score_sequences(
                 torch.from_numpy(arrays.document_ids) if document_mask else None,
             )
         yield ScoredSequences(
-            num_rows=len(indices),
+            num_sequences=len(indices),
             documents=arrays.document_ids[:, 1:][is_scored],
             nats=nats.double().cpu().numpy()[is_scored],
             num_bytes=num_bytes[is_scored],

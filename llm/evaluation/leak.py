@@ -13,7 +13,7 @@
 T positions, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -160,24 +160,35 @@ def find_leaks(
     )
 
 
-def leak_metrics(leaks: Sequence[LeakResult]) -> dict[str, Metric]:
-    """Return, of every check, the worst result of several models."""
+def leak_metrics(leak: LeakResult) -> dict[str, Metric]:
+    """Return the result of every check as a metric."""
     logit = "share of the largest logit"
-    worst = {
-        "passed": (float(all(leak.is_passed for leak in leaks)), "1 passed, 0 failed"),
-        "largest_difference": (max(leak.future_difference for leak in leaks), logit),
-        "cache_difference": (max(leak.cache_difference for leak in leaks), logit),
-        "total_error": (max(leak.total_error for leak in leaks), "probability"),
-        "repetition": (max(leak.repetition for leak in leaks), "probability"),
+    values = {
+        "passed": (float(leak.is_passed), "1 passed, 0 failed"),
+        "largest_difference": (leak.future_difference, logit),
+        "cache_difference": (leak.cache_difference, logit),
+        "total_error": (leak.total_error, "probability"),
+        "repetition": (leak.repetition, "probability"),
     }
-    across = [leak.document_difference for leak in leaks if leak.document_difference is not None]
-    if across:
-        worst["document_difference"] = (max(across), logit)
-    num_cuts = sum(leak.num_cuts for leak in leaks)
+    if leak.document_difference is not None:
+        values["document_difference"] = (leak.document_difference, logit)
     return {
-        f"leak/{name}": Metric(value=rounded(value, SHOWN_DIGITS), unit=unit, num_examples=num_cuts)
-        for name, (value, unit) in worst.items()
+        f"leak/{name}": Metric(
+            value=rounded(value, SHOWN_DIGITS), unit=unit, num_examples=leak.num_cuts
+        )
+        for name, (value, unit) in values.items()
     }
+
+
+def worst_metrics(by_model: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
+    """Return, of every check, the worst result of several models."""
+    num_cuts = sum(metrics["leak/passed"].num_examples for metrics in by_model)
+    worst: dict[str, Metric] = {}
+    for name in dict.fromkeys(name for metrics in by_model for name in metrics):
+        measured = [metrics[name] for metrics in by_model if name in metrics]
+        choose = min if name == "leak/passed" else max
+        worst[name] = replace(choose(measured, key=_value), num_examples=num_cuts)
+    return worst
 
 
 def _cuts(length: int, generator: np.random.Generator) -> list[int]:
@@ -243,6 +254,10 @@ def _repetition(model: Transformer, texts: Sequence[Text]) -> float:
         nats = token_losses(text.logits(model)[None], inputs[None])[0]  # (T, V) -> (T,)
         excess.append((torch.exp(-nats) - (inputs == targets).float())[text.is_target])
     return float(torch.cat(excess).mean())
+
+
+def _value(metric: Metric) -> float:
+    return metric.value
 
 
 def _largest(x: Tensor) -> float:

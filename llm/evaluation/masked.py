@@ -7,7 +7,7 @@ B rows in a batch, T positions, N documents.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,41 +47,6 @@ class FilledIn:
     """Nats per hidden token."""
     accuracy: Metric
     """Share of them that the model thought the likeliest."""
-
-
-def measure(
-    model: Transformer,
-    splits: Mapping[str, tuple[PackedSequences, bool]],
-    masking: Masking,
-    precision: Precision,
-    advance: Advance,
-) -> dict[str, Metric]:
-    """Return all figures of a model: of each split by its prefix, and of the one without a prefix
-    the pseudo-perplexity.
-
-    Of a split are given the rows and whether attention stays within a document, as in training.
-    """
-    figures: dict[str, Metric] = {}
-    for prefix, (rows, document_mask) in splits.items():
-        found = measure_filled_in(
-            model,
-            rows,
-            masking,
-            document_mask=document_mask,
-            precision=precision,
-            advance=advance,
-        )
-        figures |= {f"{prefix}masked_loss": found.loss, f"{prefix}masked_accuracy": found.accuracy}
-    rows, document_mask = splits[""]
-    figures["pseudo_perplexity"] = pseudo_perplexity(
-        model,
-        rows,
-        masking,
-        document_mask=document_mask,
-        precision=precision,
-        advance=advance,
-    )
-    return figures
 
 
 @torch.inference_mode()

@@ -309,7 +309,7 @@ def test_a_model_with_a_shorter_context_is_refused(
     inputs: dict[str, Path], run_stage: RunStage, tokenizer: ByteLevelBPE
 ) -> None:
     write_model(inputs["base"], Transformer(SHAPE, tokenizer.vocab_size, 16), tokenizer)
-    with pytest.raises(ArtifactError, match="context of 16 tokens, but rows of 48"):
+    with pytest.raises(ArtifactError, match="context of 16 tokens, but sequences of 48"):
         run_stage(evaluate, SETTINGS, **inputs)
 
 

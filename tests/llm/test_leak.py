@@ -14,7 +14,8 @@ from llm.config import ModelConfig
 from llm.data.packed import PackedSequences
 from llm.errors import ConfigError
 from llm.evaluation import leak
-from llm.evaluation.leak import LeakResult, find_leaks, leak_metrics
+from llm.evaluation.leak import LeakResult, find_leaks, leak_metrics, worst_metrics
+from llm.evaluation.report import Metric
 from llm.model import attention_mask as reach
 from llm.model.attention import Attention
 from llm.model.attention_mask import Masked, Reach, Sight, Unmasked, boolean_mask, make_rule
@@ -277,13 +278,17 @@ def test_metrics_show_the_worse_of_two_models() -> None:
         num_cuts=8, future_difference=0, cache_difference=1e-7, total_error=0, repetition=0
     )
     leaky = replace(sound, future_difference=0.25, repetition=0.75)
-    metrics = leak_metrics([sound, leaky])
+
+    def worst(*leaks: LeakResult) -> dict[str, Metric]:
+        return worst_metrics([leak_metrics(one) for one in leaks])
+
+    metrics = worst(sound, leaky)
     assert metrics["leak/passed"].value == 0
     assert metrics["leak/largest_difference"].value == 0.25
     assert metrics["leak/repetition"].value == 0.75
     assert metrics["leak/passed"].num_examples == 16
     assert "leak/document_difference" not in metrics
     across = replace(sound, document_difference=0.5)
-    assert leak_metrics([sound, across])["leak/document_difference"].value == 0.5
-    assert leak_metrics([sound, across])["leak/passed"].value == 0
-    assert leak_metrics([sound, sound])["leak/passed"].value == 1
+    assert worst(sound, across)["leak/document_difference"].value == 0.5
+    assert worst(sound, across)["leak/passed"].value == 0
+    assert worst(sound, sound)["leak/passed"].value == 1

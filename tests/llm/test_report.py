@@ -23,8 +23,7 @@ samples = st.builds(
     kind=st.sampled_from(["continuation", "instruction"]),
     prompt=texts,
     expected=texts | st.none(),
-    base=texts,
-    chat=texts,
+    completions=st.fixed_dictionaries({"base": texts, "chat": texts}),
 )
 reports = st.builds(
     Report,
@@ -51,8 +50,18 @@ def example(**changed: float) -> Report:
         for name, value in values.items()
     }
     shown = (
-        Sample(kind="instruction", prompt="add(a, b)?", expected="a, b", base="|", chat="a, b"),
-        Sample(kind="continuation", prompt="def", expected=None, base=" f():\n    x", chat="<b>"),
+        Sample(
+            kind="instruction",
+            prompt="add(a, b)?",
+            expected="a, b",
+            completions={"base": "|", "chat": "a, b"},
+        ),
+        Sample(
+            kind="continuation",
+            prompt="def",
+            expected=None,
+            completions={"base": " f():\n    x", "chat": "<b>"},
+        ),
     )
     return Report(metrics=made, samples=shown, settings={"context": "64"}, notes=("one note",))
 
