@@ -26,10 +26,12 @@ from llm.evaluation.instructions import (
     read_instructions,
     read_whole_documents,
 )
-from llm.evaluation.report import Report
+from llm.evaluation.report import Metric, Report
+from llm.evaluation.tasks import TASKS, Evaluated, EvaluationData, EvaluationTask, TaskResult
 from llm.model.loss import IGNORED, token_losses
 from llm.model.transformer import Transformer
 from llm.model.weights import save_model
+from llm.models import MODELS, PipelineModel
 from llm.pack import pack
 from llm.runtime import job as job_module
 from llm.runtime.job import PROGRESS, Job, write_job
@@ -178,6 +180,63 @@ def test_the_report_holds_every_figure_and_the_chat_model_answers(
     assert all(sample["chat"] == sample["expected"] for sample in shown[:num])
     assert {sample["prompt"] for sample in shown[:num]} <= {f"say {word}" for word in WORDS}
     assert [sample["prompt"] for sample in shown[num:]] == SETTINGS["prompts"]
+
+
+@pytest.fixture
+def third_model(
+    inputs: dict[str, Path],
+    chat_model: Transformer,
+    tokenizer: ByteLevelBPE,
+    monkeypatch: pytest.MonkeyPatch,
+) -> PipelineModel:
+    """A model of a stage of its own, in the table and among the inputs."""
+    added = PipelineModel(stage="align", name="aligned", data="chats")
+    monkeypatch.setitem(MODELS, added.stage, added)
+    inputs["aligned"] = write_model(inputs["chat"].parent / "aligned", chat_model, tokenizer)
+    return added
+
+
+def test_a_model_added_to_the_table_is_measured_and_reported(
+    inputs: dict[str, Path], third_model: PipelineModel, run_stage: RunStage
+) -> None:
+    folder, summary = run_stage(evaluate, SETTINGS, **inputs)
+    for name in MODEL_FIGURES:
+        assert summary[f"aligned/{name}"] == summary[f"chat/{name}"] != summary[f"base/{name}"]
+    assert summary["leak/passed"] == 1.0
+    report = read_report(folder)
+    assert all(list(sample.completions) == ["aligned", "base", "chat"] for sample in report.samples)
+    text = (folder / "report.md").read_text()
+    assert text == report.to_markdown()
+    assert "| instruction | expected | base model | chat model | aligned model |" in text
+    assert "| aligned model | 1.000" in text
+    shown = json.loads((folder / "samples.json").read_bytes())
+    assert all(sample["aligned"] == sample["chat"] for sample in shown[:5])
+
+
+def test_a_recipe_without_a_chat_model_is_measured(
+    inputs: dict[str, Path], run_stage: RunStage
+) -> None:
+    del inputs["chat"]
+    folder, summary = run_stage(evaluate, SETTINGS, **inputs)
+    assert "base/exact_match" in summary and not any(name.startswith("chat/") for name in summary)
+    assert "chat model" not in (folder / "report.md").read_text()
+
+
+def test_a_task_added_to_the_table_is_measured_on_each_model(
+    inputs: dict[str, Path], run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count(evaluated: Evaluated, data: EvaluationData) -> TaskResult:
+        value = float(evaluated.model.num_parameters() * len(data.prompts))
+        metric = Metric(value=value, unit="parameters", num_examples=1)
+        return TaskResult(metrics={"size": metric})
+
+    added = EvaluationTask(measure=count, notes=lambda data: iter(["size is no quality"]))
+    monkeypatch.setitem(TASKS, "size", added)
+    folder, summary = run_stage(evaluate, SETTINGS, **inputs)
+    num_parameters = Transformer(SHAPE, 600, SEQ_LEN).num_parameters()
+    assert summary["base/size"] == summary["chat/size"] == 2 * num_parameters
+    text = (folder / "report.md").read_text()
+    assert "| `base/size` |" in text and "- size is no quality" in text
 
 
 MODEL_FIGURES = ("bits_per_byte", "answer_loss", "exact_match")
