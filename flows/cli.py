@@ -24,7 +24,7 @@ from flows.pipeline import language_model
 from flows.services.processes import ServiceError
 from llm.config import RunConfig, RuntimeConfig, load_config, recipe_names
 from llm.errors import ArtifactError, ConfigError, FromscratchError, Interrupted
-from llm.inference.chat import add_options, talk_as_asked
+from llm.inference.chat import add_options, chat_with_options
 from llm.models import MODELS, chat_models
 from llm.runtime.disk import disk_full
 from llm.runtime.failures import EXIT_INTERRUPTED
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_artifacts(adding)
         adding.set_defaults(command=command)
     _add_tokenizers(commands)
-    chat = commands.add_parser("chat", help="talk to a chat model in the terminal")
+    chat = commands.add_parser("chat", help="chat with a model in the terminal")
     chat.add_argument("model", nargs="?", default="", help="its folder; default: the newest one")
     add_options(chat)
     _add_artifacts(chat)
@@ -429,9 +429,9 @@ def _confirm_down(runs: "Sequence[RunningRun]") -> None:
 
 def _chat(options: argparse.Namespace) -> int:
     folder = _model_folder(options)
-    if not options.model and not sys.stdin.isatty():  # a terminal is told by the chat itself
+    if not options.model and not sys.stdin.isatty():  # at a terminal the chat prints it
         print(f"model: {folder}", file=sys.stderr)
-    talk_as_asked(folder, options)
+    chat_with_options(folder, options)
     return 0
 
 

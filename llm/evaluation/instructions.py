@@ -16,6 +16,7 @@ import numpy as np
 from llm.data.packed import PackedSequences
 from llm.evaluation.report import Metric, rounded
 from llm.inference.generate import generate
+from llm.inference.options import GenerationOptions
 from llm.model.transformer import Transformer
 from llm.tokenizer.base import Tokenizer
 
@@ -98,15 +99,12 @@ def answer_instructions(
     instructions: Sequence[Instruction],
     max_new_tokens: int,
 ) -> Iterator[list[str]]:
-    """Yield the model's greedy answers, in order, a batch at a time."""
+    """Yield the model's greedy answers in order, batch by batch."""
+    stop_ids = (tokenizer.end_id, tokenizer.bos_id)
+    options = GenerationOptions(max_new_tokens=max_new_tokens, stop_ids=stop_ids)
     for start in range(0, len(instructions), PROMPTS_PER_BATCH):
         batch = instructions[start : start + PROMPTS_PER_BATCH]
-        completions = generate(
-            model,
-            [instruction.prompt_ids for instruction in batch],
-            max_new_tokens=max_new_tokens,
-            stop_ids=[tokenizer.end_id, tokenizer.bos_id],
-        )
+        completions = generate(model, [each.prompt_ids for each in batch], options)
         yield [tokenizer.decode(ids) for ids in completions]
 
 

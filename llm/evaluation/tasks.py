@@ -21,7 +21,7 @@ from llm.evaluation.instructions import (
 from llm.evaluation.leak import find_leaks, leak_metrics, worst_metrics
 from llm.evaluation.report import Metric, Sample
 from llm.inference.generate import generate_texts
-from llm.inference.sampling import Sampling
+from llm.inference.options import GenerationOptions
 from llm.model.masked_lm import Masking
 from llm.model.precision import Precision
 from llm.model.transformer import Transformer
@@ -179,21 +179,17 @@ def _leaks(evaluated: Evaluated, data: EvaluationData) -> TaskResult:
 
 def _continuations(evaluated: Evaluated, data: EvaluationData) -> TaskResult:
     config, tokenizer = data.config, data.tokenizer
-    completions = generate_texts(
-        evaluated.model,
-        tokenizer,
-        data.prompts,
+    options = GenerationOptions(
         max_new_tokens=config.max_new_tokens,
-        stop_ids=[tokenizer.bos_id, tokenizer.end_id],
-        sampling=Sampling(
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
-            repetition_penalty=config.repetition_penalty,
-            seed=derive_seed(data.seed, "samples"),
-        ),
+        stop_ids=(tokenizer.bos_id, tokenizer.end_id),
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        seed=derive_seed(data.seed, "samples"),
     )
+    completions = generate_texts(evaluated.model, tokenizer, data.prompts, options)
     return TaskResult(
         samples=[
             Sample(kind="continuation", prompt=prompt, completions={evaluated.name: completion})

@@ -26,7 +26,7 @@ from llm.inference.chat import (
     main,
     printable,
 )
-from llm.inference.sampling import Sampling
+from llm.inference.options import GenerationOptions
 from llm.model.loss import IGNORED, token_losses
 from llm.model.transformer import Transformer
 from llm.model.weights import save_model
@@ -35,9 +35,8 @@ from llm.tokenizer.bpe import ByteLevelBPE
 pytestmark = pytest.mark.flaky(reason="a real terminal and signals, on a machine that may be busy")
 
 SEQ_LEN = 64
-GREEDY = Sampling()
 SHAPE = ModelConfig(num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, d_ff=48)
-ROOT = Path(llm.runtime.job.__file__).parents[1]
+ROOT = Path(llm.runtime.job.__file__).parents[2]
 ANSWERS = {"red?": "blue", "two\nlines?": "naïve\n文字", "end?": ""}
 
 
@@ -98,13 +97,13 @@ def test_the_model_is_asked_with_all_that_was_said(
     prompts: list[list[int]] = []
 
     def remember(
-        model: Transformer, tokenizer: ByteLevelBPE, asked: list[list[int]], **named: object
+        model: Transformer, tokenizer: ByteLevelBPE, asked: list[list[int]], options: object
     ) -> Iterator[tuple[int, str]]:
         prompts.extend(asked)
         return iter([(0, " fi"), (0, "ne")])
 
     monkeypatch.setattr("llm.inference.generate.stream_texts", remember)
-    conversation = Conversation(model, tokenizer, sampling=GREEDY, max_new_tokens=4)
+    conversation = Conversation(model, tokenizer, GenerationOptions(max_new_tokens=4))
     assert "".join(conversation.ask("hi")) == " fine"
     assert "".join(conversation.ask("and you")) == " fine"
     said = [
@@ -118,26 +117,26 @@ def test_the_model_is_asked_with_all_that_was_said(
     assert prompts[2] == prompts[0]
 
 
-def test_the_oldest_turns_are_forgotten_when_the_context_is_full(
+def test_the_oldest_messages_are_dropped_when_the_context_is_full(
     model: Transformer, tokenizer: ByteLevelBPE
 ) -> None:
-    conversation = Conversation(model, tokenizer, sampling=GREEDY, max_new_tokens=8)
-    forgotten = 0
+    conversation = Conversation(model, tokenizer, GenerationOptions(max_new_tokens=8))
+    dropped = 0
     for number in range(12):
         "".join(conversation.ask(f"q {number}"))
-        forgotten += conversation.num_forgotten
+        dropped += conversation.num_dropped
         messages = conversation.messages
-        assert len(messages) == 2 * (number + 1) - forgotten
+        assert len(messages) == 2 * (number + 1) - dropped
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
         assert messages[-2]["content"] == f"q {number}"
         assert len(render_prompt(messages[:-1], tokenizer)) + 8 <= SEQ_LEN
-    assert forgotten > 0
+    assert dropped > 0
 
 
 def test_a_question_that_fills_the_context_is_refused_and_forgotten(
     model: Transformer, tokenizer: ByteLevelBPE
 ) -> None:
-    conversation = Conversation(model, tokenizer, sampling=GREEDY, max_new_tokens=8)
+    conversation = Conversation(model, tokenizer, GenerationOptions(max_new_tokens=8))
     "".join(conversation.ask("hi"))
     before = list(conversation.messages)
     with pytest.raises(DataError, match="expected at most 56 in a context of 64"):
@@ -148,7 +147,7 @@ def test_a_question_that_fills_the_context_is_refused_and_forgotten(
 def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(
     model: Transformer, tokenizer: ByteLevelBPE
 ) -> None:
-    conversation = Conversation(model, tokenizer, sampling=Sampling(temperature=1.0))
+    conversation = Conversation(model, tokenizer, GenerationOptions(temperature=1.0))
     pieces = conversation.ask("hi")
     start = next(pieces) + next(pieces)
     pieces.close()
@@ -158,7 +157,7 @@ def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(
 def test_every_line_is_answered_by_a_line(
     knowing_model: Transformer, tokenizer: ByteLevelBPE, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    conversation = Conversation(knowing_model, tokenizer, sampling=GREEDY, max_new_tokens=16)
+    conversation = Conversation(knowing_model, tokenizer, GenerationOptions(max_new_tokens=16))
     lines = ["red?\n", "\n", "/reset\n", "end?\n", "/reset\n", "w x " * 99, "red?", "/exit", "red?"]
     output = io.StringIO()
     answer_lines(conversation, lines, output)
@@ -169,7 +168,7 @@ def test_every_line_is_answered_by_a_line(
 def test_line_breaks_in_an_answer_do_not_end_its_line(
     knowing_model: Transformer, tokenizer: ByteLevelBPE
 ) -> None:
-    conversation = Conversation(knowing_model, tokenizer, sampling=GREEDY, max_new_tokens=16)
+    conversation = Conversation(knowing_model, tokenizer, GenerationOptions(max_new_tokens=16))
     assert "".join(conversation.ask("two\nlines?")) == "naïve\n文字"
     output = io.StringIO()
     conversation.reset()
@@ -207,7 +206,7 @@ def test_a_folder_without_a_model_is_one_line_and_quick(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ArtifactError, match=r"no model\.json, model\.safetensors"):
-        chat_terminal(tmp_path, sampling=GREEDY)
+        chat_terminal(tmp_path, GenerationOptions())
     assert main([str(tmp_path / "nowhere")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -299,13 +298,13 @@ def test_a_person_asks_resets_interrupts_and_leaves(folder: Path) -> None:
         terminal.type("red?\n")
         assert "blue" in terminal.wait_for("> ")
         terminal.type("/reset\n")
-        assert "Forgotten." in terminal.wait_for("> ")
+        assert "Conversation cleared." in terminal.wait_for("> ")
         terminal.type("/what\n")
         assert "/exit" in terminal.wait_for("> ")
         terminal.interrupt()
         assert "Ctrl-D leaves" in terminal.wait_for("> ")
         terminal.type("w x y z " * 60 + "\n")
-        terminal.wait_for("ask a shorter one")
+        terminal.wait_for("ask a shorter question")
         terminal.wait_for("> ")
         terminal.type("\x04")
         assert terminal.exit_code() == 0

@@ -313,7 +313,7 @@ def test_it_runs_as_a_process_of_its_own(inputs: dict[str, Path], tmp_path: Path
     )
     write_job(tmp_path / "job.json", job)
     command = [sys.executable, "-m", "llm.evaluate", str(tmp_path / "job.json")]
-    root = Path(job_module.__file__).parents[1]
+    root = Path(job_module.__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert (done.returncode, done.stderr) == (0, "")
     assert load_artifact(job.out).stage == "evaluate"

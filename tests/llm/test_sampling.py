@@ -10,8 +10,8 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
 from llm.errors import ConfigError
+from llm.inference.options import GenerationOptions
 from llm.inference.sampling import (
-    Sampling,
     draw,
     filter_logits,
     keep_min_p,
@@ -82,7 +82,7 @@ def test_a_penalty_makes_seen_tokens_less_likely_and_leaves_the_rest(
 
 @given(LOGITS)
 def test_settings_that_leave_all_leave_all(logits: Tensor) -> None:
-    assert torch.equal(filter_logits(logits, Sampling(temperature=1.0), None), logits)
+    assert torch.equal(filter_logits(logits, GenerationOptions(temperature=1.0), None), logits)
     assert torch.equal(keep_top_k(logits, 99), logits)
 
 
@@ -95,7 +95,9 @@ def test_a_token_that_was_filtered_out_is_never_drawn(logits: Tensor, number: fl
 
 @given(LOGITS, st.floats(0.1, 5))
 def test_drawing_inverts_the_cumulated_probability(logits: Tensor, temperature: float) -> None:
-    chances = filter_logits(logits, Sampling(temperature=temperature), None).double().softmax(-1)
+    chances = (
+        filter_logits(logits, GenerationOptions(temperature=temperature), None).double().softmax(-1)
+    )
     ends = chances.cumsum(-1)
     for token in range(logits.shape[1]):
         middle = (ends[:, token] - chances[:, token] / 2) / ends[:, -1]
@@ -136,7 +138,7 @@ def test_filters_are_those_of_transformers(settings: dict[str, float]) -> None:
     is_seen = None
     if "repetition_penalty" in settings:
         is_seen = torch.zeros(5, 40, dtype=torch.bool).scatter(1, text, True)
-    found = filter_logits(logits, Sampling(**settings), is_seen)  # type: ignore[arg-type]
+    found = filter_logits(logits, GenerationOptions(**settings), is_seen)  # type: ignore[arg-type]
     assert torch.equal(found > -torch.inf, expected > -torch.inf)
     torch.testing.assert_close(found, expected)  # one rounding in each step of both
 
@@ -161,12 +163,12 @@ def test_filters_are_those_of_transformers(settings: dict[str, float]) -> None:
 )
 def test_settings_out_of_range_are_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"^{name}: found .*, expected "):
-        Sampling(**{name: value})  # type: ignore[arg-type]
+        GenerationOptions(**{name: value})  # type: ignore[arg-type]
 
 
 def test_all_problems_are_said_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        Sampling(temperature=-1.0, top_p=2.0, min_p=3.0)
+        GenerationOptions(temperature=-1.0, top_p=2.0, min_p=3.0)
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
         "temperature",
         "top_p",
