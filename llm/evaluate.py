@@ -144,7 +144,7 @@ def _progress(job: Job, total: int) -> Callable[[int], None]:
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        job.report_progress(done, total, "rows")
+        job.report_progress(done, total, "sequences")
 
     return advance
 

@@ -91,7 +91,7 @@ def test_a_sound_model_passes_untrained(
     assert found.is_passed
     assert found.future_difference == 0.0, "the same sums in the same order"
     assert found.document_difference == (0.0 if document_mask else None)
-    assert found.num_cuts >= 3 * leak.NUM_ROWS
+    assert found.num_cuts >= 3 * leak.NUM_SEQUENCES
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
