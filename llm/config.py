@@ -457,24 +457,24 @@ class FinetuneConfig(OptimizationConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """What is measured, and the samples shown."""
+    """Evaluation of every trained model."""
 
     prompts: tuple[str, ...] = ("The ", "def ", "import ")
-    """Continued by the base model and the chat model, side by side."""
+    """Continued by every model, side by side in the report."""
     max_new_tokens: Positive = 64
-    """Longest answer or continuation."""
+    """Maximum length of an answer or a continuation, in tokens."""
     temperature: NonNegativeFloat = 0.8
-    """Of the samples; 0 takes the likeliest token. Answers to instructions are always greedy."""
+    """Of continuations; 0 decodes greedily. Answers to instructions are always greedy."""
     top_k: Count = 0
-    """Samples are drawn from so many likeliest tokens; 0 draws from all."""
+    """Continuations are sampled from this many most probable tokens; 0 from all."""
     top_p: Annotated[float, Range(above=0, maximum=1)] = 1.0
-    """Samples are drawn from the fewest likeliest tokens with this probability together."""
+    """Continuations are sampled from the fewest most probable tokens that sum to this."""
     min_p: Fraction = 0.0
-    """Samples are drawn from tokens at least this share as likely as the likeliest."""
+    """Continuations are sampled from tokens with this share of the top token's probability."""
     repetition_penalty: PositiveFloat = 1.0
-    """Above 1, tokens already in a sample or its prompt become less likely."""
+    """Above 1, tokens already in a continuation or its prompt become less probable."""
     num_instructions: Positive = 200
-    """Held-out instructions answered for the exact-match figure."""
+    """Held-out instructions to answer for the exact match; more lowers its standard error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

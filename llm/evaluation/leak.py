@@ -46,8 +46,8 @@ REPETITION_TOLERANCE = 0.25
 
 
 NOT_APPLICABLE = (
-    "The leak test is not applicable: a model that fills in masked tokens is meant to see both"
-    " sides of them, so there is no future to hide."
+    "The leak test does not apply: a model that fills in masked tokens sees both sides of them, so"
+    " there is no future to hide."
 )
 
 

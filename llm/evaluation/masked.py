@@ -31,11 +31,11 @@ Advance = Callable[[int], None]
 """Takes the number of sequences just done."""
 
 NOTES = (
-    "These models fill in masked tokens and do not say what comes next. So there are no bits per"
-    " byte to set beside the compressors', no samples and no answers to instructions.",
+    "These models fill in masked tokens and do not predict the next token: there are no bits per"
+    " byte to compare with compressors, no samples and no answers to instructions.",
     NOT_APPLICABLE,
-    "Pseudo-perplexity is no perplexity: each token is told by all the others of its row, also by"
-    " those after it. It compares models that fill in, with the same tokenizer, with each other.",
+    "Pseudo-perplexity is no perplexity: each token is predicted from all others of its sequence,"
+    " including later ones. It compares masked language models with the same tokenizer.",
 )
 
 

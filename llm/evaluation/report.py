@@ -161,10 +161,10 @@ def _leak_verdict(metrics: Mapping[str, Metric]) -> str:
     if passed.value == 1:
         return "The leak test passed: no model sees a token before it has predicted it."
     return (
-        "> **THE LEAK TEST FAILED.** A model sees tokens that it is asked to predict, or it repeats"
-        " the token it has just read (trained on targets that were not shifted, or hardly trained)."
-        " No other figure on this page means anything until that is mended; the `leak/` figures at"
-        " the end say which check failed."
+        "> **THE LEAK TEST FAILED.** A model sees tokens that it has to predict, or it repeats the"
+        " last token (trained on unshifted targets, or hardly trained). No other metric of this"
+        " report is valid until this is fixed; the `leak/` metrics at the end show which check"
+        " failed."
     )
 
 
@@ -179,13 +179,13 @@ def _text_section(metrics: Mapping[str, Metric], models: Sequence[str]) -> str:
     rows = [(label, _shown(metrics.get(name))) for label, name in names.items()]
     size = metrics.get("data/validation_bytes")
     documents = "" if size is None else f" in {size.num_examples:,} documents"
-    where = "" if size is None else f"All of it, {int(size.value):,} bytes{documents}. "
+    where = "" if size is None else f"Measured on all {int(size.value):,} bytes{documents}. "
     return (
         "## Held-out text\n\n"
         + _table(("", "bits per byte"), rows, right=1)
         + f"\n\n{where}Lower is better; every line is measured on the same bytes. "
-        + ("" if is_masked else "The models have read the training text before, ")
-        + "gzip and xz start from nothing, and the byte unigram knows these bytes' own frequencies."
+        + ("" if is_masked else "The models have seen the training text; ")
+        + "gzip and xz start from nothing, and the byte unigram uses these bytes' own frequencies."
         + ("" if is_masked else " ± is one standard error, by document.")
     )
 
@@ -203,9 +203,9 @@ def _masked_section(metrics: Mapping[str, Metric], models: Sequence[str]) -> str
         + _table(("", *heading, "pseudo-perplexity"), text_rows, right=3)
         + "\n\n## Masked tokens of held-out answers\n\n"
         + _table(("", *heading), answer_rows, right=2)
-        + "\n\nAccuracy is the share of hidden tokens that the model thought the likeliest. Both"
-        " models fill in the same places. ± is one standard error, by document; of the"
-        " pseudo-perplexity by row."
+        + "\n\nAccuracy is the share of masked tokens that the model ranks first. The same tokens"
+        " are masked for every model. ± is one standard error, by document; for the"
+        " pseudo-perplexity by sequence."
     )
 
 
@@ -303,4 +303,4 @@ def _all_metrics_section(metrics: Mapping[str, Metric]) -> str:
         for name, metric in sorted(metrics.items())
     ]
     header = ("metric", "value", "standard error", "unit", "examples")
-    return "## All figures\n\n" + _table(header, rows)
+    return "## All metrics\n\n" + _table(header, rows)

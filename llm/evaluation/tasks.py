@@ -158,13 +158,11 @@ def _instructions(evaluated: Evaluated, data: EvaluationData) -> TaskResult:
 def _instruction_notes(data: EvaluationData) -> Iterator[str]:
     found, wanted = len(data.held_out.instructions), data.config.num_instructions
     if found < wanted:
-        yield f"{found} held-out instructions, all there are; {wanted} were asked for."
+        yield f"{wanted} held-out instructions were requested, only {found} exist."
     if data.held_out.num_other_shapes:
-        yield (
-            f"{data.held_out.num_other_shapes} chats passed over: not one question and one answer."
-        )
+        yield (f"{data.held_out.num_other_shapes} chats skipped: not one question and one answer.")
     if data.held_out.num_too_long:
-        yield f"{data.held_out.num_too_long} chats passed over: longer than the context."
+        yield f"{data.held_out.num_too_long} chats skipped: longer than the context."
 
 
 def _leaks(evaluated: Evaluated, data: EvaluationData) -> TaskResult:

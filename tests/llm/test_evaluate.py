@@ -342,9 +342,7 @@ def test_without_single_questions_there_is_no_exact_match(
     inputs["chat_sequences"] = make_rows("several", [chat_of("hi", " hello", "bye", " see you")])
     folder, summary = run_stage(evaluate, SETTINGS, **inputs)
     assert not any("exact_match" in name for name in summary)
-    assert "1 chats passed over: not one question and one answer" in " ".join(
-        read_report(folder).notes
-    )
+    assert "1 chats skipped: not one question and one answer" in " ".join(read_report(folder).notes)
 
 
 def test_a_prompt_longer_than_the_context_is_named(

@@ -114,7 +114,7 @@ def test_a_sound_model_with_windows_and_caps_passes(
 def test_a_model_that_fills_in_has_no_leak_test(
     rows: PackedSequences, tokenizer: ByteLevelBPE
 ) -> None:
-    with pytest.raises(ConfigError, match="leak test is not applicable: a model that fills in"):
+    with pytest.raises(ConfigError, match="leak test does not apply: a model that fills in"):
         examine(make_model(tokenizer, is_causal=False), rows)
 
 
