@@ -13,7 +13,7 @@ from llm.config import EvaluateConfig, ModelConfig, read_section
 from llm.data.packed import PackedSequences
 from llm.errors import ArtifactError, ConfigError
 from llm.evaluation.baselines import Baselines, measure_baselines
-from llm.evaluation.instructions import read_instructions
+from llm.evaluation.instructions import SEQUENCES_PER_READ, read_instructions
 from llm.evaluation.prompts import encode_prompts
 from llm.evaluation.report import Metric, Report, Sample, rounded, samples_json
 from llm.evaluation.tasks import (
@@ -34,8 +34,6 @@ from llm.seeds import derive_seed
 from llm.storage.file_cache import file_cache
 from llm.tokenizer.load import load_tokenizer
 
-SEQUENCES_PER_READ = 64
-
 
 def evaluate(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     """Measure the models among the inputs; write report.json, report.md and samples.json.
@@ -52,7 +50,7 @@ def evaluate(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     folders = {name: Path(job.inputs[name]) for name in names}
     manifests = {name: read_manifest(folder) for name, folder in folders.items()}
     data = _open_data(job, config, manifests)
-    tasks = {name: task for name, task in TASKS.items() if task.objective == data.objective}
+    tasks = {name: task for name, task in TASKS.items() if task.predicts == data.predicts}
     per_model = sum(task.num_units(data) for task in tasks.values())
     advance = _progress(job, data.text.sequences.num_rows + len(names) * per_model)
     baselines = measure_baselines(_text_bytes(data, advance))

@@ -78,12 +78,12 @@ def write_sources(folder: Path) -> list[str]:
 
 
 class SilentTracker:
-    """A tracker that remembers what it was told, for tests that are not about MLflow."""
+    """A tracker that records its calls, for tests that are not about MLflow."""
 
     pipeline_run_id = "run"
 
     def __init__(self) -> None:
-        """Have been told nothing."""
+        """Start without calls."""
         self.told: list[tuple[str, tuple[Any, ...]]] = []
 
     def model_run_id(self, stage: str) -> str:
@@ -95,10 +95,10 @@ class SilentTracker:
 
 
 class SilentDisplay:
-    """A display that remembers what it was shown."""
+    """A display that records its calls."""
 
     def __init__(self) -> None:
-        """Have been shown nothing."""
+        """Start without calls."""
         self.shown: list[str] = []
 
     def started(self, name: str, reason: str) -> None:
@@ -106,11 +106,11 @@ class SilentDisplay:
         self.shown.append(f"{name}: {reason}")
 
     def waits(self, name: str) -> None:
-        """Remember the waiting."""
+        """Remember that a step waits."""
         self.shown.append(f"{name} waits")
 
     def progressed(self, name: str, progress: Progress) -> None:
-        """Look away."""
+        """Ignore progress."""
 
     def restarted(self, name: str, why: str) -> None:
         """Remember that a step began again."""

@@ -33,7 +33,7 @@ NUM_CACHED_TOKENS = 32  # more under a wide sliding window, so that some tokens 
 NUM_SINGLE_TOKENS = 16
 PREFIX_TOKENS = 3
 LOGITS_PER_SEQUENCE = 64_000_000  # 256 MB in fp32: longer sequences are truncated to this
-TOKENS_PER_BATCH = 8_192
+CANDIDATE_TOKENS_PER_BATCH = 8_192
 SHOWN_DIGITS = 2  # rounding errors: only their magnitude means something
 
 # Shares of the largest logit. Logits before a changed future come from the same sums and should not
@@ -237,7 +237,7 @@ def _cache_difference(model: Transformer, text: CheckedSequence) -> float:
 def _total_error(model: Transformer, text: CheckedSequence) -> float:
     """Return |1 - sum of the probabilities of all tokens after a short prefix|."""
     prefix = text.tokens[:PREFIX_TOKENS]
-    batch_size = TOKENS_PER_BATCH // (PREFIX_TOKENS + 1)
+    batch_size = CANDIDATE_TOKENS_PER_BATCH // (PREFIX_TOKENS + 1)
     total = 0.0
     for candidates in torch.arange(model.vocab_size, device=prefix.device).split(batch_size):
         starts = prefix.expand(len(candidates), -1)

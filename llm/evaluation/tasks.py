@@ -30,7 +30,7 @@ from llm.tokenizer.base import Tokenizer
 
 NUM_SHOWN_INSTRUCTIONS = 6
 
-Objective = Literal["next_token", "masked_tokens"]
+Prediction = Literal["next_token", "masked_tokens"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ class EvaluationData:
     """Chooses the tokens to mask; None for models that predict the next token."""
 
     @property
-    def objective(self) -> Objective:
+    def predicts(self) -> Prediction:
         """What the models were trained to predict."""
         return "masked_tokens" if self.masking else "next_token"
 
@@ -90,8 +90,8 @@ class EvaluationTask:
     """One measurement."""
 
     measure: Callable[[Evaluated, EvaluationData], TaskResult]
-    objective: Objective = "next_token"
-    """Models that it applies to."""
+    predicts: Prediction = "next_token"
+    """Applies to models that predict this."""
     num_units: Callable[[EvaluationData], int] = lambda data: 0
     """How much a model advances the progress bar."""
     combine: Callable[[Sequence[Mapping[str, Metric]]], Mapping[str, Metric]] | None = None
@@ -248,18 +248,18 @@ TASKS: dict[str, EvaluationTask] = {
     "continuations": EvaluationTask(measure=_continuations),
     "masked_text": EvaluationTask(
         measure=_masked_text,
-        objective="masked_tokens",
+        predicts="masked_tokens",
         num_units=lambda data: data.text.sequences.num_rows,
         notes=lambda data: iter(masked.NOTES),
     ),
     "masked_answers": EvaluationTask(
         measure=_masked_answers,
-        objective="masked_tokens",
+        predicts="masked_tokens",
         num_units=lambda data: data.chats.sequences.num_rows,
     ),
     "pseudo_perplexity": EvaluationTask(
         measure=_pseudo_perplexity,
-        objective="masked_tokens",
+        predicts="masked_tokens",
         num_units=lambda data: masked.num_pseudo_sequences(data.text.sequences),
     ),
 }

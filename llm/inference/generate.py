@@ -8,7 +8,6 @@ Shapes: B sequences in a batch, T positions, C model width, V vocabulary.
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,15 +16,18 @@ from llm.errors import DataError
 from llm.inference.options import GenerationOptions
 from llm.inference.packed import packed
 from llm.inference.sampling import draw, filter_logits
-from llm.inference.stopping import IdStoppingCriterion, StoppingCriterion, TextStoppingCriterion
+from llm.inference.stopping import (
+    IdStoppingCriterion,
+    Output,
+    StoppingCriterion,
+    TextStoppingCriterion,
+)
 from llm.model.cache import KeyValueCache
 from llm.model.transformer import Transformer
 from llm.seeds import derive_seed
 from llm.tokenizer.base import Tokenizer
 
 SEQUENCES_PER_BATCH = 64  # bounds the cache; larger batches were no faster on a CPU
-
-Output = TypeVar("Output", str, tuple[int, ...])
 
 
 def generate(

@@ -1,4 +1,4 @@
-"""Sweeps: which members a file makes, and what becomes of them."""
+"""Sweeps: the members of a file, their results, and the table."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_a_grid_is_every_combination_and_values_read_as_in_a_recipe(tmp_path: Pa
         assert (config.pack.seq_len, config.clean.min_document_bytes) == (64, 2)
 
 
-def test_every_sweep_that_comes_along_makes_good_settings() -> None:
+def test_every_bundled_sweep_gives_valid_settings() -> None:
     assert "tokenizers" in sweep_names()
     for name in sweep_names():
         sweep = load_sweep(name)
@@ -116,7 +116,7 @@ def test_being_stopped_stops_the_sweep() -> None:
         run_sweep(SWEEP, stop, lambda line: None)
 
 
-def test_wrong_settings_are_all_said_before_anything_runs() -> None:
+def test_all_wrong_settings_are_reported_before_anything_runs() -> None:
     def never(config: RunConfig, member: Member, overrides: Sequence[str]) -> Sequence[Outcome]:
         raise AssertionError
 
@@ -139,7 +139,7 @@ def test_the_table_has_the_best_first_and_only_metrics_that_exist() -> None:
 
 @pytest.mark.parametrize("name", sweep_names())
 def test_members_are_told_apart_by_20_characters_of_their_names(name: str) -> None:
-    """MLflow's table of runs and Prefect's on a narrow page show about as many."""
+    """About as many are shown in MLflow's table of runs and on a narrow Prefect page."""
     named: list[str] = []
 
     def note(config: RunConfig, member: Member, overrides: Sequence[str]) -> Sequence[Outcome]:

@@ -1,4 +1,4 @@
-"""Talking in the terminal: streaming, history, pipes, signals and what can go wrong."""
+"""Chat in the terminal: streaming, history, pipes, signals and errors."""
 
 import io
 import os
@@ -51,7 +51,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tokenizer: ByteLevelBPE) -> Transformer:
-    """Random weights: it talks nonsense and goes on until it is stopped."""
+    """Random weights: generates noise until it is stopped."""
     made = Transformer(SHAPE, tokenizer.vocab_size, SEQ_LEN)
     made.initialize(torch.Generator().manual_seed(1))
     return made.eval()
@@ -59,7 +59,7 @@ def model(tokenizer: ByteLevelBPE) -> Transformer:
 
 @pytest.fixture(scope="module")
 def knowing_model(tokenizer: ByteLevelBPE) -> Transformer:
-    """It knows ANSWERS by heart, as first questions."""
+    """Overfitted on ANSWERS as first questions of a conversation."""
     made = Transformer(SHAPE, tokenizer.vocab_size, SEQ_LEN)
     made.initialize(torch.Generator().manual_seed(2))
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2)
@@ -91,7 +91,7 @@ def talk(folder: Path, typed: bytes, *options: str) -> subprocess.CompletedProce
     return subprocess.run(command, input=typed, capture_output=True, cwd=ROOT, env=environment)
 
 
-def test_the_model_is_asked_with_all_that_was_said(
+def test_the_prompt_holds_the_whole_conversation(
     model: Transformer, tokenizer: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts: list[list[int]] = []
@@ -133,7 +133,7 @@ def test_the_oldest_messages_are_dropped_when_the_context_is_full(
     assert dropped > 0
 
 
-def test_a_question_that_fills_the_context_is_refused_and_forgotten(
+def test_a_question_that_fills_the_context_is_refused_and_dropped(
     model: Transformer, tokenizer: ByteLevelBPE
 ) -> None:
     conversation = Conversation(model, tokenizer, GenerationOptions(max_new_tokens=8))
@@ -144,7 +144,7 @@ def test_a_question_that_fills_the_context_is_refused_and_forgotten(
     assert conversation.messages == before
 
 
-def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(
+def test_the_generated_part_of_a_stopped_answer_stays_in_the_conversation(
     model: Transformer, tokenizer: ByteLevelBPE
 ) -> None:
     conversation = Conversation(model, tokenizer, GenerationOptions(temperature=1.0))
@@ -176,7 +176,7 @@ def test_line_breaks_in_an_answer_do_not_end_its_line(
     assert output.getvalue() == "naïve\\n文字\n"
 
 
-def test_a_terminal_obeys_nothing_a_model_says() -> None:
+def test_control_characters_never_reach_the_terminal() -> None:
     assert (
         printable("a\x1b]0;x\x07\x9b31m\r\b\tb\n") == "a\ufffd]0;x\ufffd\ufffd31m\ufffd\ufffd\tb\n"
     )
@@ -189,7 +189,7 @@ def test_questions_may_be_piped_in_even_if_they_are_no_utf8(folder: Path) -> Non
     assert (len(lines), lines[0], lines[2], lines[3]) == (4, "blue", "blue", "")
 
 
-def test_a_reader_that_has_enough_is_no_error(folder: Path) -> None:
+def test_a_closed_output_pipe_is_no_error(folder: Path) -> None:
     command = [sys.executable, "-m", "llm.inference.chat", str(folder)]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -221,7 +221,7 @@ def test_a_folder_without_a_model_is_one_line_and_quick(
         ("--max-new-tokens=0", "max_new_tokens"),
     ],
 )
-def test_settings_out_of_range_are_refused(
+def test_chat_refuses_options_out_of_range(
     folder: Path, option: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(folder), option]) == 1
@@ -239,7 +239,7 @@ def test_help_is_given_without_torch() -> None:
 
 
 class Terminal:
-    """The program at a pseudo-terminal, as a person would use it."""
+    """The program at a pseudo-terminal."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         main_end, program_end = pty.openpty()
@@ -310,7 +310,7 @@ def test_a_person_asks_resets_interrupts_and_leaves(folder: Path) -> None:
         assert terminal.exit_code() == 0
 
 
-def test_an_interrupted_answer_stops_and_the_talk_goes_on(
+def test_an_interrupted_answer_stops_and_the_chat_goes_on(
     tmp_path: Path, tokenizer: ByteLevelBPE
 ) -> None:
     shape = ModelConfig(num_layers=4, d_model=256, num_heads=4, num_kv_heads=4, d_ff=704)

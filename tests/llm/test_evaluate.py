@@ -1,4 +1,4 @@
-"""The evaluate stage: real rows and models in, figures that direct computation confirms out."""
+"""The evaluate stage: metrics of real sequences and models, confirmed by direct computation."""
 
 import json
 import math
@@ -93,7 +93,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def chat_model(tokenizer: ByteLevelBPE) -> Transformer:
-    """A model that knows all answers of CHATS by heart."""
+    """A model overfitted on CHATS, so that it knows all answers."""
     rendered = [render_chat(chat, tokenizer) for chat in CHATS]
     width = max(len(chat.ids) for chat in rendered)
     tokens = torch.full((len(CHATS), width), tokenizer.pad_id)
@@ -119,7 +119,7 @@ def inputs(
     tokenizer_folder: Path,
     chat_model: Transformer,
 ) -> dict[str, Path]:
-    """The five inputs of the stage: a base model that knows nothing, a chat model that answers."""
+    """The five inputs of the stage: an untrained base model and a chat model that answers."""
     text, chats = make_rows("text", corpus[2:6]), make_rows("chats", CHATS)
     base = new_model(tokenizer, seed=1)
     return {
@@ -154,16 +154,16 @@ def read_report(folder: Path) -> Report:
     return Report.from_json((folder / "report.json").read_bytes())
 
 
-def test_the_report_holds_every_figure_and_the_chat_model_answers(
+def test_the_report_holds_every_metric_and_the_chat_model_answers(
     inputs: dict[str, Path], run_stage: RunStage
 ) -> None:
     folder, summary = run_stage(evaluate, SETTINGS, **inputs)
     report = read_report(folder)
     assert summary == report.values()
     assert set(summary) == {
-        *(f"{model}/{name}" for model in ("base", "chat") for name in MODEL_FIGURES),
+        *(f"{model}/{name}" for model in ("base", "chat") for name in MODEL_METRICS),
         *(f"baseline/{name}_bits_per_byte" for name in ("unigram", "gzip", "xz")),
-        *(f"leak/{name}" for name in LEAK_FIGURES),
+        *(f"leak/{name}" for name in LEAK_METRICS),
         "data/validation_bytes",
         "data/validation_tokens",
     }
@@ -200,7 +200,7 @@ def test_a_model_added_to_the_table_is_measured_and_reported(
     inputs: dict[str, Path], third_model: PipelineModel, run_stage: RunStage
 ) -> None:
     folder, summary = run_stage(evaluate, SETTINGS, **inputs)
-    for name in MODEL_FIGURES:
+    for name in MODEL_METRICS:
         assert summary[f"aligned/{name}"] == summary[f"chat/{name}"] != summary[f"base/{name}"]
     assert summary["leak/passed"] == 1.0
     report = read_report(folder)
@@ -239,8 +239,8 @@ def test_a_task_added_to_the_table_is_measured_on_each_model(
     assert "| `base/size` |" in text and "- size is no quality" in text
 
 
-MODEL_FIGURES = ("bits_per_byte", "answer_loss", "exact_match")
-LEAK_FIGURES = (
+MODEL_METRICS = ("bits_per_byte", "answer_loss", "exact_match")
+LEAK_METRICS = (
     "passed",
     "largest_difference",
     "cache_difference",
@@ -276,7 +276,7 @@ def test_text_is_scored_as_the_base_model_was_trained(
     model = new_model(tokenizer, seed=1).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter *= 5  # so that what a token may look at matters
+            parameter *= 5  # so that the attention mask matters
     write_model(inputs["base"], model, tokenizer, document_mask)
     rows = PackedSequences(inputs["text_sequences"], "validation")
     tokens, _, documents = map(torch.from_numpy, rows.read(np.arange(rows.num_rows)))
@@ -321,7 +321,7 @@ def test_it_runs_as_a_process_of_its_own(inputs: dict[str, Path], tmp_path: Path
     assert progress["done"] == progress["total"] > 0
 
 
-def test_a_leak_is_reported_and_stops_nothing(
+def test_a_leak_is_reported_and_the_stage_goes_on(
     inputs: dict[str, Path], run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = Transformer.read
@@ -378,7 +378,7 @@ def test_it_stops_when_asked(
         run_stage(evaluate, SETTINGS, **inputs)
 
 
-def test_instructions_are_the_first_single_questions_and_the_rest_is_counted(
+def test_instructions_are_the_first_single_questions_and_skipped_chats_are_counted(
     make_rows: MakeRows, tokenizer: ByteLevelBPE
 ) -> None:
     system = Message(role="system", content="be brief")
@@ -402,7 +402,7 @@ def test_instructions_are_the_first_single_questions_and_the_rest_is_counted(
     assert first.instructions == found.instructions[:3]
 
 
-def test_every_chat_in_one_row_is_read_and_the_others_are_counted(
+def test_every_chat_in_one_sequence_is_read_and_the_others_are_counted(
     make_rows: MakeRows, tokenizer: ByteLevelBPE
 ) -> None:
     # what remains of a chat of more than a row stands in a row with whole ones
@@ -422,7 +422,7 @@ def test_every_chat_in_one_row_is_read_and_the_others_are_counted(
     assert held_out.num_too_long == len(chats) - len(whole) > 0
 
 
-def test_an_answer_matches_but_for_white_space_at_its_ends() -> None:
+def test_exact_match_ignores_white_space_at_the_ends() -> None:
     wanted = Instruction(prompt_ids=(1,), prompt="?", expected=" a, b\n")
     answers = ["a, b", " a, b ", "a,b", "A, b", "a, b.", ""]
     found = exact_match(answers, [wanted] * 6)
@@ -443,7 +443,7 @@ def test_the_error_of_a_share_is_half_of_wilsons_interval(num_right: int, count:
     assert found.standard_error is not None and found.standard_error > 0
 
 
-def test_exact_match_is_given_by_kind_and_samples_show_each_kind() -> None:
+def test_exact_match_is_reported_by_kind_and_samples_show_each_kind() -> None:
     instructions = [
         Instruction(prompt_ids=(1,), prompt="?", expected=expected, kind=kind)
         for expected, kind in (("a", "name"), ("b", "name"), ("c", "default"), ("d", ""))
@@ -454,7 +454,7 @@ def test_exact_match_is_given_by_kind_and_samples_show_each_kind() -> None:
     assert one_of_each_kind(instructions, 9) == [0, 2, 3, 1]
 
 
-def test_of_many_kinds_the_commonest_have_a_figure() -> None:
+def test_only_the_most_frequent_kinds_have_a_metric() -> None:
     instructions = [
         Instruction(prompt_ids=(1,), prompt="?", expected="", kind=f"kind {number:02}")
         for number in range(30)

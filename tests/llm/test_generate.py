@@ -34,7 +34,7 @@ def model() -> Transformer:
 
 
 def without_cache(model: Transformer, prompt: list[int], max_new_tokens: int) -> list[int]:
-    """Greedy output the slow way: the whole text is read anew for each token."""
+    """Greedy output without a cache: the whole sequence is processed for each token."""
     tokens = list(prompt)
     while len(tokens) <= SEQ_LEN and len(tokens) - len(prompt) < max_new_tokens:
         with torch.no_grad():
@@ -43,7 +43,7 @@ def without_cache(model: Transformer, prompt: list[int], max_new_tokens: int) ->
 
 
 @pytest.mark.parametrize("sequences_per_batch", [1, 2, 64])
-def test_batched_greedy_output_equals_reading_everything_anew(
+def test_batched_greedy_output_equals_generation_without_a_cache(
     model: Transformer, sequences_per_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "SEQUENCES_PER_BATCH", sequences_per_batch)
@@ -52,13 +52,13 @@ def test_batched_greedy_output_equals_reading_everything_anew(
     assert len(set(map(tuple, found))) == len(PROMPTS)
 
 
-def test_the_text_ends_where_the_context_does(model: Transformer) -> None:
+def test_a_completion_ends_where_the_context_does(model: Transformer) -> None:
     found = generate(model, PROMPTS, GenerationOptions(max_new_tokens=100))
     assert [len(new) for new in found] == [SEQ_LEN + 1 - len(prompt) for prompt in PROMPTS]
     assert found == [without_cache(model, prompt, 100) for prompt in PROMPTS]
 
 
-def test_a_stop_id_ends_its_row_alone_and_is_not_returned(model: Transformer) -> None:
+def test_a_stop_id_ends_its_sequence_alone_and_is_not_returned(model: Transformer) -> None:
     whole = generate(model, PROMPTS, GenerationOptions(max_new_tokens=10))
     stop = whole[1][4]
     found = generate(model, PROMPTS, GenerationOptions(max_new_tokens=10, stop_ids=(stop,)))
@@ -66,7 +66,7 @@ def test_a_stop_id_ends_its_row_alone_and_is_not_returned(model: Transformer) ->
     assert found == expected != whole
 
 
-def test_sampling_depends_on_seed_and_place_alone(model: Transformer) -> None:
+def test_sampling_depends_on_seed_and_index_alone(model: Transformer) -> None:
     def sample(prompts: list[list[int]], seed: int) -> list[list[int]]:
         options = GenerationOptions(temperature=1.5, seed=seed)
         return generate(model, prompts, replace(options, max_new_tokens=8))
@@ -92,7 +92,7 @@ def test_samples_have_the_model_s_frequencies() -> None:
         assert counts[token] / 4000 == pytest.approx(chance, abs=error + 1e-9), token
 
 
-def test_top_k_draws_from_the_k_likeliest_and_one_is_greedy(model: Transformer) -> None:
+def test_top_k_draws_from_the_k_most_probable_and_one_is_greedy(model: Transformer) -> None:
     greedy = generate(model, PROMPTS[:4], GenerationOptions(max_new_tokens=6))
     one = GenerationOptions(temperature=100.0, top_k=1)
     assert generate(model, PROMPTS[:4], replace(one, max_new_tokens=6)) == greedy
@@ -109,14 +109,14 @@ def test_a_padded_vocabulary_is_never_drawn_from(model: Transformer) -> None:
     assert max(max(new) for new in drawn) <= 600
 
 
-def test_a_repetition_penalty_counts_the_prompt_and_each_row_for_itself(
+def test_a_repetition_penalty_counts_the_prompt_and_each_sequence_separately(
     model: Transformer,
 ) -> None:
     options = GenerationOptions(repetition_penalty=1e9)
     found = generate(model, PROMPTS[:5], replace(options, max_new_tokens=12))
     for prompt, new in zip(PROMPTS, found, strict=False):
         text = [*prompt, *new]
-        assert len(set(text)) == len(set(prompt)) + len(new), "no token comes again"
+        assert len(set(text)) == len(set(prompt)) + len(new), "no token repeats"
         alone = generate(model, [prompt], replace(options, max_new_tokens=12))
         assert alone == [new]
 
@@ -126,11 +126,11 @@ def test_a_stream_yields_what_generate_gives_step_by_step(model: Transformer) ->
     found: list[list[int]] = [[] for _ in expected]
     for index, token in stream(model, PROMPTS[:4], GenerationOptions(max_new_tokens=6)):
         found[index].append(token)
-        assert max(map(len, found)) - min(map(len, found)) <= 1, "rows go on side by side"
+        assert max(map(len, found)) - min(map(len, found)) <= 1, "sequences advance together"
     assert found == expected
 
 
-def test_a_sequence_of_ids_ends_its_row_and_none_of_it_is_returned(model: Transformer) -> None:
+def test_a_stop_of_several_ids_ends_its_sequence_and_is_not_returned(model: Transformer) -> None:
     whole = generate(model, PROMPTS[:4], GenerationOptions(max_new_tokens=10))
     options = GenerationOptions(stops=(tuple(whole[1][3:6]), (599, 598)))
     found = generate(model, PROMPTS[:4], replace(options, max_new_tokens=10))
@@ -138,7 +138,7 @@ def test_a_sequence_of_ids_ends_its_row_and_none_of_it_is_returned(model: Transf
     assert found[0] == whole[0]
 
 
-def test_a_text_ends_its_row_and_none_of_it_is_returned(
+def test_a_stop_text_ends_its_sequence_and_is_not_returned(
     model: Transformer, tokenizer: ByteLevelBPE
 ) -> None:
     made = tiny_model(vocab_size=tokenizer.vocab_size)
@@ -195,14 +195,16 @@ def test_characters_appear_whole_and_nothing_is_lost(tokenizer: ByteLevelBPE, te
     assert criterion.flush() == ""
 
 
-def test_half_a_character_at_the_end_is_shown_as_such(tokenizer: ByteLevelBPE) -> None:
+def test_half_a_character_at_the_end_becomes_a_replacement_character(
+    tokenizer: ByteLevelBPE,
+) -> None:
     ids = [tokenizer.bytes_of_token.index(bytes([byte])) for byte in "文字".encode()[:-1]]
     criterion = TextStoppingCriterion(GenerationOptions(), tokenizer)
     text = "".join(criterion.add(token)[0] for token in ids)
     assert text + criterion.flush() == "文\ufffd"
 
 
-def test_a_stop_id_flushes_what_may_have_been_a_stop_text(tokenizer: ByteLevelBPE) -> None:
+def test_a_stop_id_flushes_the_beginning_of_a_stop_text(tokenizer: ByteLevelBPE) -> None:
     [ids] = tokenizer.encode_batch(["one tw"])
     criterion = TextStoppingCriterion(
         GenerationOptions(stop_ids=(tokenizer.end_id,), stops=("two",)), tokenizer
@@ -216,7 +218,9 @@ def test_a_stop_id_flushes_what_may_have_been_a_stop_text(tokenizer: ByteLevelBP
     )
 
 
-def test_a_packed_model_shares_all_but_its_matrices_and_says_the_same(model: Transformer) -> None:
+def test_a_packed_model_shares_all_but_its_matrices_and_gives_the_same_logits(
+    model: Transformer,
+) -> None:
     ready = packed(model)
     assert is_packed(ready)
     assert not is_packed(model)

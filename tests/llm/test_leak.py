@@ -57,7 +57,7 @@ def rows(
 
 
 def make_model(tokenizer: ByteLevelBPE, shape: ModelConfig = SHAPE, **choices: Any) -> Transformer:
-    """A model with its first weights."""
+    """A freshly initialized model."""
     model = Transformer(replace(shape, **choices), tokenizer.vocab_size, SEQ_LEN)
     model.initialize(torch.Generator().manual_seed(1))
     return model.eval()
@@ -111,7 +111,7 @@ def test_a_sound_model_with_windows_and_caps_passes(
     assert examine(model, rows, document_mask).is_passed
 
 
-def test_a_model_that_fills_in_has_no_leak_test(
+def test_the_leak_test_refuses_masked_language_models(
     rows: PackedSequences, tokenizer: ByteLevelBPE
 ) -> None:
     with pytest.raises(ConfigError, match="leak test does not apply: a model that fills in"):
@@ -132,7 +132,7 @@ def test_the_same_seed_gives_the_same_result(
 
 
 def plant_mask(monkeypatch: pytest.MonkeyPatch, mask_of: Callable[[Tensor], Tensor]) -> None:
-    """Let every layer attend by what `mask_of` makes of the right mask (B or 1, T, T)."""
+    """Replace the attention mask (B or 1, T, T) of every layer by `mask_of` of it."""
 
     def over_rows(
         self: Sight, tokens: Tensor, document_ids: Tensor | None
@@ -144,20 +144,20 @@ def plant_mask(monkeypatch: pytest.MonkeyPatch, mask_of: Callable[[Tensor], Tens
 
 
 def one_further(mask: Tensor) -> Tensor:
-    """Let every position also look at the one after it: an off-by-one."""
+    """Let every position also attend to the next one: off by one."""
     later = torch.zeros_like(mask)
     later[..., 1:] = mask[..., :-1]
     return mask | later
 
 
 def everything(mask: Tensor) -> Tensor:
-    """Let every position look at all: no mask at all."""
+    """Let every position attend to all: no mask."""
     return torch.ones_like(mask)
 
 
 @pytest.mark.parametrize("mask_of", [one_further, everything])
 @pytest.mark.parametrize("document_mask", [False, True])
-def test_a_mask_that_reaches_too_far_is_caught(
+def test_a_mask_that_shows_the_future_is_caught(
     rows: PackedSequences,
     tokenizer: ByteLevelBPE,
     monkeypatch: pytest.MonkeyPatch,
@@ -170,16 +170,14 @@ def test_a_mask_that_reaches_too_far_is_caught(
     assert found.future_difference > leak.FUTURE_TOLERANCE
 
 
-def test_the_plain_mask_in_the_same_place_passes(
+def test_the_right_mask_planted_in_the_same_way_passes(
     rows: PackedSequences, tokenizer: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant_mask(monkeypatch, lambda mask: mask)
     assert examine(make_model(tokenizer), rows).is_passed
 
 
-def test_one_layer_that_looks_both_ways_is_caught(
-    rows: PackedSequences, tokenizer: ByteLevelBPE
-) -> None:
+def test_one_bidirectional_layer_is_caught(rows: PackedSequences, tokenizer: ByteLevelBPE) -> None:
     class BothWays(Attention):
         def forward(self, x: Tensor, reach: Reach, cache: KeyValueCache | None) -> Tensor:
             both_ways = Unmasked(is_causal=False)
@@ -232,12 +230,12 @@ def test_scoring_that_forgets_the_shift_is_caught(
 
 
 def one_late(lengths: Tensor, num_tokens: int) -> Tensor:
-    """Places counted from the last token read instead of from after it."""
+    """Positions counted from the last cached token instead of from the next."""
     return (lengths[:, None] + torch.arange(num_tokens) - 1).clamp(min=0)
 
 
 def from_zero(lengths: Tensor, num_tokens: int) -> Tensor:
-    """Places that forget what was read before."""
+    """Positions that ignore the cached tokens."""
     return torch.zeros_like(lengths)[:, None] + torch.arange(num_tokens)
 
 

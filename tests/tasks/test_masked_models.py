@@ -1,4 +1,4 @@
-"""A pipeline of models that fill in masked tokens, from raw text to MLflow."""
+"""A pipeline of masked language models, from raw text to MLflow."""
 
 from pathlib import Path
 from typing import Any
