@@ -1,7 +1,7 @@
 """The evaluate stage: every task on every model, beside baselines that need no model."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -207,14 +207,11 @@ def _samples(by_model: Sequence[Sequence[Sample]]) -> Iterator[Sample]:
 def _data_metrics(data: EvaluationData, baselines: Baselines) -> dict[str, Metric]:
     """Return the metrics that need no model."""
     metrics = {
-        f"baseline/{name}_bits_per_byte": Metric(
+        f"baseline/{name}": Metric(
             value=rounded(value), unit="bits per byte", num_examples=baselines.num_bytes
         )
-        for name, value in (
-            ("unigram", baselines.unigram_bits_per_byte),
-            ("gzip", baselines.gzip_bits_per_byte),
-            ("xz", baselines.xz_bits_per_byte),
-        )
+        for name, value in asdict(baselines).items()
+        if name.endswith("_bits_per_byte")
     }
     info = data.text.sequences.info
     for name, total in (

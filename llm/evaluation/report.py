@@ -97,8 +97,7 @@ class Report:
 
     def to_markdown(self) -> str:
         """Render the report: verdict, metrics, samples, settings."""
-        prefixes = {name.partition("/")[0] for name in self.metrics}
-        models = _in_training_order(prefixes)
+        models = _in_training_order({name.partition("/")[0] for name in self.metrics})
         sections = [
             "# Evaluation",
             _leak_verdict(self.metrics),
@@ -147,11 +146,22 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: int =
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
-def _shown(metric: Metric | None, digits: int = 4) -> str:
+def _cell(metrics: Mapping[str, Metric], name: str) -> str:
+    metric, digits = metrics.get(name), 3 if "/exact_match" in name else 4
     if metric is None:
         return "-"
     error = "" if metric.standard_error is None else f" ± {metric.standard_error:.{digits}f}"
     return f"{metric.value:.{digits}f}{error}"
+
+
+def _rows(
+    metrics: Mapping[str, Metric], models: Sequence[str], *names: str
+) -> list[tuple[str, ...]]:
+    """Return a row per model with some of its metrics."""
+    return [
+        (f"{model} model", *(_cell(metrics, f"{model}/{name}") for name in names))
+        for model in models
+    ]
 
 
 def _leak_verdict(metrics: Mapping[str, Metric]) -> str:
@@ -176,7 +186,7 @@ def _text_section(metrics: Mapping[str, Metric], models: Sequence[str]) -> str:
         "gzip -9": "baseline/gzip_bits_per_byte",
         "byte unigram": "baseline/unigram_bits_per_byte",
     }
-    rows = [(label, _shown(metrics.get(name))) for label, name in names.items()]
+    rows = [(label, _cell(metrics, name)) for label, name in names.items()]
     size = metrics.get("data/validation_bytes")
     documents = "" if size is None else f" in {size.num_examples:,} documents"
     where = "" if size is None else f"Measured on all {int(size.value):,} bytes{documents}. "
@@ -194,15 +204,14 @@ def _masked_section(metrics: Mapping[str, Metric], models: Sequence[str]) -> str
     """Return the metrics of masked language models, if the models are."""
     if not _is_masked(metrics, models):
         return ""
-    heading = ("accuracy", "loss (nats per token)")
-    of_text = ("masked_accuracy", "masked_loss", "pseudo_perplexity")
-    of_answers = ("answer_masked_accuracy", "answer_masked_loss")
-    text_rows, answer_rows = _rows(metrics, models, of_text), _rows(metrics, models, of_answers)
+    heading = ("", "accuracy", "loss (nats per token)")
+    of_text = _rows(metrics, models, "masked_accuracy", "masked_loss", "pseudo_perplexity")
+    of_answers = _rows(metrics, models, "answer_masked_accuracy", "answer_masked_loss")
     return (
         "## Masked tokens of held-out text\n\n"
-        + _table(("", *heading, "pseudo-perplexity"), text_rows, right=3)
+        + _table((*heading, "pseudo-perplexity"), of_text, right=3)
         + "\n\n## Masked tokens of held-out answers\n\n"
-        + _table(("", *heading), answer_rows, right=2)
+        + _table(heading, of_answers, right=2)
         + "\n\nAccuracy is the share of masked tokens that the model ranks first. The same tokens"
         " are masked for every model. ± is one standard error, by document; for the"
         " pseudo-perplexity by sequence."
@@ -212,17 +221,9 @@ def _masked_section(metrics: Mapping[str, Metric], models: Sequence[str]) -> str
 def _answers_section(metrics: Mapping[str, Metric], models: Sequence[str]) -> str:
     if _is_masked(metrics, models):
         return ""
-    rows = [
-        (
-            f"{model} model",
-            _shown(metrics.get(f"{model}/exact_match"), 3),
-            _shown(metrics.get(f"{model}/answer_loss")),
-        )
-        for model in models
-    ]
-    section = "## Held-out instructions\n\n" + _table(
-        ("", "exact match", "answer loss (nats per token)"), rows, right=2
-    )
+    rows = _rows(metrics, models, "exact_match", "answer_loss")
+    header = ("", "exact match", "answer loss (nats per token)")
+    section = "## Held-out instructions\n\n" + _table(header, rows, right=2)
     prefix = f"{models[-1]}/exact_match/" if models else "/"
     kinds = [name.removeprefix(prefix) for name in sorted(metrics) if name.startswith(prefix)]
     if not kinds:
@@ -230,7 +231,7 @@ def _answers_section(metrics: Mapping[str, Metric], models: Sequence[str]) -> st
     by_kind = [
         (
             escape_markdown(kind),
-            *(_shown(metrics.get(f"{model}/exact_match/{kind}"), 3) for model in models),
+            *(_cell(metrics, f"{model}/exact_match/{kind}") for model in models),
             f"{metrics[prefix + kind].num_examples:,}",
         )
         for kind in kinds
@@ -241,16 +242,6 @@ def _answers_section(metrics: Mapping[str, Metric], models: Sequence[str]) -> st
 
 def _is_masked(metrics: Mapping[str, Metric], models: Sequence[str]) -> bool:
     return any(f"{model}/masked_loss" in metrics for model in models)
-
-
-def _rows(
-    metrics: Mapping[str, Metric], models: Sequence[str], names: Sequence[str]
-) -> list[tuple[str, ...]]:
-    """Return a row per model with some of its metrics."""
-    return [
-        (f"{model} model", *(_shown(metrics.get(f"{model}/{name}")) for name in names))
-        for model in models
-    ]
 
 
 def _in_training_order(names: Container[str]) -> list[str]:

@@ -101,25 +101,23 @@ class EvaluationTask:
 
 
 def _bits_per_byte(evaluated: Evaluated, data: EvaluationData) -> TaskResult:
-    scores = _score(evaluated, data, data.text, has_control_targets=False)
+    scores = _score(evaluated, data, data.text)
     return TaskResult(metrics={"bits_per_byte": scores.bits_per_byte()})
 
 
 def _answer_loss(evaluated: Evaluated, data: EvaluationData) -> TaskResult:
-    scores = _score(evaluated, data, data.chats, has_control_targets=True)
+    scores = _score(evaluated, data, data.chats)
     return TaskResult(metrics={"answer_loss": scores.nats_per_token()})
 
 
-def _score(
-    evaluated: Evaluated, data: EvaluationData, split: EvaluationSplit, *, has_control_targets: bool
-) -> DocumentScores:
+def _score(evaluated: Evaluated, data: EvaluationData, split: EvaluationSplit) -> DocumentScores:
     scores = DocumentScores(split.sequences.info.num_documents)
     for scored in score_sequences(
         evaluated.model,
         split.sequences,
         data.tokenizer.token_bytes,
         document_mask=split.document_mask,
-        has_control_targets=has_control_targets,
+        has_control_targets=split is data.chats,
         precision=evaluated.precision,
     ):
         scores.add(scored)
@@ -160,7 +158,7 @@ def _instruction_notes(data: EvaluationData) -> Iterator[str]:
     if found < wanted:
         yield f"{wanted} held-out instructions were requested, only {found} exist."
     if data.held_out.num_other_shapes:
-        yield (f"{data.held_out.num_other_shapes} chats skipped: not one question and one answer.")
+        yield f"{data.held_out.num_other_shapes} chats skipped: not one question and one answer."
     if data.held_out.num_too_long:
         yield f"{data.held_out.num_too_long} chats skipped: longer than the context."
 
@@ -196,17 +194,9 @@ def _continuations(evaluated: Evaluated, data: EvaluationData) -> TaskResult:
     )
 
 
-def _masked_text(evaluated: Evaluated, data: EvaluationData) -> TaskResult:
-    return TaskResult(metrics=_fill_in(evaluated, data, data.text, ""))
-
-
-def _masked_answers(evaluated: Evaluated, data: EvaluationData) -> TaskResult:
-    return TaskResult(metrics=_fill_in(evaluated, data, data.chats, "answer_"))
-
-
 def _fill_in(
     evaluated: Evaluated, data: EvaluationData, split: EvaluationSplit, prefix: str
-) -> dict[str, Metric]:
+) -> TaskResult:
     assert data.masking is not None
     result = masked.measure_filled_in(
         evaluated.model,
@@ -216,7 +206,8 @@ def _fill_in(
         precision=evaluated.precision,
         advance=evaluated.advance,
     )
-    return {f"{prefix}masked_loss": result.loss, f"{prefix}masked_accuracy": result.accuracy}
+    names = (f"{prefix}masked_loss", f"{prefix}masked_accuracy")
+    return TaskResult(metrics=dict(zip(names, (result.loss, result.accuracy), strict=True)))
 
 
 def _pseudo_perplexity(evaluated: Evaluated, data: EvaluationData) -> TaskResult:
@@ -247,13 +238,13 @@ TASKS: dict[str, EvaluationTask] = {
     "leaks": EvaluationTask(measure=_leaks, combine=worst_metrics),
     "continuations": EvaluationTask(measure=_continuations),
     "masked_text": EvaluationTask(
-        measure=_masked_text,
+        measure=lambda evaluated, data: _fill_in(evaluated, data, data.text, ""),
         predicts="masked_tokens",
         num_units=lambda data: data.text.sequences.num_rows,
         notes=lambda data: iter(masked.NOTES),
     ),
     "masked_answers": EvaluationTask(
-        measure=_masked_answers,
+        measure=lambda evaluated, data: _fill_in(evaluated, data, data.chats, "answer_"),
         predicts="masked_tokens",
         num_units=lambda data: data.chats.sequences.num_rows,
     ),

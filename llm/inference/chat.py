@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import unicodedata
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -28,6 +28,15 @@ if TYPE_CHECKING:
     from llm.tokenizer.base import Tokenizer
 
 NEEDED = ("model.json", "model.safetensors", "tokenizer.json")
+OPTIONS: Mapping[str, tuple[type, str]] = {
+    "temperature": (float, "divides the logits; 0: greedy decoding"),
+    "top_k": (int, "sample from the K most probable tokens; 0: off"),
+    "top_p": (float, "sample from the smallest set of tokens with probability P; 1: off"),
+    "min_p": (float, "drop tokens below P times the top token's probability; 0: off"),
+    "repetition_penalty": (float, "above 1: penalize tokens already in the conversation"),
+    "seed": (int, "random seed for sampling"),
+    "max_new_tokens": (int, "maximum length of an answer in tokens"),
+}
 HELP = "/reset clears the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
 
 
@@ -135,15 +144,7 @@ def chat_terminal(
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the generation options, as `chat_with_options` reads them."""
     defaults = GenerationOptions()
-    for name, kind, text in (
-        ("temperature", float, "divides the logits; 0: greedy decoding"),
-        ("top_k", int, "sample from the K most probable tokens; 0: off"),
-        ("top_p", float, "sample from the smallest set of tokens with probability P; 1: off"),
-        ("min_p", float, "drop tokens below P times the top token's probability; 0: off"),
-        ("repetition_penalty", float, "above 1: penalize tokens already in the conversation"),
-        ("seed", int, "random seed for sampling"),
-        ("max_new_tokens", int, "maximum length of an answer in tokens"),
-    ):
+    for name, (kind, text) in OPTIONS.items():
         option, default = f"--{name.replace('_', '-')}", getattr(defaults, name)
         parser.add_argument(option, type=kind, default=default, help=f"{text} (default: {default})")
     parser.add_argument(
@@ -161,16 +162,8 @@ def chat_with_options(folder: Path, options: argparse.Namespace) -> None:
         ArtifactError: as `chat_terminal`.
         ConfigError: an option is out of range.
     """
-    generation = GenerationOptions(
-        max_new_tokens=options.max_new_tokens,
-        stops=tuple(options.stop),
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
-    )
+    chosen = {name: getattr(options, name) for name in OPTIONS}
+    generation = GenerationOptions(stops=tuple(options.stop), **chosen)
     chat_terminal(folder, generation, precision=options.precision)
 
 

@@ -17,10 +17,10 @@ from llm.inference.options import GenerationOptions
 from llm.inference.packed import packed
 from llm.inference.sampling import draw, filter_logits
 from llm.inference.stopping import (
-    IdStoppingCriterion,
     Output,
     StoppingCriterion,
     TextStoppingCriterion,
+    id_stopping_criterion,
 )
 from llm.model.cache import KeyValueCache
 from llm.model.transformer import Transformer
@@ -58,7 +58,7 @@ def stream(
     Raises:
         DataError, ConfigError: as `generate`.
     """
-    criteria = [IdStoppingCriterion(options) for _ in prompts]
+    criteria = [id_stopping_criterion(options) for _ in prompts]
     for index, ids in _stream(model, prompts, options, criteria):
         yield from ((index, token) for token in ids)
 
@@ -182,7 +182,7 @@ def _stream(
             tokens, ended = batch.step(), set[int]()
             for b, (sequence, token) in enumerate(zip(batch.sequences, tokens, strict=True)):
                 criterion = criteria[sequence.index]
-                output, is_stopped = criterion.add(token)
+                output, is_stopped = criterion.add((token,))
                 if output:
                     yield sequence.index, output
                 if is_stopped:

@@ -19,7 +19,7 @@ OutputCovariant = TypeVar("OutputCovariant", str, tuple[int, ...], covariant=Tru
 class StoppingCriterion(Protocol[OutputCovariant]):
     """Of one sequence: takes its tokens and releases what belongs to the completion."""
 
-    def add(self, token: int) -> tuple[OutputCovariant, bool]:
+    def add(self, new: tuple[int, ...], /) -> tuple[OutputCovariant, bool]:
         """Return what is released now, and whether the completion ends."""
         ...
 
@@ -58,28 +58,18 @@ class StopSearch(Generic[Output]):
         return held
 
 
-class IdStoppingCriterion:
-    """Ends at a stop id or at a sequence of ids.
+def id_stopping_criterion(options: GenerationOptions) -> StopSearch[tuple[int, ...]]:
+    """Return a criterion that ends at a stop id or at a sequence of ids.
 
     Raises:
         ConfigError: a stop is a text, which ids alone do not give.
     """
-
-    def __init__(self, options: GenerationOptions) -> None:
-        if texts := _text_stops(options):
-            raise ConfigError(
-                f"stops: found the text {texts[0]!r}, expected sequences of ids where ids are"
-                " generated; generate text instead"
-            )
-        self._search = StopSearch(_id_stops(options), ())
-
-    def add(self, token: int) -> tuple[tuple[int, ...], bool]:
-        """Return the ids released, and whether the completion ends."""
-        return self._search.add((token,))
-
-    def flush(self) -> tuple[int, ...]:
-        """Return the ids held back."""
-        return self._search.flush()
+    if texts := _text_stops(options):
+        raise ConfigError(
+            f"stops: found the text {texts[0]!r}, expected sequences of ids where ids are"
+            " generated; generate text instead"
+        )
+    return StopSearch(_id_stops(options), ())
 
 
 class TextStoppingCriterion:
@@ -94,9 +84,9 @@ class TextStoppingCriterion:
         self._texts = StopSearch(_text_stops(options), "")
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def add(self, token: int) -> tuple[str, bool]:
+    def add(self, new: tuple[int, ...], /) -> tuple[str, bool]:
         """Return the text released, and whether the completion ends."""
-        ids, is_stopped = self._ids.add((token,))
+        ids, is_stopped = self._ids.add(new)
         text, is_text_stopped = self._texts.add(self._decode(ids, is_last=is_stopped))
         if is_stopped and not is_text_stopped:
             text += self._texts.flush()

@@ -13,7 +13,7 @@ from llm.inference import generate as module
 from llm.inference.generate import generate, generate_texts, stream, stream_texts
 from llm.inference.options import GenerationOptions
 from llm.inference.packed import is_packed, packed
-from llm.inference.stopping import IdStoppingCriterion, StopSearch, TextStoppingCriterion
+from llm.inference.stopping import StopSearch, TextStoppingCriterion, id_stopping_criterion
 from llm.model.transformer import Transformer
 from llm.tokenizer.bpe import ByteLevelBPE
 from tests.llm.training_setup import SEQ_LEN, tiny_model
@@ -190,7 +190,7 @@ def test_a_stop_in_the_beginning_of_a_longer_one_counts_where_the_text_ends() ->
 def test_characters_appear_whole_and_nothing_is_lost(tokenizer: ByteLevelBPE, text: str) -> None:
     ids = [tokenizer.bytes_of_token.index(bytes([byte])) for byte in text.encode()]
     criterion = TextStoppingCriterion(GenerationOptions(), tokenizer)
-    pieces = [criterion.add(token)[0] for token in ids]
+    pieces = [criterion.add((token,))[0] for token in ids]
     assert [piece for piece in pieces if piece] == list(text)
     assert criterion.flush() == ""
 
@@ -200,7 +200,7 @@ def test_half_a_character_at_the_end_becomes_a_replacement_character(
 ) -> None:
     ids = [tokenizer.bytes_of_token.index(bytes([byte])) for byte in "文字".encode()[:-1]]
     criterion = TextStoppingCriterion(GenerationOptions(), tokenizer)
-    text = "".join(criterion.add(token)[0] for token in ids)
+    text = "".join(criterion.add((token,))[0] for token in ids)
     assert text + criterion.flush() == "文\ufffd"
 
 
@@ -209,10 +209,10 @@ def test_a_stop_id_flushes_the_beginning_of_a_stop_text(tokenizer: ByteLevelBPE)
     criterion = TextStoppingCriterion(
         GenerationOptions(stop_ids=(tokenizer.end_id,), stops=("two",)), tokenizer
     )
-    found = "".join(criterion.add(token)[0] for token in ids)
+    found = "".join(criterion.add((token,))[0] for token in ids)
     assert found == "one "
-    assert criterion.add(tokenizer.end_id) == ("tw", True)
-    assert IdStoppingCriterion(GenerationOptions(stop_ids=(3,), stops=((1, 2),))).add(1) == (
+    assert criterion.add((tokenizer.end_id,)) == ("tw", True)
+    assert id_stopping_criterion(GenerationOptions(stop_ids=(3,), stops=((1, 2),))).add((1,)) == (
         (),
         False,
     )
