@@ -7,8 +7,7 @@ Shapes: B sequences in a batch, T positions, V vocabulary, N documents.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -28,16 +27,6 @@ DIVERGED = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredSequences:
-    """The scored targets of a batch: document, nats and bytes of each."""
-
-    num_sequences: int
-    documents: np.ndarray
-    nats: np.ndarray
-    num_bytes: np.ndarray
-
-
 class DocumentScores:
     """Sums by document, (N,) each: independent examples, whose spread gives the standard error."""
 
@@ -46,19 +35,19 @@ class DocumentScores:
         self.num_tokens = np.zeros(num_documents, dtype=np.int64)
         self.num_bytes = np.zeros(num_documents, dtype=np.int64)
 
-    def add(self, scored: ScoredSequences) -> None:
-        """Add scored targets to their documents.
+    def add(self, documents: np.ndarray, nats: np.ndarray, num_bytes: np.ndarray) -> None:
+        """Add scored targets, one entry each, to their documents.
 
         Raises:
             ArtifactError: a loss is not finite.
         """
-        if not np.isfinite(scored.nats).all():
+        if not np.isfinite(nats).all():
             raise ArtifactError(DIVERGED)
-        ordinals, documents = np.unique(scored.documents, return_inverse=True)
-        self.nats[ordinals] += np.bincount(documents, weights=scored.nats)
-        self.num_tokens[ordinals] += np.bincount(documents)
-        weights = scored.num_bytes.astype(np.float64)  # exact below 2**53
-        self.num_bytes[ordinals] += np.bincount(documents, weights=weights).astype(np.int64)
+        ordinals, indices = np.unique(documents, return_inverse=True)
+        self.nats[ordinals] += np.bincount(indices, weights=nats)
+        self.num_tokens[ordinals] += np.bincount(indices)
+        weights = num_bytes.astype(np.float64)  # exact below 2**53
+        self.num_bytes[ordinals] += np.bincount(indices, weights=weights).astype(np.int64)
 
     def bits_per_byte(self) -> Metric:
         """Return the bits of all targets over their bytes, with the standard error by document."""
@@ -69,7 +58,7 @@ class DocumentScores:
         return ratio(self.nats, self.num_tokens, "nats per token")
 
 
-def score_sequences(
+def score_documents(
     model: Transformer,
     sequences: PackedSequences,
     token_bytes: np.ndarray,
@@ -77,12 +66,14 @@ def score_sequences(
     document_mask: bool,
     has_control_targets: bool,
     precision: Precision = "fp32",
-) -> Iterator[ScoredSequences]:
+    advance: Callable[[int], None] = lambda count: None,
+) -> DocumentScores:
     """Score every target of a split exactly once, in the order of the sequences.
 
     `token_bytes` (V,) is the number of bytes of each id. `has_control_targets` also scores the ends
     of answers, which a chat model learns. `precision` is that of training.
     """
+    scores = DocumentScores(sequences.info.num_documents)
     batch_size = max(1, LOGITS_PER_BATCH // (sequences.seq_len * len(token_bytes)))
     for start in range(0, sequences.num_rows, batch_size):
         indices = np.arange(start, min(start + batch_size, sequences.num_rows))
@@ -96,12 +87,13 @@ def score_sequences(
                 torch.from_numpy(arrays.tokens),
                 torch.from_numpy(arrays.document_ids) if document_mask else None,
             )
-        yield ScoredSequences(
-            num_sequences=len(indices),
-            documents=arrays.document_ids[:, 1:][is_scored],
-            nats=nats.double().cpu().numpy()[is_scored],
-            num_bytes=num_bytes[is_scored],
+        scores.add(
+            arrays.document_ids[:, 1:][is_scored],
+            nats.double().cpu().numpy()[is_scored],
+            num_bytes[is_scored],
         )
+        advance(len(indices))
+    return scores
 
 
 @torch.inference_mode()

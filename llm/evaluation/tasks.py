@@ -10,7 +10,7 @@ from typing import Literal
 from llm.config import EvaluateConfig
 from llm.data.packed import PackedSequences
 from llm.evaluation import masked
-from llm.evaluation.bits_per_byte import DocumentScores, score_sequences
+from llm.evaluation.bits_per_byte import DocumentScores, score_documents
 from llm.evaluation.instructions import (
     HeldOut,
     answer_instructions,
@@ -111,18 +111,15 @@ def _answer_loss(evaluated: Evaluated, data: EvaluationData) -> TaskResult:
 
 
 def _score(evaluated: Evaluated, data: EvaluationData, split: EvaluationSplit) -> DocumentScores:
-    scores = DocumentScores(split.sequences.info.num_documents)
-    for scored in score_sequences(
+    return score_documents(
         evaluated.model,
         split.sequences,
         data.tokenizer.token_bytes,
         document_mask=split.document_mask,
         has_control_targets=split is data.chats,
         precision=evaluated.precision,
-    ):
-        scores.add(scored)
-        evaluated.advance(scored.num_sequences)
-    return scores
+        advance=evaluated.advance,
+    )
 
 
 def _instructions(evaluated: Evaluated, data: EvaluationData) -> TaskResult:

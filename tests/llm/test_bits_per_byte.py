@@ -13,7 +13,7 @@ from llm.config import ModelConfig
 from llm.data.packed import PackedSequences
 from llm.errors import ArtifactError
 from llm.evaluation import bits_per_byte
-from llm.evaluation.bits_per_byte import DocumentScores, ratio, score_sequences, target_nats
+from llm.evaluation.bits_per_byte import DocumentScores, ratio, score_documents, target_nats
 from llm.model.transformer import Transformer
 from llm.pack import pack
 from llm.tokenizer.bpe import ByteLevelBPE
@@ -84,16 +84,13 @@ def score(
     document_mask: bool = False,
     has_control_targets: bool = False,
 ) -> DocumentScores:
-    scores = DocumentScores(rows.info.num_documents)
-    for scored in score_sequences(
+    return score_documents(
         model,
         rows,
         tokenizer.token_bytes,
         document_mask=document_mask,
         has_control_targets=has_control_targets,
-    ):
-        scores.add(scored)
-    return scores
+    )
 
 
 def cost(model: Transformer, context: list[int], target: int) -> float:
