@@ -1,14 +1,11 @@
-"""Cached generation against no cache and against transformers, on the same weights.
+"""Generation with a cache, without one, and by transformers, on the same weights.
 
     python -m benchmarks.generation
 
-A GPT-2 of 124M parameters with random weights, greedy choice, fixed numbers of tokens. All ways
-alternate in one process with the same threads; each figure is the median of the rounds. Beside the
-time stands what share of the memory's speed was reached: the bytes of the matrices, read once a
-step, over the time of a step, against the fastest sum over a gigabyte.
-
-Random weights soon repeat themselves, so what guessing gains here is no measure of what it gains on
-text; that it changes no token is.
+GPT-2 of 124M parameters with random weights, greedy decoding, fixed numbers of tokens. All ways
+alternate in one process with the same threads; each time is the median of the rounds. The share of
+the memory bandwidth is the bytes of all matrices over the time of a step, against the fastest sum
+over a gigabyte.
 """
 
 import argparse
@@ -22,6 +19,7 @@ import torch
 
 from llm.exchange.huggingface import read_model
 from llm.inference.generate import generate
+from llm.inference.options import GenerationOptions
 from llm.inference.packed import packed
 from llm.model.transformer import Transformer
 
@@ -33,7 +31,7 @@ Way = Callable[[Sequence[Sequence[int]], int], Ids]
 
 
 def make_models() -> tuple[object, Transformer]:
-    """Return the same GPT-2 as transformers has it and as it is here."""
+    """Return the same GPT-2 as a transformers model and as ours."""
     import transformers
 
     torch.manual_seed(1)
@@ -47,7 +45,7 @@ def make_models() -> tuple[object, Transformer]:
 
 @torch.inference_mode()
 def without_cache(model: Transformer, prompts: Sequence[Sequence[int]], count: int) -> Ids:
-    """Read the whole text anew for every token."""
+    """Process the whole sequence again for every token."""
     made: Ids = []
     for prompt in prompts:
         ids = list(prompt)
@@ -59,7 +57,7 @@ def without_cache(model: Transformer, prompts: Sequence[Sequence[int]], count: i
 
 
 def with_transformers(model: object, prompts: Sequence[Sequence[int]], count: int) -> Ids:
-    """Generate as its users do: prompts padded on the left, with a mask."""
+    """Generate with transformers: prompts padded on the left, with an attention mask."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -75,7 +73,7 @@ def with_transformers(model: object, prompts: Sequence[Sequence[int]], count: in
 
 
 def memory_bytes_per_second() -> float:
-    """Return the speed of reading a gigabyte, the best of some tries."""
+    """Return the memory bandwidth: the best of seven sums over a gigabyte."""
     block = torch.ones(1 << 28)
     seconds: list[float] = []
     for _ in range(7):
@@ -94,11 +92,11 @@ def compare(
     step_bytes: dict[str, int],
     memory_speed: float,
 ) -> None:
-    """Print a table: time a step, tokens a second, and the ratio to the last way."""
+    """Print a table: time per token, tokens per second, and the ratio to the last way."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     made: dict[str, Ids] = {}
     for way in ways.values():
-        way(prompts, 3)  # what is made on first use is not counted
+        way(prompts, 3)  # warm-up
     for _ in range(rounds):
         for name, way in ways.items():
             started_at = time.perf_counter()
@@ -107,7 +105,7 @@ def compare(
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     *_, base = ways
     print(f"\n{title}: {len(prompts)} prompt(s), {count} tokens each, {rounds} round(s)\n")
-    print(f"| way | ms a token | tokens/s | times {base} | of memory speed | same tokens |")
+    print(f"| way | ms/token | tokens/s | times {base} | of memory bandwidth | same tokens |")
     print("|---|---|---|---|---|---|")
     for name, value in medians.items():
         share = "-"
@@ -131,7 +129,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--part", choices=("cache", "fp32", "bf16", "batch"), help="this alone")
+    parser.add_argument(
+        "--part", choices=("cache", "fp32", "bf16", "batch"), help="only this table"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     theirs, ours = make_models()
@@ -140,14 +140,14 @@ def main() -> None:
     def prompt(length: int) -> list[int]:
         return torch.randint(0, ours.vocab_size, (length,), generator=generator).tolist()
 
-    def our_way(model: Transformer, num_guessed: int = 0) -> Way:
+    def our_way(model: Transformer) -> Way:
         return lambda prompts, count: generate(
-            model, prompts, max_new_tokens=count, stop_ids=[], num_guessed=num_guessed
+            model, prompts, GenerationOptions(max_new_tokens=count)
         )
 
     speed = memory_bytes_per_second()
     matrices = sum(p.numel() for p in ours.parameters() if p.ndim == 2)
-    num_read = matrices - ours.seq_len * ours.config.d_model  # positions are looked up
+    num_read = matrices - ours.seq_len * ours.config.d_model  # position embeddings are looked up
     print(f"{options.threads} thread(s), memory read at {speed / 1e9:.1f} GB/s")
     fp32, bf16 = packed(ours), packed(ours, "bf16")
     sizes = {"cached": 4 * num_read, "transformers": 4 * num_read}
@@ -166,7 +166,6 @@ def main() -> None:
             "One prompt, fp32",
             {
                 "cached": our_way(fp32),
-                "cached, 5 guessed": our_way(fp32, 5),
                 "transformers": lambda prompts, count: with_transformers(theirs, prompts, count),
             },
             one,
@@ -192,7 +191,7 @@ def main() -> None:
         ),
     }
     for name in [options.part] if options.part else parts:
-        if name == "bf16":  # the last, since it changes the model
+        if name == "bf16":  # last, since it changes the model
             theirs = theirs.bfloat16()  # type: ignore[attr-defined]
             sizes = {"cached": 2 * num_read, "transformers": 2 * num_read}
         title, ways, prompts, rounds = parts[name]

@@ -24,12 +24,13 @@ from flows.pipeline import language_model
 from flows.services.processes import ServiceError
 from llm.config import RunConfig, RuntimeConfig, load_config, recipe_names
 from llm.errors import ArtifactError, ConfigError, FromscratchError, Interrupted
-from llm.inference.chat import add_options, talk_as_asked
+from llm.inference.chat import add_options, chat_with_options
+from llm.models import MODELS, chat_models
 from llm.runtime.disk import disk_full
 from llm.runtime.failures import EXIT_INTERRUPTED
 from tasks.plan import PlannedStep, Selection, make_plan
 from tasks.preflight import find_problems, refuse_what_cannot_run
-from tasks.stages import STAGES, in_order
+from tasks.stages import all_stages, in_order
 from tasks.store import Store
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_artifacts(adding)
         adding.set_defaults(command=command)
     _add_tokenizers(commands)
-    chat = commands.add_parser("chat", help="talk to a chat model in the terminal")
+    chat = commands.add_parser("chat", help="chat with a model in the terminal")
     chat.add_argument("model", nargs="?", default="", help="its folder; default: the newest one")
     add_options(chat)
     _add_artifacts(chat)
@@ -108,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_run(commands: Any) -> None:
-    names = [stage.name for stage in STAGES]
+    names = [stage.name for stage in all_stages()]
     run = commands.add_parser(
         "run",
         help="make a model by a recipe, doing only what is not done yet",
@@ -421,9 +422,9 @@ def _confirm_down(runs: "Sequence[RunningRun]") -> None:
 
 def _chat(options: argparse.Namespace) -> int:
     folder = _model_folder(options)
-    if not options.model and not sys.stdin.isatty():  # a terminal is told by the chat itself
+    if not options.model and not sys.stdin.isatty():  # at a terminal the chat prints it
         print(f"model: {folder}", file=sys.stderr)
-    talk_as_asked(folder, options)
+    chat_with_options(folder, options)
     return 0
 
 
@@ -447,7 +448,7 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _model_folder(options: argparse.Namespace) -> Path:
-    """Return the folder of the model that was named, or of the newest chat model.
+    """Return the folder of the named model, or of the newest chat model.
 
     Raises:
         ArtifactError: it is not there.
@@ -457,16 +458,16 @@ def _model_folder(options: argparse.Namespace) -> Path:
     folder = Path(options.model)
     if not folder.is_dir():
         raise ArtifactError(
-            f"{folder}: no such folder; expected that of a model, artifacts/finetune/DIGEST or"
-            " artifacts/pretrain/DIGEST, or nothing for the newest chat model"
+            f"{folder}: no such folder; expected that of a model, artifacts/STAGE/DIGEST with a"
+            f" STAGE of {', '.join(MODELS)}, or nothing for the newest chat model"
         )
     return folder
 
 
 def _newest_chat_model(artifacts: Path) -> Path:
     store = Store(artifacts)
-    for record in store.records("finetune"):
-        folder = store.folder("finetune", record.digest)
+    for record in store.records(*(model.stage for model in chat_models())):
+        folder = store.folder(record.parts.stage, record.digest)
         if folder.is_dir():
             return folder
     raise ArtifactError(

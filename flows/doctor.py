@@ -19,7 +19,7 @@ from rich.progress import track
 from flows.services.processes import HOST
 from flows.services.servers import FIRST_PORTS, log_errors, recorded
 from llm.errors import ArtifactError
-from tasks.stages import STAGES
+from tasks.stages import all_stages
 from tasks.store import Store
 
 FREE_BYTES_WANTED = 5_000_000_000  # the quickstart's artifacts, twice, and the servers' databases
@@ -111,7 +111,7 @@ def _is_in_use(port: int) -> bool:
 
 def _store(artifacts: Path, is_thorough: bool) -> Iterator[Finding]:
     store = Store(artifacts)
-    folders = store.artifacts([stage.name for stage in STAGES])
+    folders = store.artifacts([stage.name for stage in all_stages()])
     yield Finding(level="ok", text=f"{len(folders)} artifacts in {store.root}")
     num_damaged = len(list((store.root / "damaged").glob("*/REASON.txt")))
     if num_damaged:

@@ -1,4 +1,4 @@
-"""The map: from raw text to a chat model and its report, one line a stage."""
+"""The pipeline, from raw text to trained models and their report, one line a stage."""
 
 from llm.config import RunConfig
 from tasks.stages import (
@@ -6,20 +6,20 @@ from tasks.stages import (
     clean,
     download,
     evaluate,
-    finetune,
     pack,
     pretrain,
+    train_further,
     train_tokenizer,
 )
 
 
 def language_model(config: RunConfig) -> PipelineStep:
-    """Return the last step, the report; every other step is an input of an input of it."""
+    """Return the last step, the report, from which all others are reached as inputs."""
     chats = clean(download("chats", config.download), config.clean)
     corpus = clean(download("corpus", config.download), config.clean, held_out=chats)
     tokenizer = train_tokenizer(corpus)
-    text_sequences = pack(corpus, tokenizer)
-    chat_sequences = pack(chats, tokenizer)
-    base = pretrain(text_sequences, tokenizer)
-    chat = finetune(base, chat_sequences)
-    return evaluate(base, chat, text_sequences, chat_sequences, tokenizer)
+    sequences = {"text": pack(corpus, tokenizer), "chats": pack(chats, tokenizer)}
+    models = [pretrain(sequences["text"], tokenizer)]
+    for stage in config.stages_after_pretrain:  # finetune
+        models.append(train_further(stage, models[-1], sequences))
+    return evaluate(models, sequences, tokenizer)

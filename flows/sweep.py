@@ -1,4 +1,4 @@
-"""One recipe over a grid: each member is a run like any other and shares every cached stage."""
+"""Sweeps: one recipe over a grid of settings, each member an ordinary run with cached stages."""
 
 import dataclasses
 import itertools
@@ -13,26 +13,19 @@ import yaml
 
 from llm.config import CONFIG_FOLDERS, RunConfig, load_config
 from llm.errors import ConfigError, FromscratchError
+from llm.models import MODELS
 from llm.settings import did_you_mean
 from tasks.cached import Outcome
 
+BITS_PER_BYTE = "bits/byte"
 RunMember = Callable[[RunConfig, "Member", Sequence[str]], Sequence[Outcome]]
 SWEEP = "sweep"
-"""Its runs are tagged with it: `sweep:NAME` in Prefect, `fromscratch.sweep` in MLflow."""
-FIGURES = {
-    "ids": ("train_tokenizer", "vocab_size"),
-    "bytes a token": ("train_tokenizer", "bytes_per_token"),
-    "parameters": ("pretrain", "num_parameters"),
-    "base bits a byte": ("evaluate", "base/bits_per_byte"),
-    "chat bits a byte": ("evaluate", "chat/bits_per_byte"),
-}
-"""Stage and key of its summary by heading; those that no member has are left out of the table."""
-ORDER = "base bits a byte"
+"""Tag of its runs: `sweep:NAME` in Prefect, `fromscratch.sweep` in MLflow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
-    """A recipe and, for each member, what is overridden in it."""
+    """A recipe and the overrides of each member."""
 
     recipe: str
     members: Sequence[Sequence[str]]
@@ -40,18 +33,18 @@ class Sweep:
 
 @dataclass(kw_only=True, slots=True)
 class Member:
-    """One member, and what became of it."""
+    """One member and its result."""
 
     number: int
     """Counted from 1, in the order of the grid."""
     overrides: Sequence[str]
-    """Those that not all members have."""
+    """Without those that all members share."""
     status: str = "finished"
     error: str = ""
     seconds: float = 0.0
-    figures: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
     num_validation_bytes: int = 0
-    """Of the text that bits per byte were measured on."""
+    """Size of the text that bits per byte are measured on."""
 
 
 def sweep_names() -> list[str]:
@@ -62,11 +55,11 @@ def sweep_names() -> list[str]:
 def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
     """Read `configs/sweeps/NAME.yaml`, or a YAML file by its path.
 
-    It holds `recipe`, `overrides` for all members, and `grid`: lists of values by dotted key, of
-    which every combination is a member, or a list of lists of overrides, each a member.
+    It holds `recipe`, `overrides` for all members, and `grid`: either lists of values by dotted
+    key (every combination is a member) or a list of override lists (each is a member).
 
     Raises:
-        ConfigError: there is no such sweep, or it does not say that.
+        ConfigError: unknown sweep, or a file of another form.
     """
     paths = [folder / "sweeps" / f"{name}.yaml" for folder in CONFIG_FOLDERS]
     path = next((path for path in [Path(name), *paths] if path.is_file()), None)
@@ -95,10 +88,10 @@ def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
 
 
 def run_sweep(sweep: Sweep, run_member: RunMember, announce: Callable[[str], None]) -> list[Member]:
-    """Run every member, one after another; one that fails stops no other.
+    """Run every member, one after another; a failed member does not stop the others.
 
     Raises:
-        ConfigError: the settings of some members are wrong; nothing was run.
+        ConfigError: the settings of some members are wrong; nothing has run.
     """
     configs = _load_all(sweep)
     shared = set.intersection(*map(set, sweep.members)) if len(sweep.members) > 1 else set[str]()
@@ -109,7 +102,7 @@ def run_sweep(sweep: Sweep, run_member: RunMember, announce: Callable[[str], Non
         announce(f"{number} of {len(configs)}: {' '.join(member.overrides)}")
         started_at = time.monotonic()
         try:
-            _note_figures(member, run_member(config, member, overrides))
+            _read_metrics(member, run_member(config, member, overrides))
         except FromscratchError as error:
             member.status, member.error = "failed", str(error)
             announce(f"failed: {error}")
@@ -119,13 +112,18 @@ def run_sweep(sweep: Sweep, run_member: RunMember, announce: Callable[[str], Non
 
 
 def comparison(members: Sequence[Member]) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows of a table, best first by the base model's bits per byte."""
-    names = [name for name in FIGURES if any(name in member.figures for member in members)]
-    best_first = sorted(members, key=lambda m: m.figures.get(ORDER, float("inf")))
+    """Return headings and rows of a table, best first by the first model's bits per byte.
+
+    A metric that no member has gets no column.
+    """
+    columns = _columns()
+    names = [name for name in columns if any(name in member.metrics for member in members)]
+    order = next(name for name in columns if name.endswith(BITS_PER_BYTE))
+    best_first = sorted(members, key=lambda m: m.metrics.get(order, float("inf")))
     rows = [
         [
             short_name(member),
-            *(_shown(member.figures.get(name)) for name in names),
+            *(_shown(member.metrics.get(name)) for name in names),
             f"{member.seconds:.0f}" if member.status == "finished" else member.status,
         ]
         for member in best_first
@@ -134,22 +132,22 @@ def comparison(members: Sequence[Member]) -> tuple[list[str], list[list[str]]]:
 
 
 def short_name(member: Member) -> str:
-    """Return its number and its overrides without their sections: `4 kind=bpe vocab_size=4096`.
+    """Return its number and its overrides without sections: `4 kind=bpe vocab_size=4096`.
 
-    The number tells members apart in lists that cut names off, as MLflow's does at 20 characters.
+    The number keeps names distinct where a list truncates them, as MLflow does at 20 characters.
     """
     parts = [word.partition("=") for word in member.overrides]
     differing = " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in parts)
-    return f"{member.number} {differing or 'as it is'}"
+    return f"{member.number} {differing or 'unchanged'}"
 
 
 def differing_bytes(members: Sequence[Member]) -> str:
-    """Say that bits per byte were measured on texts of different length, or nothing."""
+    """Return a warning if bits per byte were measured on texts of different lengths, else ''."""
     counts = {member.num_validation_bytes for member in members if member.num_validation_bytes}
     if len(counts) < 2:
         return ""
     listed = ", ".join(f"{count:,}" for count in sorted(counts))
-    return f"bits per byte are of different texts, {listed} bytes long: compare them with care"
+    return f"bits per byte were measured on different texts ({listed} bytes): compare with care"
 
 
 def _load_all(sweep: Sweep) -> list[RunConfig]:
@@ -165,18 +163,31 @@ def _load_all(sweep: Sweep) -> list[RunConfig]:
     return configs
 
 
-def _note_figures(member: Member, outcomes: Sequence[Outcome]) -> None:
+def _columns() -> dict[str, tuple[str, str]]:
+    """Return the stage and the key of its summary for each column."""
+    return {
+        "vocabulary": ("train_tokenizer", "vocab_size"),
+        "bytes/token": ("train_tokenizer", "bytes_per_token"),
+        "parameters": (next(iter(MODELS)), "num_parameters"),
+        **{
+            f"{model.name} {BITS_PER_BYTE}": ("evaluate", f"{model.name}/bits_per_byte")
+            for model in MODELS.values()
+        },
+    }
+
+
+def _read_metrics(member: Member, outcomes: Sequence[Outcome]) -> None:
     summaries = {(outcome.stage, outcome.role): outcome.summary for outcome in outcomes}
-    for name, (stage, key) in FIGURES.items():
+    for name, (stage, key) in _columns().items():
         value = summaries.get((stage, ""), {}).get(key)
         if isinstance(value, int | float):
-            member.figures[name] = value
+            member.metrics[name] = value
     num_bytes = summaries.get(("pack", "corpus"), {}).get("validation_bytes")
     member.num_validation_bytes = num_bytes if isinstance(num_bytes, int) else 0
 
 
 def _members(grid: object) -> list[list[str]] | None:
-    """Return the overrides of each member, or None for what is no grid."""
+    """Return the overrides of each member, or None if `grid` has another form."""
     if isinstance(grid, list):
         words = [_words(member) for member in cast(list[object], grid)]
         return None if None in words else cast(list[list[str]], words)
@@ -199,7 +210,7 @@ def _words(value: object) -> list[str] | None:
 
 
 def _text(value: object) -> str:
-    """Write a value as an override is read: JSON is YAML on one line."""
+    """Write a value so that it parses as an override: JSON is YAML on one line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -20,6 +20,7 @@ from llm import presets
 from llm.data.chat import CHAT_FORMATS
 from llm.depth import DepthContext, expand_depth, take_depth
 from llm.errors import ConfigError
+from llm.models import MODELS
 from llm.settings import (
     Count,
     Fraction,
@@ -451,24 +452,24 @@ class FinetuneConfig(OptimizationConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """What is measured, and the samples shown."""
+    """Evaluation of every trained model."""
 
     prompts: tuple[str, ...] = ("The ", "def ", "import ")
-    """Continued by the base model and the chat model, side by side."""
+    """Continued by every model, side by side in the report."""
     max_new_tokens: Positive = 64
-    """Longest answer or continuation."""
+    """Maximum length of an answer or a continuation, in tokens."""
     temperature: NonNegativeFloat = 0.8
-    """Of the samples; 0 takes the likeliest token. Answers to instructions are always greedy."""
+    """Of continuations; 0 decodes greedily. Answers to instructions are always greedy."""
     top_k: Count = 0
-    """Samples are drawn from so many likeliest tokens; 0 draws from all."""
+    """Continuations are sampled from this many most probable tokens; 0 from all."""
     top_p: Annotated[float, Range(above=0, maximum=1)] = 1.0
-    """Samples are drawn from the fewest likeliest tokens with this probability together."""
+    """Continuations are sampled from the fewest most probable tokens that sum to this."""
     min_p: Fraction = 0.0
-    """Samples are drawn from tokens at least this share as likely as the likeliest."""
+    """Continuations are sampled from tokens with this share of the top token's probability."""
     repetition_penalty: PositiveFloat = 1.0
-    """Above 1, tokens already in a sample or its prompt become less likely."""
+    """Above 1, tokens already in a continuation or its prompt become less probable."""
     num_instructions: Positive = 200
-    """Held-out instructions answered for the exact-match figure."""
+    """Held-out instructions to answer for the exact match; more lowers its standard error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -533,6 +534,8 @@ class RunConfig:
     """One line for people."""
     seed: Count = 1
     """Every random choice derives from it and its purpose."""
+    stages_after_pretrain: tuple[str, ...] = ("finetune",)
+    """Training stages after pretraining; each starts from the model of the one before."""
     download: DownloadConfig = field(default_factory=DownloadConfig)
     """Raw data."""
     clean: CleanConfig = field(default_factory=CleanConfig)
@@ -732,7 +735,14 @@ def _depth_context(config: RunConfig) -> DepthContext:
 def _cross_checks(config: RunConfig) -> list[str]:
     """Return what is wrong between settings that are each allowed alone."""
     problems = model_problems(config.pretrain.model, "pretrain.model")
-    for stage in ("pretrain", "finetune"):
+    later_stages = tuple(MODELS)[1:]
+    found = config.stages_after_pretrain
+    if found != tuple(stage for stage in later_stages if stage in found):
+        problems.append(
+            f"stages_after_pretrain: found {', '.join(found)}, expected each at most once, and in"
+            f" this order: {', '.join(later_stages)}"
+        )
+    for stage in (next(iter(MODELS)), *(stage for stage in later_stages if stage in found)):
         section: OptimizationConfig = getattr(config, stage)
         if section.warmup_steps >= section.num_steps:
             problems.append(

@@ -1,7 +1,7 @@
-"""Measure base and chat model on what neither has seen, beside what needs no model at all."""
+"""The evaluate stage: every task on every model, beside baselines that need no model."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -12,137 +12,74 @@ from llm.artifact import ArtifactWriter, Json, Manifest, read_manifest
 from llm.config import EvaluateConfig, ModelConfig, read_section
 from llm.data.packed import PackedSequences
 from llm.errors import ArtifactError, ConfigError
-from llm.evaluation import masked
 from llm.evaluation.baselines import Baselines, measure_baselines
-from llm.evaluation.bits_per_byte import DocumentScores, score_sequences
-from llm.evaluation.instructions import (
-    HeldOut,
-    answer_instructions,
-    exact_match,
-    exact_match_by_kind,
-    one_of_each_kind,
-    read_instructions,
-)
-from llm.evaluation.leak import LeakResult, find_leaks, leak_metrics
+from llm.evaluation.instructions import SEQUENCES_PER_READ, read_instructions
 from llm.evaluation.prompts import encode_prompts
 from llm.evaluation.report import Metric, Report, Sample, rounded, samples_json
-from llm.evaluation.samples import continue_prompts
-from llm.inference.sampling import Sampling
+from llm.evaluation.tasks import (
+    TASKS,
+    Evaluated,
+    EvaluationData,
+    EvaluationSplit,
+    EvaluationTask,
+    TaskResult,
+)
 from llm.model.masked_lm import Masking
 from llm.model.precision import Precision, fp32_products
 from llm.model.transformer import Transformer
 from llm.model.weights import load_model
+from llm.models import MODELS
 from llm.runtime.job import Job, run_job
 from llm.seeds import derive_seed
-from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.load import load_tokenizer
-
-MODELS = ("base", "chat")
-NUM_SHOWN_INSTRUCTIONS = 6
-ROWS_PER_READ = 64
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Data:
-    """What both models are measured on."""
-
-    tokenizer: Tokenizer
-    text: PackedSequences
-    chats: PackedSequences
-    held_out: HeldOut
-    prompts: list[list[int]]
-    is_text_masked: bool
-    """Score text as the base model was trained: within documents only, or across them."""
-    is_chat_masked: bool
-    """Score answers as the chat model was trained."""
-    precisions: dict[str, Precision]
-    """In which each model was trained, and is scored."""
-    masking: Masking | None
-    """What is hidden from models that fill in; None for those that go on."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Findings:
-    """What was found about one model."""
-
-    text: DocumentScores
-    chats: DocumentScores
-    leak: LeakResult
-    answers: list[str]
-    continuations: list[str]
-
-
-@dataclass(kw_only=True, slots=True)
-class Progress:
-    """One bar over all that is read, scored or answered, each counted as a row."""
-
-    job: Job
-    total: int
-    done: int = 0
-
-    def advance(self, num_rows: int) -> None:
-        """Say that so many rows more are done.
-
-        Raises:
-            Interrupted: the stage was asked to stop.
-        """
-        self.done += num_rows
-        self.job.report_progress(self.done, self.total, "rows")
 
 
 def evaluate(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
-    """Score, question and compare the two models; write report.json, report.md and samples.json.
+    """Measure the models among the inputs; write report.json, report.md and samples.json.
 
     Raises:
-        ArtifactError: models, rows and tokenizer do not belong together, or a model is broken.
-        ConfigError: a prompt that does not fit the context, or a device that is not there.
+        ArtifactError: models, sequences and tokenizer do not match, or a model is damaged.
+        ConfigError: a prompt longer than the context, or a device that is missing.
     """
     config = read_section(EvaluateConfig, job.settings)
     if job.runtime.num_threads:
         torch.set_num_threads(job.runtime.num_threads)
     device = _device(job.runtime.device)
-    folders = {name: Path(job.inputs[name]) for name in MODELS}
+    names = [model.name for model in MODELS.values() if model.name in job.inputs]
+    folders = {name: Path(job.inputs[name]) for name in names}
     manifests = {name: read_manifest(folder) for name, folder in folders.items()}
     data = _open_data(job, config, manifests)
-    per_model = data.text.num_rows + data.chats.num_rows
-    per_model += (
-        masked.num_pseudo_sequences(data.text) if data.masking else len(data.held_out.instructions)
-    )
-    progress = Progress(job=job, total=data.text.num_rows + len(MODELS) * per_model)
-    baselines = measure_baselines(_text_bytes(data, progress))
-    if baselines.num_bytes != data.text.info.num_bytes:
+    tasks = {name: task for name, task in TASKS.items() if task.predicts == data.predicts}
+    per_model = sum(task.num_units(data) for task in tasks.values())
+    advance = _progress(job, data.text.sequences.num_rows + len(names) * per_model)
+    baselines = measure_baselines(_text_bytes(data, advance))
+    if baselines.num_bytes != data.text.sequences.info.num_bytes:
         raise ArtifactError(
             f"{job.inputs['text_sequences']}: the validation sequences hold"
             f" {baselines.num_bytes} bytes of text, pack.json says"
-            f" {data.text.info.num_bytes}; run pack again"
+            f" {data.text.sequences.info.num_bytes}; run pack again"
         )
-    metrics = _data_metrics(data, baselines)
-    findings: dict[str, Findings] = {}
+    results: dict[str, dict[str, TaskResult]] = {task: {} for task in tasks}
     shapes: list[tuple[ModelConfig, int]] = []
-    for name, folder in folders.items():  # one after the other: one model in memory
-        model, precision = _load(folder, device, data), data.precisions[name]
+    for name, folder in folders.items():  # one after the other, so that memory holds one model
+        model = _load(folder, device, data)
         shapes.append((model.config, model.num_parameters()))
+        precision = cast(Precision, manifests[name].settings.get("precision", "fp32"))
+        evaluated = Evaluated(name=name, model=model, precision=precision, advance=advance)
         with fp32_products(precision, device.type):
-            if data.masking is None:
-                findings[name] = _measure(model, data, precision, config, job.seed, progress)
-            else:
-                filled_in = masked.measure(
-                    model,
-                    {
-                        "": (data.text, data.is_text_masked),
-                        "answer_": (data.chats, data.is_chat_masked),
-                    },
-                    data.masking,
-                    precision,
-                    progress.advance,
-                )
-                metrics |= {f"{name}/{figure}": metric for figure, metric in filled_in.items()}
-        del model
+            for task_name, task in tasks.items():
+                results[task_name][name] = task.measure(evaluated, data)
+        del model, evaluated
+    metrics = _data_metrics(data, baselines)
+    samples: list[Sample] = []
+    for task_name, task in tasks.items():
+        metrics |= _metrics(task, results[task_name])
+        samples += _samples([result.samples for result in results[task_name].values()])
     report = Report(
-        metrics=metrics | _metrics(findings, data.held_out),
-        samples=tuple(_samples(findings, config.prompts, data.held_out)),
+        metrics=metrics,
+        samples=tuple(samples),
         settings=_settings(*shapes[0], data, manifests),
-        notes=tuple(_notes(data.held_out, config.num_instructions)) if findings else masked.NOTES,
+        notes=tuple(note for task in tasks.values() for note in task.notes(data)),
     )
     writer.write_bytes("report.json", report.to_json())
     writer.write_bytes("report.md", report.to_markdown().encode())
@@ -150,16 +87,18 @@ def evaluate(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     return dict(report.values())
 
 
-def _device(wanted: str) -> torch.device:
+def _device(requested: str) -> torch.device:
     has_gpu = torch.cuda.is_available()
-    if wanted == "cuda" and not has_gpu:
+    if requested == "cuda" and not has_gpu:
         raise ConfigError("runtime.device: found cuda, but there is no GPU here; use auto or cpu")
-    return torch.device("cuda" if has_gpu and wanted != "cpu" else "cpu")
+    return torch.device("cuda" if has_gpu and requested != "cpu" else "cpu")
 
 
-def _open_data(job: Job, config: EvaluateConfig, manifests: dict[str, Manifest]) -> Data:
+def _open_data(
+    job: Job, config: EvaluateConfig, manifests: Mapping[str, Manifest]
+) -> EvaluationData:
     tokenizer = load_tokenizer(Path(job.inputs["tokenizer"]))
-    trained = manifests["base"].settings
+    trained = next(iter(manifests.values())).settings  # later models keep the first one's shape
     shape = trained.get("model")
     masking = None
     if isinstance(shape, Mapping) and shape.get("is_causal") is False:
@@ -169,143 +108,110 @@ def _open_data(job: Job, config: EvaluateConfig, manifests: dict[str, Manifest])
             mask_id=tokenizer.mask_id,
             is_text=tokenizer.token_bytes > 0,
         )
-    text = PackedSequences(Path(job.inputs["text_sequences"]), "validation")
-    chats = PackedSequences(Path(job.inputs["chat_sequences"]), "validation")
-    return Data(
+
+    def split(input_name: str, kind: str) -> EvaluationSplit:
+        trained_on_it = [
+            manifests[model.name].settings
+            for model in MODELS.values()
+            if model.data == kind and model.name in manifests
+        ]
+        return EvaluationSplit(
+            sequences=PackedSequences(Path(job.inputs[input_name]), "validation"),
+            document_mask=any(s.get("document_mask") is True for s in trained_on_it[:1]),
+        )
+
+    text, chats = split("text_sequences", "text"), split("chat_sequences", "chats")
+    return EvaluationData(
+        config=config,
+        seed=job.seed,
         tokenizer=tokenizer,
         text=text,
         chats=chats,
-        held_out=read_instructions(chats, tokenizer, config.num_instructions),
-        prompts=encode_prompts(config.prompts, tokenizer, text.seq_len),
-        is_text_masked=manifests["base"].settings.get("document_mask") is True,
-        is_chat_masked=manifests["chat"].settings.get("document_mask") is True,
-        precisions={
-            name: cast(Precision, manifest.settings.get("precision", "fp32"))
-            for name, manifest in manifests.items()
-        },
+        held_out=read_instructions(chats.sequences, tokenizer, config.num_instructions),
+        prompts=encode_prompts(config.prompts, tokenizer, text.sequences.seq_len),
         masking=masking,
     )
 
 
-def _load(folder: Path, device: torch.device, data: Data) -> Transformer:
-    """Load a model and refuse it where it does not fit the data."""
+def _progress(job: Job, total: int) -> Callable[[int], None]:
+    """Return a function that reports so many more sequences, read, scored or answered, as done."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        job.report_progress(done, total, "sequences")
+
+    return advance
+
+
+def _load(folder: Path, device: torch.device, data: EvaluationData) -> Transformer:
+    """Load a model.
+
+    Raises:
+        ArtifactError: its vocabulary or context does not fit the data.
+    """
     model = load_model(folder, device).eval()
+    text, chats = data.text.sequences, data.chats.sequences
     sizes = {
         "tokenizer": data.tokenizer.vocab_size,
-        "text rows": data.text.layout.vocab_size,
-        "chat rows": data.chats.layout.vocab_size,
+        "text sequences": text.layout.vocab_size,
+        "chat sequences": chats.layout.vocab_size,
     }
     for what, size in sizes.items():
         if size != model.vocab_size:
             raise ArtifactError(
                 f"{folder}: a model of {model.vocab_size} tokens, but the {what} have {size};"
-                " evaluate a model with the tokenizer and rows it was made with"
+                " evaluate a model with the tokenizer and sequences it was trained with"
             )
-    longest = max(data.text.seq_len, data.chats.seq_len)
+    longest = max(text.seq_len, chats.seq_len)
     if longest > model.seq_len:
         raise ArtifactError(
-            f"{folder}: a model with a context of {model.seq_len} tokens, but rows of {longest};"
-            " evaluate a model with the rows it was made with"
+            f"{folder}: a model with a context of {model.seq_len} tokens, but sequences of"
+            f" {longest}; evaluate a model with the sequences it was trained with"
         )
     return model
 
 
-def _text_bytes(data: Data, progress: Progress) -> Iterator[bytes]:
-    """Yield the bytes of the validation text, exactly: those of every target, in order."""
-    for start in range(0, data.text.num_rows, ROWS_PER_READ):
-        indices = np.arange(start, min(start + ROWS_PER_READ, data.text.num_rows))
-        arrays = data.text.read(indices)
+def _text_bytes(data: EvaluationData, advance: Callable[[int], None]) -> Iterator[bytes]:
+    """Yield the exact bytes of the validation text: those of every target, in order."""
+    sequences = data.text.sequences
+    for start in range(0, sequences.num_rows, SEQUENCES_PER_READ):
+        indices = np.arange(start, min(start + SEQUENCES_PER_READ, sequences.num_rows))
+        arrays = sequences.read(indices)
         yield data.tokenizer.decode_bytes(arrays.tokens[arrays.mask].tolist())
-        progress.advance(len(indices))
+        advance(len(indices))
 
 
-def _measure(
-    model: Transformer,
-    data: Data,
-    precision: Precision,
-    config: EvaluateConfig,
-    seed: int,
-    progress: Progress,
-) -> Findings:
-    text = _score(model, data, data.text, precision, progress)
-    chats = _score(model, data, data.chats, precision, progress)
-    answers: list[str] = []
-    for batch in answer_instructions(
-        model, data.tokenizer, data.held_out.instructions, config.max_new_tokens
-    ):
-        answers += batch
-        progress.advance(len(batch))
-    return Findings(
-        text=text,
-        chats=chats,
-        answers=answers,
-        leak=find_leaks(
-            model,
-            data.text,
-            document_mask=data.is_text_masked,
-            seed=derive_seed(seed, "leak"),
-        ),
-        continuations=continue_prompts(
-            model,
-            data.tokenizer,
-            data.prompts,
-            max_new_tokens=config.max_new_tokens,
-            sampling=Sampling(
-                temperature=config.temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
-                min_p=config.min_p,
-                repetition_penalty=config.repetition_penalty,
-                seed=derive_seed(seed, "samples"),
-            ),
-        ),
-    )
+def _metrics(task: EvaluationTask, results: Mapping[str, TaskResult]) -> dict[str, Metric]:
+    """Return a task's metrics, combined or prefixed with the model's name."""
+    if task.combine is not None:
+        return dict(task.combine([result.metrics for result in results.values()]))
+    return {
+        f"{model}/{name}": metric
+        for model, result in results.items()
+        for name, metric in result.metrics.items()
+    }
 
 
-def _score(
-    model: Transformer, data: Data, rows: PackedSequences, precision: Precision, progress: Progress
-) -> DocumentScores:
-    is_text = rows is data.text
-    scores = DocumentScores(rows.info.num_documents)
-    for scored in score_sequences(
-        model,
-        rows,
-        data.tokenizer.token_bytes,
-        document_mask=data.is_text_masked if is_text else data.is_chat_masked,
-        has_control_targets=not is_text,
-        precision=precision,
-    ):
-        scores.add(scored)
-        progress.advance(scored.num_rows)
-    return scores
+def _samples(by_model: Sequence[Sequence[Sample]]) -> Iterator[Sample]:
+    """Join the samples of all models, prompt by prompt."""
+    for same_prompt in zip(*by_model, strict=True):
+        completions = [each.completions for each in same_prompt]
+        merged = {model: text for each in completions for model, text in each.items()}
+        yield replace(same_prompt[0], completions=merged)
 
 
-def _metrics(findings: dict[str, Findings], held_out: HeldOut) -> dict[str, Metric]:
-    metrics: dict[str, Metric] = {}
-    for name, found in findings.items():
-        metrics[f"{name}/bits_per_byte"] = found.text.bits_per_byte()
-        metrics[f"{name}/answer_loss"] = found.chats.nats_per_token()
-        if held_out.instructions:
-            metrics[f"{name}/exact_match"] = exact_match(found.answers, held_out.instructions)
-            by_kind = exact_match_by_kind(found.answers, held_out.instructions)
-            metrics |= {f"{name}/exact_match/{kind}": share for kind, share in by_kind.items()}
-    leaks = [found.leak for found in findings.values()]
-    return metrics | (leak_metrics(leaks) if leaks else {})
-
-
-def _data_metrics(data: Data, baselines: Baselines) -> dict[str, Metric]:
-    """Return the figures that need no model."""
+def _data_metrics(data: EvaluationData, baselines: Baselines) -> dict[str, Metric]:
+    """Return the metrics that need no model."""
     metrics = {
-        f"baseline/{name}_bits_per_byte": Metric(
+        f"baseline/{name}": Metric(
             value=rounded(value), unit="bits per byte", num_examples=baselines.num_bytes
         )
-        for name, value in (
-            ("unigram", baselines.unigram_bits_per_byte),
-            ("gzip", baselines.gzip_bits_per_byte),
-            ("xz", baselines.xz_bits_per_byte),
-        )
+        for name, value in asdict(baselines).items()
+        if name.endswith("_bits_per_byte")
     }
-    info = data.text.info
+    info = data.text.sequences.info
     for name, total in (
         ("bytes", info.num_bytes),
         ("tokens", info.num_tokens - info.num_documents),  # without the bos of each
@@ -316,50 +222,23 @@ def _data_metrics(data: Data, baselines: Baselines) -> dict[str, Metric]:
     return metrics
 
 
-def _samples(
-    findings: dict[str, Findings], prompts: Sequence[str], held_out: HeldOut
-) -> Iterator[Sample]:
-    if not findings:
-        return
-    base, chat = findings["base"], findings["chat"]
-    for place in one_of_each_kind(held_out.instructions, NUM_SHOWN_INSTRUCTIONS):
-        asked = held_out.instructions[place]
-        yield Sample(
-            kind="instruction",
-            prompt=asked.prompt,
-            expected=asked.expected,
-            base=base.answers[place],
-            chat=chat.answers[place],
-        )
-    continued = zip(prompts, base.continuations, chat.continuations, strict=True)
-    for prompt, by_base, by_chat in continued:
-        yield Sample(kind="continuation", prompt=prompt, expected=None, base=by_base, chat=by_chat)
-
-
 def _settings(
-    shape: ModelConfig, num_parameters: int, data: Data, manifests: dict[str, Manifest]
+    shape: ModelConfig,
+    num_parameters: int,
+    data: EvaluationData,
+    manifests: Mapping[str, Manifest],
 ) -> dict[str, str]:
     settings = {
         "model": f"{shape.num_layers} layers of width {shape.d_model}, {shape.num_heads} heads,"
         f" {num_parameters:,} parameters",
         "vocabulary": f"{data.tokenizer.vocab_size:,} tokens",
-        "context": f"{data.text.seq_len:,} tokens",
+        "context": f"{data.text.sequences.seq_len:,} tokens",
     }
     for name, manifest in manifests.items():
         steps, tokens = manifest.summary.get("num_steps"), manifest.summary.get("num_tokens")
         if isinstance(steps, int) and isinstance(tokens, int):
             settings[f"{name} model, trained for"] = f"{steps:,} steps on {tokens:,} tokens"
     return settings
-
-
-def _notes(held_out: HeldOut, wanted: int) -> Iterator[str]:
-    found = len(held_out.instructions)
-    if found < wanted:
-        yield f"{found} held-out instructions, all there are; {wanted} were asked for."
-    if held_out.num_other_shapes:
-        yield (f"{held_out.num_other_shapes} chats passed over: not one question and one answer.")
-    if held_out.num_too_long:
-        yield f"{held_out.num_too_long} chats passed over: longer than the context."
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from llm.artifact import Artifact, Json, load_artifact
 from llm.config import RunConfig, flatten
 from llm.errors import Interrupted
 from llm.runtime.disk import refuse_full_disk
-from llm.runtime.job import Job, is_finished
+from llm.runtime.job import STARTING_MODEL, Job, is_finished
 from tasks.launch import Progress, launch
 from tasks.plan import PlannedStep, Selection, explain, key_parts, reusable, section_of
 from tasks.stages import CLEAN, PACK, PipelineStep, step_name
@@ -328,7 +328,7 @@ def _refuse_long_prompts(config: RunConfig, inputs: Mapping[str, Outcome]) -> No
     from llm.evaluation.prompts import encode_prompts  # imports numpy and tokenizers
     from llm.tokenizer.load import load_tokenizer
 
-    folder = inputs["tokenizer" if "tokenizer" in inputs else "base"].path
+    folder = inputs["tokenizer" if "tokenizer" in inputs else STARTING_MODEL].path
     encode_prompts(config.evaluate.prompts, load_tokenizer(Path(folder)), config.pack.seq_len)
 
 

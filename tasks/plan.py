@@ -11,9 +11,19 @@ from llm.artifact import Json, canonical
 from llm.config import CleanConfig, MixtureConfig, RunConfig, ShareConfig, SourceConfig, flatten
 from llm.data.sources.fingerprint import fingerprint
 from llm.errors import ArtifactError, ConfigError
+from llm.models import MODELS
 from llm.runtime.code import code_digests
 from llm.tokenizer.kinds import TOKENIZER_KINDS
-from tasks.stages import CLEAN, DOWNLOAD, PACK, STAGES, TRAIN_TOKENIZER, PipelineStep, Stage
+from tasks.stages import (
+    CLEAN,
+    DOWNLOAD,
+    EVALUATE,
+    PACK,
+    TRAIN_TOKENIZER,
+    PipelineStep,
+    Stage,
+    all_stages,
+)
 from tasks.store import KeyParts, KeyRecord, Store, library_versions
 
 LOCATIONS = ("path", "url")  # not in the key, which has the fingerprint of the source's bytes
@@ -35,7 +45,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for unknown stages."""
-        known = [stage.name for stage in STAGES]
+        known = [stage.name for stage in all_stages()]
         given = {"--only": [self.only], "--from": [self.start_from]}
         given |= {"--force": list(self.force), "--reuse": list(self.reuse)}
         problems = [
@@ -49,7 +59,7 @@ class Selection:
 
     def is_forced(self, stage: Stage) -> bool:
         """Tell whether a stage is built even if cached."""
-        later = itertools.dropwhile(lambda known: known.name != self.start_from, STAGES)
+        later = itertools.dropwhile(lambda known: known.name != self.start_from, all_stages())
         return stage.name in self.force or stage in later
 
     def takes(self, steps: Sequence[PipelineStep]) -> list[PipelineStep]:
@@ -242,7 +252,7 @@ def _note(record: KeyRecord, store: Store) -> str:
     notes = ["declared unchanged by --reuse"] if record.reused_from else []
     manifest = store.folder(record.parts.stage, record.digest) / "manifest.json"
     versions = json.loads(manifest.read_bytes())["provenance"].get("versions", {})
-    if record.parts.stage in ("pretrain", "finetune", "evaluate") and "torch" in versions:
+    if record.parts.stage in (*MODELS, EVALUATE.name) and "torch" in versions:
         now = library_versions(["torch"])["torch"]
         if versions["torch"] != now:
             notes.append(f"built with torch {versions['torch']}, installed is {now}")

@@ -21,7 +21,7 @@ from llm.runtime.job import child_environment
 from llm.tokenizer.kinds import TOKENIZER_KINDS
 from tasks.cluster.runner import missing_runner
 from tasks.plan import PlannedStep, source_of
-from tasks.stages import CLEAN, DOWNLOAD, PACK, STAGES, TRAIN_TOKENIZER, PipelineStep
+from tasks.stages import CLEAN, DOWNLOAD, PACK, TRAIN_TOKENIZER, PipelineStep, all_stages
 from tasks.store import Store
 
 READERS = {".zst": "backports.zstd", ".tzst": "backports.zstd", ".parquet": "pyarrow"}
@@ -95,7 +95,8 @@ def _library_problems(steps: Sequence[PipelineStep], config: RunConfig) -> Itera
             f"clean.near_duplicates.unit: found {config.clean.near_duplicates.unit}, which needs"
             " the library rensa; `pip install rensa`, or set it to none"
         )
-    uses_tokenizer = any(STAGES.index(stage) >= STAGES.index(TRAIN_TOKENIZER) for stage in stages)
+    order = all_stages()
+    uses_tokenizer = any(order.index(stage) >= order.index(TRAIN_TOKENIZER) for stage in stages)
     kind = config.train_tokenizer.kind
     library = TOKENIZER_KINDS[kind].library
     if uses_tokenizer and library and _lacks(library):

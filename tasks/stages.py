@@ -1,42 +1,42 @@
-"""The seven stages as values: what each is made from.
+"""Stages and pipeline steps as values, walked alike by planning and by running.
 
-A step knows its inputs, and nothing of where or how it runs: planning and running walk the same
-steps.
+A step knows its inputs, and nothing of where or how it runs.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llm.config import CleanConfig, DownloadConfig, MixtureConfig
+from llm.models import MODELS
 from llm.role import Role
+from llm.runtime.job import STARTING_MODEL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """One stage: `llm.<name>`, its section in the recipe, and what else decides its bytes."""
+    """One stage: `llm.<name>`, a section of the recipe, and what else decides its bytes."""
 
     name: str
     has_seed: bool = False
     """Whether the run's seed decides its bytes."""
     libraries: Sequence[str] = ()
-    """Libraries whose version decides its bytes; torch is provenance, its numbers differ anyway."""
+    """Libraries whose version decides its bytes. torch is provenance only: its numbers differ by
+    machine anyway.
+    """
     is_training: bool = False
-    """Whether it reports curves, and is taken for hung when these stop."""
+    """Whether it reports curves; it counts as hung when they stop."""
 
 
 DOWNLOAD = Stage(name="download")
 CLEAN = Stage(name="clean", libraries=("rensa",))
 TRAIN_TOKENIZER = Stage(name="train_tokenizer", has_seed=True, libraries=("tokenizers",))
 PACK = Stage(name="pack", has_seed=True, libraries=("tokenizers",))
-PRETRAIN = Stage(name="pretrain", has_seed=True, is_training=True)
-FINETUNE = Stage(name="finetune", has_seed=True, is_training=True)
 EVALUATE = Stage(name="evaluate", has_seed=True)
-STAGES = (DOWNLOAD, CLEAN, TRAIN_TOKENIZER, PACK, PRETRAIN, FINETUNE, EVALUATE)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class PipelineStep:
-    """One stage at its place in a pipeline: what it is made from, by name. Equal only to itself."""
+    """One stage in a pipeline, with its inputs by name. Equal only to itself."""
 
     stage: Stage
     role: Role = field(default_factory=Role)
@@ -53,8 +53,18 @@ def step_name(stage: str, role: Role | str) -> str:
     return f"{stage} {role}".strip()
 
 
+def training_stage(name: str) -> Stage:
+    """Return the stage that trains a model of `llm.models.MODELS`."""
+    return Stage(name=name, has_seed=True, is_training=True)
+
+
+def all_stages() -> list[Stage]:
+    """Return every stage, in the order of a run."""
+    return [DOWNLOAD, CLEAN, TRAIN_TOKENIZER, PACK, *map(training_stage, MODELS), EVALUATE]
+
+
 def download(role: str, settings: DownloadConfig) -> list[PipelineStep]:
-    """Fetch the raw files of `download.corpus` or `download.chats`, each of its sources alone."""
+    """Fetch the raw files of `download.corpus` or `download.chats`, one step per source."""
     mixture: MixtureConfig = getattr(settings, role)
     roles = [Role(role, index) for index in range(len(mixture.sources))]
     return [PipelineStep(stage=DOWNLOAD, role=part) for part in roles or [Role(role)]]
@@ -63,10 +73,10 @@ def download(role: str, settings: DownloadConfig) -> list[PipelineStep]:
 def clean(
     raw: Sequence[PipelineStep], settings: CleanConfig, held_out: PipelineStep | None = None
 ) -> PipelineStep:
-    """Turn raw files into documents with ids, each once, split into train and validation.
+    """Turn raw files into unique documents with ids, split into train and validation.
 
-    Where training documents are read for what models are measured on, `held_out`, other documents,
-    has a validation side of it; elsewhere it is no input.
+    `held_out` becomes an input only under decontamination, which drops training documents that
+    overlap with its validation documents.
     """
     inputs = {"raw": raw[0]} if len(raw) == 1 else {f"raw_{k}": step for k, step in enumerate(raw)}
     if held_out is not None and settings.decontamination.action != "none":
@@ -80,44 +90,41 @@ def train_tokenizer(documents: PipelineStep) -> PipelineStep:
 
 
 def pack(documents: PipelineStep, tokenizer: PipelineStep) -> PipelineStep:
-    """Cut documents into rows of tokens."""
+    """Pack documents into sequences of tokens."""
     return PipelineStep(
         stage=PACK, role=documents.role, inputs={"documents": documents, "tokenizer": tokenizer}
     )
 
 
-def pretrain(rows: PipelineStep, tokenizer: PipelineStep) -> PipelineStep:
-    """Train the base model on rows of text."""
-    return PipelineStep(stage=PRETRAIN, inputs={"sequences": rows, "tokenizer": tokenizer})
-
-
-def finetune(base: PipelineStep, rows: PipelineStep) -> PipelineStep:
-    """Train the chat model from the base model on rows of chats."""
-    return PipelineStep(stage=FINETUNE, inputs={"base": base, "sequences": rows})
-
-
-def evaluate(
-    base: PipelineStep,
-    chat: PipelineStep,
-    text_sequences: PipelineStep,
-    chat_sequences: PipelineStep,
-    tokenizer: PipelineStep,
-) -> PipelineStep:
-    """Measure both models side by side and write the report."""
+def pretrain(sequences: PipelineStep, tokenizer: PipelineStep) -> PipelineStep:
+    """Train the first model from random weights."""
+    first = next(iter(MODELS))
     return PipelineStep(
-        stage=EVALUATE,
-        inputs={
-            "base": base,
-            "chat": chat,
-            "text_sequences": text_sequences,
-            "chat_sequences": chat_sequences,
-            "tokenizer": tokenizer,
-        },
+        stage=training_stage(first), inputs={"sequences": sequences, "tokenizer": tokenizer}
     )
 
 
+def train_further(
+    stage: str, model: PipelineStep, sequences: Mapping[str, PipelineStep]
+) -> PipelineStep:
+    """Continue training `model` by another stage, on the sequences of text or chats it needs."""
+    return PipelineStep(
+        stage=training_stage(stage),
+        inputs={STARTING_MODEL: model, "sequences": sequences[MODELS[stage].data]},
+    )
+
+
+def evaluate(
+    models: Sequence[PipelineStep], sequences: Mapping[str, PipelineStep], tokenizer: PipelineStep
+) -> PipelineStep:
+    """Measure all models side by side and write the report."""
+    inputs = {MODELS[model.stage.name].name: model for model in models}
+    inputs |= {"text_sequences": sequences["text"], "chat_sequences": sequences["chats"]}
+    return PipelineStep(stage=EVALUATE, inputs=inputs | {"tokenizer": tokenizer})
+
+
 def in_order(last: PipelineStep) -> list[PipelineStep]:
-    """Return every step `last` needs, and itself, each after its inputs, as in STAGES."""
+    """Return `last` and every step it needs, each after its inputs, in the order of stages."""
     found: dict[PipelineStep, None] = {}
 
     def visit(step: PipelineStep) -> None:
@@ -126,4 +133,5 @@ def in_order(last: PipelineStep) -> list[PipelineStep]:
         found.setdefault(step)
 
     visit(last)
-    return sorted(found, key=lambda step: STAGES.index(step.stage))
+    order = all_stages()
+    return sorted(found, key=lambda step: order.index(step.stage))

@@ -122,9 +122,10 @@ class Store:
         """Return the record of a key; None if it is missing or unreadable."""
         return _read_record(self.root / "keys" / stage / f"{key}.json")
 
-    def records(self, stage: str, *, newest: int = 200) -> list[KeyRecord]:
-        """Return the newest records of a stage, newest first."""
-        paths = list((self.root / "keys" / stage).glob("*.json"))
+    def records(self, *stages: str, newest: int = 200) -> list[KeyRecord]:
+        """Return the newest records of some stages, newest first."""
+        folders = [self.root / "keys" / stage for stage in stages]
+        paths = [path for folder in folders for path in folder.glob("*.json")]
         paths.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
         return [record for path in paths[:newest] if (record := _read_record(path)) is not None]
 

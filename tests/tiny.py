@@ -97,10 +97,10 @@ class SilentTracker:
 
 
 class SilentDisplay:
-    """A display that remembers what it was shown."""
+    """A display that records its calls."""
 
     def __init__(self) -> None:
-        """Have been shown nothing."""
+        """Start without calls."""
         self.shown: list[str] = []
 
     def started(self, name: str, reason: str) -> None:
@@ -108,11 +108,11 @@ class SilentDisplay:
         self.shown.append(f"{name}: {reason}")
 
     def waits(self, name: str) -> None:
-        """Remember the waiting."""
+        """Remember that a step waits."""
         self.shown.append(f"{name} waits")
 
     def progressed(self, name: str, progress: Progress) -> None:
-        """Look away."""
+        """Ignore progress."""
 
     def restarted(self, name: str, why: str) -> None:
         """Remember that a step began again."""

@@ -1,1 +1,1 @@
-"""How good a model is, and whether the figure can be trusted."""
+"""Evaluation tasks, baselines, leak tests and the report."""

@@ -1,7 +1,7 @@
-"""What the validation text costs without a language model: byte frequencies, gzip and xz.
+"""Baselines without a language model: byte unigram entropy, gzip and xz.
 
-All are measured in bits per byte on the very bytes the models are scored on. A model that has
-learned more than spelling lies clearly below the first two; xz -9e is a hard mark for a small one.
+All in bits per byte, on the bytes the models are scored on. A model that has learned more than
+spelling is clearly below the first two; xz -9e is hard to beat for a small model.
 """
 
 import lzma
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-GZIP_WINDOW_BITS = 31  # zlib's way of saying: the largest window, in gzip's own framing
+GZIP_WINDOW_BITS = 31  # zlib's code for the largest window with a gzip header
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Baselines:
-    """Bits per byte of the same `num_bytes` bytes, three ways."""
+    """Bits per byte of the same `num_bytes` bytes by three methods."""
 
     num_bytes: int
     unigram_bits_per_byte: float
-    """Entropy of the bytes' own frequencies: no order-0 byte model, however fitted, does better."""
+    """Entropy of the byte frequencies, a lower bound for any order-0 model of bytes."""
     gzip_bits_per_byte: float
     """`gzip -9`: repetitions within 32 KiB."""
     xz_bits_per_byte: float
@@ -28,10 +28,10 @@ class Baselines:
 
 
 def measure_baselines(chunks: Iterable[bytes]) -> Baselines:
-    """Measure the concatenation of `chunks`, none of which is kept: memory stays below 700 MiB.
+    """Measure the concatenation of `chunks` in a stream, with less than 700 MiB of memory.
 
     Raises:
-        ValueError: there is not one byte.
+        ValueError: no bytes.
     """
     counts = np.zeros(256, dtype=np.int64)
     gzip = zlib.compressobj(level=9, wbits=GZIP_WINDOW_BITS)
@@ -55,6 +55,8 @@ def measure_baselines(chunks: Iterable[bytes]) -> Baselines:
 
 
 def entropy_bits(counts: np.ndarray) -> float:
-    """Return the entropy, in bits, of what occurred `counts` times."""
+    """Return the entropy in bits of a distribution given by counts."""
     seen = counts[counts > 0] / counts.sum()
-    return float(-(seen * np.log2(seen)).sum()) + 0.0  # no -0.0 for one byte value alone
+    return (
+        float(-(seen * np.log2(seen)).sum()) + 0.0
+    )  # turns the -0.0 of a single byte value into 0.0

@@ -1,14 +1,13 @@
-"""Score a whole split: what every token cost the model, summed by document.
+"""Bits per byte: the loss of every token of a split, summed by document.
 
-Bits per byte compares models across tokenizers: the nats of all text tokens, in bits, over the
-bytes these tokens stand for. Control tokens stand for none and count on neither side.
+The loss of all text tokens in bits, over the bytes they encode, compares models across tokenizers.
+Control tokens encode no bytes and count on neither side.
 
-B rows in a batch, T positions, V vocabulary, N documents.
+Shapes: B sequences in a batch, T positions, V vocabulary, N documents.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,72 +20,64 @@ from llm.model.loss import token_losses
 from llm.model.precision import Precision, autocast
 from llm.model.transformer import Transformer
 
-LOGITS_PER_BATCH = 16_000_000  # 64 MB in fp32, a few times that while the softmax is taken
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredSequences:
-    """The scored targets of some rows, one entry each: its document, its cost, its bytes."""
-
-    num_rows: int
-    documents: np.ndarray
-    nats: np.ndarray
-    num_bytes: np.ndarray
+LOGITS_PER_BATCH = 16_000_000  # 64 MB in fp32, a few times that during the softmax
+DIVERGED = (
+    "the model gave a loss that is not finite, so its training diverged; lower the learning_rate of"
+    " its stage"
+)
 
 
 class DocumentScores:
-    """Sums by document, (N,) each: independent examples, so their spread gives the error."""
+    """Sums by document, (N,) each: independent examples, whose spread gives the standard error."""
 
     def __init__(self, num_documents: int) -> None:
         self.nats = np.zeros(num_documents, dtype=np.float64)
         self.num_tokens = np.zeros(num_documents, dtype=np.int64)
         self.num_bytes = np.zeros(num_documents, dtype=np.int64)
 
-    def add(self, scored: ScoredSequences) -> None:
-        """Add the targets of some rows to their documents.
+    def add(self, documents: np.ndarray, nats: np.ndarray, num_bytes: np.ndarray) -> None:
+        """Add scored targets, one entry each, to their documents.
 
         Raises:
-            ArtifactError: a cost is not finite, so nothing summed with it would mean anything.
+            ArtifactError: a loss is not finite.
         """
-        if not np.isfinite(scored.nats).all():
-            raise ArtifactError(
-                "the model gave a loss that is not finite, so its training diverged; lower"
-                " pretrain.learning_rate or finetune.learning_rate"
-            )
-        ordinals, documents = np.unique(scored.documents, return_inverse=True)
-        self.nats[ordinals] += np.bincount(documents, weights=scored.nats)
-        self.num_tokens[ordinals] += np.bincount(documents)
-        weights = scored.num_bytes.astype(np.float64)  # exact: rows hold far fewer than 2**53
-        self.num_bytes[ordinals] += np.bincount(documents, weights=weights).astype(np.int64)
+        if not np.isfinite(nats).all():
+            raise ArtifactError(DIVERGED)
+        ordinals, indices = np.unique(documents, return_inverse=True)
+        self.nats[ordinals] += np.bincount(indices, weights=nats)
+        self.num_tokens[ordinals] += np.bincount(indices)
+        weights = num_bytes.astype(np.float64)  # exact below 2**53
+        self.num_bytes[ordinals] += np.bincount(indices, weights=weights).astype(np.int64)
 
     def bits_per_byte(self) -> Metric:
-        """Return the bits of all targets over their bytes."""
+        """Return the bits of all targets over their bytes, with the standard error by document."""
         return ratio(self.nats / math.log(2), self.num_bytes, "bits per byte")
 
     def nats_per_token(self) -> Metric:
-        """Return the mean cost of a target."""
+        """Return the mean loss of a target."""
         return ratio(self.nats, self.num_tokens, "nats per token")
 
 
-def score_sequences(
+def score_documents(
     model: Transformer,
-    rows: PackedSequences,
+    sequences: PackedSequences,
     token_bytes: np.ndarray,
     *,
     document_mask: bool,
     has_control_targets: bool,
     precision: Precision = "fp32",
-) -> Iterator[ScoredSequences]:
-    """Score every target of a split exactly once, batch after batch in the order of the rows.
+    advance: Callable[[int], None] = lambda count: None,
+) -> DocumentScores:
+    """Score every target of a split exactly once, in the order of the sequences.
 
-    `token_bytes` (V,) is the number of bytes each id stands for. Without `has_control_targets` only
-    tokens that stand for text are scored; with it also the ends of answers, which a chat model
-    learns. `precision` is that of the matrix products: as the model was trained in.
+    `token_bytes` (V,) is the number of bytes of each id. `has_control_targets` also scores the ends
+    of answers, which a chat model learns. `precision` is that of training.
     """
-    batch_rows = max(1, LOGITS_PER_BATCH // (rows.seq_len * len(token_bytes)))
-    for start in range(0, rows.num_rows, batch_rows):
-        indices = np.arange(start, min(start + batch_rows, rows.num_rows))
-        arrays = rows.read(indices)
+    scores = DocumentScores(sequences.info.num_documents)
+    batch_size = max(1, LOGITS_PER_BATCH // (sequences.seq_len * len(token_bytes)))
+    for start in range(0, sequences.num_rows, batch_size):
+        indices = np.arange(start, min(start + batch_size, sequences.num_rows))
+        arrays = sequences.read(indices)
         targets = arrays.tokens[:, 1:]  # (B, T + 1) -> (B, T)
         num_bytes = token_bytes[targets]
         is_scored = arrays.mask[:, 1:] & (has_control_targets | (num_bytes > 0))
@@ -96,35 +87,37 @@ def score_sequences(
                 torch.from_numpy(arrays.tokens),
                 torch.from_numpy(arrays.document_ids) if document_mask else None,
             )
-        yield ScoredSequences(
-            num_rows=len(indices),
-            documents=arrays.document_ids[:, 1:][is_scored],
-            nats=nats.double().cpu().numpy()[is_scored],
-            num_bytes=num_bytes[is_scored],
+        scores.add(
+            arrays.document_ids[:, 1:][is_scored],
+            nats.double().cpu().numpy()[is_scored],
+            num_bytes[is_scored],
         )
+        advance(len(indices))
+    return scores
 
 
 @torch.inference_mode()
 def target_nats(model: Transformer, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
-    """Return -log p of `tokens[:, 1:]`, each from the tokens before it: (B, T + 1) -> (B, T).
+    """Return -log p of each token given those before it: (B, T + 1) -> (B, T).
 
-    The one place of the evaluation where inputs and targets are shifted against each other.
+    The only code of the evaluation that shifts targets against inputs.
     """
     device = next(model.parameters()).device
     tokens = tokens.to(device)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (B, T + 1) -> 2 x (B, T)
     documents = None if document_ids is None else document_ids[:, :-1].to(device)
     x = model.hidden_states(inputs, documents)  # (B, T, C)
-    chunk = max(1, LOGITS_PER_BATCH // (len(tokens) * model.vocab_size))  # positions scored at once
-    pieces = zip(x.split(chunk, dim=1), targets.split(chunk, dim=1), strict=True)
-    return torch.cat([token_losses(model.logits(part), wanted) for part, wanted in pieces], dim=1)
+    # positions per logits tensor
+    chunk = max(1, LOGITS_PER_BATCH // (len(tokens) * model.vocab_size))
+    chunks = zip(x.split(chunk, dim=1), targets.split(chunk, dim=1), strict=True)
+    return torch.cat([token_losses(model.logits(part), t) for part, t in chunks], dim=1)
 
 
 def ratio(numerators: np.ndarray, denominators: np.ndarray, unit: str) -> Metric:
-    """Return the sum of one over the sum of the other, with its standard error by document.
+    """Return the ratio of two sums over documents, with its standard error.
 
-    Long documents weigh more, and a document's two numbers go together: the error is that of the
-    ratio estimator, linearized. Documents without a target say nothing and are not counted.
+    The error is that of the linearized ratio estimator, because long documents weigh more and a
+    document's two numbers are correlated. Documents without a target are not counted.
 
     Source: Cochran, Sampling Techniques, 3rd edition, section 2.11.
     """

@@ -1,7 +1,7 @@
-"""Beginnings of texts, for a model to go on with.
+"""Prompts to continue, as token ids.
 
-Nothing heavy is imported: they are looked at before a training too, for one that does not fit would
-end the evaluation after it.
+No heavy imports: prompts are checked before training too, because one that is too long would fail
+the evaluation after it.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from llm.tokenizer.base import Tokenizer
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, seq_len: int) -> list[list[int]]:
-    """Encode the beginnings of texts, each a document of its own.
+    """Encode prompts, each as the beginning of a document.
 
     Raises:
-        ConfigError: prompts that leave no room for a single new token, all of them.
-        DataError: a character that the vocabulary cannot say.
+        ConfigError: naming every prompt that is longer than the context.
+        DataError: a character outside the vocabulary.
     """
     encoded = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(prompts)]
     problems = [

@@ -1,61 +1,77 @@
-"""What an evaluation found, as values, as JSON for programs and as Markdown for people."""
+"""The evaluation report: metrics and samples as values, as JSON and as Markdown."""
 
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from llm.artifact import Json, canonical
 from llm.errors import ArtifactError
+from llm.models import MODELS
 
 FORMAT, VERSION = "report", 1
-SIGNIFICANT_DIGITS = 6  # below the last, the order of a sum shows: threads, batch sizes
+SIGNIFICANT_DIGITS = 6  # further digits depend on the order of sums: threads, batch sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
-    """One figure, with what is needed to judge it."""
+    """A value with its unit and uncertainty."""
 
     value: float
     unit: str
     num_examples: int
-    """Independent examples it was measured on: documents, bytes, instructions or trials."""
+    """Independent examples behind it: documents, bytes, instructions or trials."""
     standard_error: float | None = None
-    """In the same unit; None where the figure is exact or one example gave it."""
+    """In the same unit; None for exact values and for a single example."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One prompt with what both models made of it."""
+    """One prompt with the completion of each model."""
 
     kind: Literal["continuation", "instruction"]
     prompt: str
-    expected: str | None
-    """The right answer of an instruction; a continuation has none."""
-    base: str
-    chat: str
+    expected: str | None = None
+    """The right answer to an instruction; None for a continuation."""
+    completions: Mapping[str, str]
+    """By the model's name."""
+
+    def to_tree(self) -> dict[str, Json]:
+        """Return one flat record, with a field for each model."""
+        fields = {"kind": self.kind, "prompt": self.prompt, "expected": self.expected}
+        return {**fields, **self.completions}
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> "Sample":
+        """Read what `to_tree` made."""
+        completions = dict(tree)
+        fields = {name: completions.pop(name) for name in ("kind", "prompt", "expected")}
+        return cls(**fields, completions=completions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """All figures and samples of one evaluation of a base model and the chat model made of it."""
+    """All metrics and samples of one evaluation."""
 
     metrics: Mapping[str, Metric]
     samples: tuple[Sample, ...]
     settings: Mapping[str, str] = field(default_factory=dict[str, str])
-    """What was evaluated, for people: model size, tokens seen, data. No times, no places."""
+    """What was evaluated: model size, tokens seen, data. No times or paths: equal evaluations give
+    equal bytes.
+    """
     notes: tuple[str, ...] = ()
-    """What was left out of a figure, and how much."""
+    """What a metric leaves out, and how much."""
 
     def values(self) -> dict[str, float]:
-        """Return every metric's bare value by name, sorted: what trackers and tables take."""
+        """Return the value of every metric by name, sorted."""
         return {name: self.metrics[name].value for name in sorted(self.metrics)}
 
     def to_json(self) -> bytes:
         """Encode so that equal reports give equal bytes."""
-        tree = canonical({"format": FORMAT, "version": VERSION, **asdict(self)})
+        fields = {**asdict(self), "samples": samples_json(self.samples)}
+        tree = canonical({"format": FORMAT, "version": VERSION, **fields})
         return json.dumps(tree, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
 
     @classmethod
@@ -63,7 +79,7 @@ class Report:
         """Read what `to_json` wrote.
 
         Raises:
-            ArtifactError: the bytes are no report of this version.
+            ArtifactError: not a report of this version.
         """
         try:
             tree: dict[str, Any] = json.loads(data)
@@ -71,7 +87,7 @@ class Report:
             if found != (FORMAT, VERSION):
                 raise ValueError(f"found {found}, expected {(FORMAT, VERSION)}")
             metrics = {name: Metric(**metric) for name, metric in tree.pop("metrics").items()}
-            samples = tuple(Sample(**sample) for sample in tree.pop("samples"))
+            samples = tuple(Sample.from_tree(sample) for sample in tree.pop("samples"))
             notes = tuple(tree.pop("notes"))
             return cls(metrics=metrics, samples=samples, notes=notes, **tree)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -80,13 +96,14 @@ class Report:
             ) from error
 
     def to_markdown(self) -> str:
-        """Render the report to be read from top to bottom: verdict, figures, samples, settings."""
+        """Render the report: verdict, metrics, samples, settings."""
+        models = _in_training_order({name.partition("/")[0] for name in self.metrics})
         sections = [
             "# Evaluation",
             _leak_verdict(self.metrics),
-            _text_section(self.metrics),
-            _answers_section(self.metrics),
-            _masked_section(self.metrics),
+            _text_section(self.metrics, models),
+            _answers_section(self.metrics, models),
+            _masked_section(self.metrics, models),
             "\n".join(f"- {escape_markdown(note)}" for note in self.notes),
             *_samples_sections(self.samples),
             _settings_section(self.settings),
@@ -96,22 +113,20 @@ class Report:
 
 
 def samples_json(samples: Sequence[Sample]) -> list[Json]:
-    """Return the samples as the rows of `samples.json`."""
-    rows = canonical([asdict(sample) for sample in samples])
-    assert isinstance(rows, list)
-    return rows
+    """Return the samples as the records of `samples.json`."""
+    return [sample.to_tree() for sample in samples]
 
 
 def rounded(value: float, digits: int = SIGNIFICANT_DIGITS) -> float:
-    """Round to significant digits, so that a report's bytes say no more than was measured."""
+    """Round to significant digits, so that a report's bytes hold no noise."""
     return float(f"{value:.{digits}g}")
 
 
 def escape_markdown(text: str) -> str:
-    """Return `text` to stand literally in a Markdown table cell, whatever a model put into it.
+    """Escape any text for a Markdown table cell.
 
-    Markup is escaped, line breaks become `<br>`, indentation is kept, control characters (which a
-    terminal might obey) become U+FFFD.
+    Line breaks become `<br>`, indentation is kept, and control characters, which a terminal might
+    obey, become U+FFFD.
     """
     lines = text.replace("\r\n", "\n").replace("\t", "    ").split("\n")
     return "<br>".join(map(_escape_line, lines))
@@ -126,16 +141,27 @@ def _escape_line(line: str) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: int = 0) -> str:
-    """Lay out a table whose last `right` columns hold numbers."""
+    """Return a table with its last `right` columns aligned to the right."""
     rule = ["---"] * (len(header) - right) + ["---:"] * right
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
-def _figure(metric: Metric | None, digits: int = 4) -> str:
+def _cell(metrics: Mapping[str, Metric], name: str) -> str:
+    metric, digits = metrics.get(name), 3 if "/exact_match" in name else 4
     if metric is None:
         return "-"
     error = "" if metric.standard_error is None else f" ± {metric.standard_error:.{digits}f}"
     return f"{metric.value:.{digits}f}{error}"
+
+
+def _rows(
+    metrics: Mapping[str, Metric], models: Sequence[str], *names: str
+) -> list[tuple[str, ...]]:
+    """Return a row per model with some of its metrics."""
+    return [
+        (f"{model} model", *(_cell(metrics, f"{model}/{name}") for name in names))
+        for model in models
+    ]
 
 
 def _leak_verdict(metrics: Mapping[str, Metric]) -> str:
@@ -145,108 +171,105 @@ def _leak_verdict(metrics: Mapping[str, Metric]) -> str:
     if passed.value == 1:
         return "The leak test passed: no model sees a token before it has predicted it."
     return (
-        "> **THE LEAK TEST FAILED.** A model sees tokens that it is asked to predict, or it repeats"
-        " the token it has just read (trained on targets that were not shifted, or hardly trained)."
-        " No other figure on this page means anything until that is mended; the `leak/` figures at"
-        " the end say which check failed."
+        "> **THE LEAK TEST FAILED.** A model sees tokens that it has to predict, or it repeats the"
+        " last token (trained on unshifted targets, or hardly trained). No other metric of this"
+        " report is valid until this is fixed; the `leak/` metrics at the end show which check"
+        " failed."
     )
 
 
-def _text_section(metrics: Mapping[str, Metric]) -> str:
-    names = {
-        "base model": "base/bits_per_byte",
-        "chat model": "chat/bits_per_byte",
+def _text_section(metrics: Mapping[str, Metric], models: Sequence[str]) -> str:
+    is_masked = _is_masked(metrics, models)
+    names = {} if is_masked else {f"{name} model": f"{name}/bits_per_byte" for name in models}
+    names |= {
         "xz -9e": "baseline/xz_bits_per_byte",
         "gzip -9": "baseline/gzip_bits_per_byte",
         "byte unigram": "baseline/unigram_bits_per_byte",
     }
-    if is_masked := "base/masked_loss" in metrics:
-        names = {label: name for label, name in names.items() if name.startswith("baseline/")}
-    rows = [(label, _figure(metrics.get(name))) for label, name in names.items()]
+    rows = [(label, _cell(metrics, name)) for label, name in names.items()]
     size = metrics.get("data/validation_bytes")
     documents = "" if size is None else f" in {size.num_examples:,} documents"
-    where = "" if size is None else f"All of it, {int(size.value):,} bytes{documents}. "
+    where = "" if size is None else f"Measured on all {int(size.value):,} bytes{documents}. "
     return (
         "## Held-out text\n\n"
         + _table(("", "bits per byte"), rows, right=1)
         + f"\n\n{where}Lower is better; every line is measured on the same bytes. "
-        + ("" if is_masked else "The models have read the training text before, ")
-        + "gzip and xz start from nothing, and the byte unigram knows these bytes' own frequencies."
+        + ("" if is_masked else "The models have seen the training text; ")
+        + "gzip and xz start from nothing, and the byte unigram uses these bytes' own frequencies."
         + ("" if is_masked else " ± is one standard error, by document.")
     )
 
 
-def _masked_section(metrics: Mapping[str, Metric]) -> str:
-    """Return the figures of models that fill in; nothing for those that go on."""
-    if "base/masked_loss" not in metrics:
+def _masked_section(metrics: Mapping[str, Metric], models: Sequence[str]) -> str:
+    """Return the metrics of masked language models, if the models are."""
+    if not _is_masked(metrics, models):
         return ""
-
-    def rows(*names: str) -> list[tuple[str, ...]]:
-        return [
-            (f"{model} model", *(_figure(metrics.get(f"{model}/{name}")) for name in names))
-            for model in ("base", "chat")
-        ]
-
-    heading = ("accuracy", "loss (nats per token)")
-    of_text = rows("masked_accuracy", "masked_loss", "pseudo_perplexity")
+    heading = ("", "accuracy", "loss (nats per token)")
+    of_text = _rows(metrics, models, "masked_accuracy", "masked_loss", "pseudo_perplexity")
+    of_answers = _rows(metrics, models, "answer_masked_accuracy", "answer_masked_loss")
     return (
         "## Masked tokens of held-out text\n\n"
-        + _table(("", *heading, "pseudo-perplexity"), of_text, right=3)
+        + _table((*heading, "pseudo-perplexity"), of_text, right=3)
         + "\n\n## Masked tokens of held-out answers\n\n"
-        + _table(("", *heading), rows("answer_masked_accuracy", "answer_masked_loss"), right=2)
-        + "\n\nAccuracy is the share of hidden tokens that the model thought the likeliest. Both"
-        " models fill in the same places. ± is one standard error, by document; of the"
-        " pseudo-perplexity by row."
+        + _table(heading, of_answers, right=2)
+        + "\n\nAccuracy is the share of masked tokens that the model ranks first. The same tokens"
+        " are masked for every model. ± is one standard error, by document; for the"
+        " pseudo-perplexity by sequence."
     )
 
 
-def _answers_section(metrics: Mapping[str, Metric]) -> str:
-    if "base/masked_loss" in metrics:
+def _answers_section(metrics: Mapping[str, Metric], models: Sequence[str]) -> str:
+    if _is_masked(metrics, models):
         return ""
-    rows = [
-        (
-            f"{model} model",
-            _figure(metrics.get(f"{model}/exact_match"), 3),
-            _figure(metrics.get(f"{model}/answer_loss")),
-        )
-        for model in ("base", "chat")
-    ]
-    section = "## Held-out instructions\n\n" + _table(
-        ("", "exact match", "answer loss (nats per token)"), rows, right=2
-    )
-    prefix = "chat/exact_match/"
+    rows = _rows(metrics, models, "exact_match", "answer_loss")
+    header = ("", "exact match", "answer loss (nats per token)")
+    section = "## Held-out instructions\n\n" + _table(header, rows, right=2)
+    prefix = f"{models[-1]}/exact_match/" if models else "/"
     kinds = [name.removeprefix(prefix) for name in sorted(metrics) if name.startswith(prefix)]
     if not kinds:
         return section
     by_kind = [
         (
             escape_markdown(kind),
-            *(_figure(metrics.get(f"{model}/exact_match/{kind}"), 3) for model in ("base", "chat")),
+            *(_cell(metrics, f"{model}/exact_match/{kind}") for model in models),
             f"{metrics[prefix + kind].num_examples:,}",
         )
         for kind in kinds
     ]
-    header = ("exact match by kind", "base model", "chat model", "instructions")
-    return section + "\n\n" + _table(header, by_kind, right=3)
+    header = ("exact match by kind", *_columns(models), "instructions")
+    return section + "\n\n" + _table(header, by_kind, right=len(models) + 1)
+
+
+def _is_masked(metrics: Mapping[str, Metric], models: Sequence[str]) -> bool:
+    return any(f"{model}/masked_loss" in metrics for model in models)
+
+
+def _in_training_order(names: Container[str]) -> list[str]:
+    return [model.name for model in MODELS.values() if model.name in names]
+
+
+def _columns(models: Iterable[str]) -> list[str]:
+    return [f"{model} model" for model in models]
 
 
 def _samples_sections(samples: Sequence[Sample]) -> list[str]:
     sections: list[str] = []
-    instructions = [sample for sample in samples if sample.kind == "instruction"]
-    continuations = [sample for sample in samples if sample.kind == "continuation"]
-    if instructions:
-        rows = [
-            [escape_markdown(text) for text in (s.prompt, s.expected or "", s.base, s.chat)]
-            for s in instructions
-        ]
-        table = _table(("instruction", "expected", "base model", "chat model"), rows)
-        sections.append(f"## Answers\n\n{table}")
-    if continuations:
-        rows = [
-            [escape_markdown(text) for text in (s.prompt, s.base, s.chat)] for s in continuations
-        ]
-        table = _table(("prompt", "base model", "chat model"), rows)
-        sections.append(f"## Continuations\n\n{table}")
+    for kind, title, header in (
+        ("instruction", "Answers", ("instruction", "expected")),
+        ("continuation", "Continuations", ("prompt",)),
+    ):
+        shown = [sample for sample in samples if sample.kind == kind]
+        if shown:
+            models = _in_training_order(shown[0].completions)
+            rows = [
+                [
+                    *map(escape_markdown, (sample.prompt, sample.expected or "")[: len(header)]),
+                    *(escape_markdown(sample.completions[model]) for model in models),
+                ]
+                for sample in shown
+            ]
+            table = _table((*header, *_columns(models)), rows)
+            sections.append(f"## {title}\n\n{table}")
     return sections
 
 
@@ -271,4 +294,4 @@ def _all_metrics_section(metrics: Mapping[str, Metric]) -> str:
         for name, metric in sorted(metrics.items())
     ]
     header = ("metric", "value", "standard error", "unit", "examples")
-    return "## All figures\n\n" + _table(header, rows)
+    return "## All metrics\n\n" + _table(header, rows)

@@ -1,1 +1,1 @@
-"""Using a trained model: generation with a key/value cache."""
+"""Generation with a key/value cache, and chat in the terminal."""

@@ -1,6 +1,6 @@
-"""Talk to a chat model in the terminal: `python -m llm.inference.chat FOLDER`.
+"""Chat with a model in the terminal: `python -m llm.inference.chat FOLDER`.
 
-torch and what needs it are imported where they are used, so that `--help` answers at once.
+torch is imported inside functions, so that `--help` is instant.
 """
 
 import argparse
@@ -11,74 +11,71 @@ import os
 import signal
 import sys
 import unicodedata
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from llm.errors import ArtifactError, ConfigError, DataError, FromscratchError
+from llm.inference.options import GenerationOptions
+from llm.models import chat_models
 from llm.seeds import derive_seed
 
 if TYPE_CHECKING:
     from llm.data.chat import Message
-    from llm.inference.sampling import Sampling
     from llm.model.precision import Precision
     from llm.model.transformer import Transformer
     from llm.tokenizer.base import Tokenizer
 
-DEFAULT_NEW_TOKENS = 128
 NEEDED = ("model.json", "model.safetensors", "tokenizer.json")
-HELP = "/reset forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
+OPTIONS: Mapping[str, tuple[type, str]] = {
+    "temperature": (float, "divides the logits; 0: greedy decoding"),
+    "top_k": (int, "sample from the K most probable tokens; 0: off"),
+    "top_p": (float, "sample from the smallest set of tokens with probability P; 1: off"),
+    "min_p": (float, "drop tokens below P times the top token's probability; 0: off"),
+    "repetition_penalty": (float, "above 1: penalize tokens already in the conversation"),
+    "seed": (int, "random seed for sampling"),
+    "max_new_tokens": (int, "maximum length of an answer in tokens"),
+}
+HELP = "/reset clears the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
 
 
 class Conversation:
-    """A model, what was said so far, and as much of it as fits the context."""
+    """A model and the messages so far, truncated to its context."""
 
     def __init__(
-        self,
-        model: "Transformer",
-        tokenizer: "Tokenizer",
-        *,
-        sampling: "Sampling",
-        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        self, model: "Transformer", tokenizer: "Tokenizer", options: GenerationOptions
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._sampling, self._max_new_tokens = sampling, max_new_tokens
-        self._num_asked = 0
+        self._options = replace(options, stop_ids=(tokenizer.end_id, tokenizer.bos_id))
+        self._num_questions = 0
         self.messages: list[Message] = []
-        self.num_forgotten = 0
-        """Messages left out, oldest first, when the last question was put."""
+        self.num_dropped = 0
+        """Messages dropped, oldest first, to fit the last question into the context."""
 
     def reset(self) -> None:
-        """Forget what was said."""
+        """Clear the conversation."""
         self.messages.clear()
 
     def ask(self, question: str) -> Generator[str]:
-        """Return the answer's pieces, made as they are taken. Those taken are remembered, also when
-        the caller stops early and closes it.
+        """Generate the answer piece by piece. A caller that closes the generator early keeps the
+        pieces so far in the conversation.
 
         Raises:
-            DataError: the question alone leaves no room for an answer.
+            DataError: the question leaves no room for an answer.
         """
-        self.num_forgotten = 0
+        self.num_dropped = 0
         messages, prompt = self._fit(question)
-        self.num_forgotten = len(self.messages) + 1 - len(messages)
-        self._num_asked += 1
-        return self._pieces(messages, prompt)
+        self.num_dropped = len(self.messages) + 1 - len(messages)
+        self._num_questions += 1
+        return self._answer(messages, prompt)
 
-    def _pieces(self, messages: "list[Message]", prompt: Sequence[int]) -> Generator[str]:
+    def _answer(self, messages: "list[Message]", prompt: Sequence[int]) -> Generator[str]:
         from llm.inference.generate import stream_texts
 
-        pieces = stream_texts(
-            self._model,
-            self._tokenizer,
-            [prompt],
-            max_new_tokens=self._max_new_tokens,
-            stop_ids=(self._tokenizer.end_id, self._tokenizer.bos_id),
-            sampling=replace(
-                self._sampling, seed=derive_seed(self._sampling.seed, "answer", self._num_asked)
-            ),
-        )
+        seed = derive_seed(self._options.seed, "answer", self._num_questions)
+        options = replace(self._options, seed=seed)
+        pieces = stream_texts(self._model, self._tokenizer, [prompt], options)
         answer: list[str] = []
         try:
             for _, piece in pieces:
@@ -88,46 +85,42 @@ class Conversation:
             self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]
 
     def _fit(self, question: str) -> "tuple[list[Message], list[int]]":
-        """Return the newest messages that fit, the question last, and the ids to answer."""
+        """Return the newest messages that fit, ending with the question, and their token ids."""
         from llm.data.chat import render_prompt
 
         messages: list[Message] = [*self.messages, {"role": "user", "content": question}]
         context = self._model.seq_len
-        room = max(1, min(self._max_new_tokens, context // 4))  # the least to leave for an answer
+        room = max(1, min(self._options.max_new_tokens, context // 4))  # kept free for the answer
         while len(prompt := render_prompt(messages, self._tokenizer)) + room > context:
             if len(messages) == 1:
                 raise DataError(
                     f"the question has {len(prompt)} tokens, expected at most {context - room} in a"
-                    f" context of {context}; ask a shorter one"
+                    f" context of {context}; ask a shorter question"
                 )
-            messages = messages[2:]  # a question goes with its answer
+            messages = messages[2:]  # the oldest question and its answer
         return messages, prompt
 
 
 def chat_terminal(
-    folder: Path,
-    *,
-    sampling: "Sampling",
-    max_new_tokens: int = DEFAULT_NEW_TOKENS,
-    precision: "Precision" = "fp32",
+    folder: Path, options: GenerationOptions, *, precision: "Precision" = "fp32"
 ) -> None:
-    """Talk with the model in `folder` until the input ends.
+    """Chat with the model in `folder` until the input ends.
 
-    At a terminal answers appear token by token. From a pipe or a file every line is a question of
-    the same conversation, and every answer is one line, its line breaks written as `\\n`.
+    At a terminal, answers appear token by token. From a pipe or a file, every line is a question of
+    one conversation and every answer is one line, with line breaks written as `\\n`.
 
     Raises:
-        ArtifactError: there is no whole model in `folder`.
+        ArtifactError: `folder` holds no complete model.
         ConfigError: `max_new_tokens` is below 1.
     """
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens: found {max_new_tokens}, expected at least 1")
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens: found {options.max_new_tokens}, expected at least 1")
     if missing := [name for name in NEEDED if not (folder / name).is_file()]:
         raise ArtifactError(
             f"{folder}: no {', '.join(missing)} there; expected the folder of a chat model, as"
-            " `fromscratch run` leaves in artifacts/finetune/"
+            f" `fromscratch run` writes it to {_example_folder()}"
         )
-    # a script's background job begins with Ctrl-C ignored; here it stops an answer
+    # a script's background jobs start with Ctrl-C ignored; here it stops an answer
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
 
@@ -136,66 +129,48 @@ def chat_terminal(
     from llm.tokenizer.load import load_tokenizer
 
     for file in (sys.stdin, sys.stdout):
-        if isinstance(file, io.TextIOWrapper):  # bytes that are no UTF-8, or a terminal without it
+        if isinstance(file, io.TextIOWrapper):  # invalid UTF-8, or a terminal without it
             file.reconfigure(errors="replace")
     model = load_model(folder, "cuda" if torch.cuda.is_available() else "cpu")
-    conversation = Conversation(
-        packed(model, precision),
-        load_tokenizer(folder),
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-    )
+    conversation = Conversation(packed(model, precision), load_tokenizer(folder), options)
     if sys.stdin.isatty():
         size = f"{model.num_parameters():,} parameters, context of {model.seq_len} tokens"
         print(f"Model: {folder} ({size})")
-        _talk(conversation)
+        _chat_interactively(conversation)
     else:
         answer_lines(conversation, sys.stdin, sys.stdout)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of how answers are made, as `talk_as_asked` reads them."""
-    add = parser.add_argument
-    add("--temperature", type=float, default=0.0, help="0: the likeliest token")
-    add("--top-k", type=int, default=0, help="draw from so many likeliest tokens; 0: all")
-    add("--top-p", type=float, default=1.0, help="draw from the likeliest that sum to this; 1: all")
-    add("--min-p", type=float, default=0.0, help="leave out what is less likely, by this share")
-    add("--repetition-penalty", type=float, default=1.0, help="above 1: say other things")
-    add("--stop", action="append", default=[], help="a text that ends an answer; any number")
-    add("--seed", type=int, default=0, help="of what is drawn above temperature 0")
-    add("--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, help="longest answer")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is faster")
+    """Add the generation options, as `chat_with_options` reads them."""
+    defaults = GenerationOptions()
+    for name, (kind, text) in OPTIONS.items():
+        option, default = f"--{name.replace('_', '-')}", getattr(defaults, name)
+        parser.add_argument(option, type=kind, default=default, help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--stop", action="append", default=[], help="end the answer before this text; repeatable"
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is faster"
+    )
 
 
-def talk_as_asked(folder: Path, options: argparse.Namespace) -> None:
-    """Talk with the model in `folder` by the options of `add_options`.
+def chat_with_options(folder: Path, options: argparse.Namespace) -> None:
+    """Chat with the model in `folder` by the options of `add_options`.
 
     Raises:
         ArtifactError: as `chat_terminal`.
         ConfigError: an option is out of range.
     """
-    from llm.inference.sampling import Sampling
-
-    chat_terminal(
-        folder,
-        sampling=Sampling(
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            repetition_penalty=options.repetition_penalty,
-            stops=tuple(options.stop),
-            seed=options.seed,
-        ),
-        max_new_tokens=options.max_new_tokens,
-        precision=options.precision,
-    )
+    chosen = {name: getattr(options, name) for name in OPTIONS}
+    generation = GenerationOptions(stops=tuple(options.stop), **chosen)
+    chat_terminal(folder, generation, precision=options.precision)
 
 
 def answer_lines(conversation: Conversation, questions: Iterable[str], output: TextIO) -> None:
-    """Answer every line by a line. `/reset` is obeyed and `/exit` ends, both without a line.
+    """Answer each line with one line; `/reset` and `/exit` give none.
 
-    A question that does not fit the context is answered by an empty line and a word on stderr.
+    A question that does not fit the context gives an empty line and a message on stderr.
     """
     for number, line in enumerate(questions, start=1):
         question = line.strip()
@@ -209,22 +184,22 @@ def answer_lines(conversation: Conversation, questions: Iterable[str], output: T
                 answer = "".join(conversation.ask(question))
             except DataError as error:
                 print(f"line {number}: {error}", file=sys.stderr)
-            if conversation.num_forgotten:
+            if conversation.num_dropped:
                 print(f"line {number}: {_notice(conversation)}", file=sys.stderr)
             print(printable(answer.strip()).replace("\n", "\\n"), file=output, flush=True)
 
 
 def printable(text: str) -> str:
-    """Return `text` with control characters, which a terminal would obey, as U+FFFD."""
+    """Replace control characters, which a terminal would obey, by U+FFFD."""
     return "".join(
         "\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
     )
 
 
-def _talk(conversation: Conversation) -> None:
-    """Read questions with line editing and history; print answers as they come."""
+def _chat_interactively(conversation: Conversation) -> None:
+    """Read questions with line editing and history; print answers as they are generated."""
     with contextlib.suppress(ImportError):
-        importlib.import_module("readline")  # gives input() its editing; some systems lack it
+        importlib.import_module("readline")  # line editing for input(); missing on some systems
     print(HELP)
     while True:
         try:
@@ -240,17 +215,17 @@ def _talk(conversation: Conversation) -> None:
             return
         if question == "/reset":
             conversation.reset()
-            print("Forgotten.")
+            print("Conversation cleared.")
         elif question.startswith("/"):
             print(HELP)
         elif question:
-            _answer(conversation, question)
+            _print_answer(conversation, question)
 
 
-def _answer(conversation: Conversation, question: str) -> None:
+def _print_answer(conversation: Conversation, question: str) -> None:
     try:
         with contextlib.closing(conversation.ask(question)) as pieces:
-            if conversation.num_forgotten:
+            if conversation.num_dropped:
                 print(f"[{_notice(conversation)}]")
             for piece in pieces:
                 print(printable(piece), end="", flush=True)
@@ -262,28 +237,32 @@ def _answer(conversation: Conversation, question: str) -> None:
 
 
 def _notice(conversation: Conversation) -> str:
-    return f"the context is full, so the oldest {conversation.num_forgotten} messages are forgotten"
+    return f"the context is full: dropped the {conversation.num_dropped} oldest messages"
+
+
+def _example_folder() -> str:
+    return f"artifacts/{chat_models()[0].stage}/DIGEST"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line and talk; 1 where there is nothing to talk to."""
+    """Parse the command line and chat; return the exit code, 1 if the model cannot be used."""
     parser = argparse.ArgumentParser(
         prog="python -m llm.inference.chat",
-        description="Talk to a chat model in the terminal.",
-        epilog=f"{HELP} Questions may also be piped in, one a line: each answer is one line, and"
-        " /reset between two makes them independent.",
+        description="Chat with a model in the terminal.",
+        epilog=f"{HELP} Questions may also be piped in, one per line: each answer is one line, and"
+        " /reset between two questions makes them independent.",
     )
-    parser.add_argument("folder", type=Path, help="of a chat model: artifacts/finetune/DIGEST")
+    parser.add_argument("folder", type=Path, help=f"folder of a chat model: {_example_folder()}")
     add_options(parser)
     options = parser.parse_args(arguments)
     try:
-        talk_as_asked(options.folder, options)
+        chat_with_options(options.folder, options)
     except FromscratchError as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as shells count
-    except BrokenPipeError:  # whoever read the answers has enough
+    except BrokenPipeError:  # the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 

@@ -29,6 +29,7 @@ from llm.runtime.failures import EXIT_DISK_FULL, EXIT_INTERRUPTED, write_error
 from llm.runtime.termination import PARENT_PID, die_with_parent, on_stop_signal
 
 PROGRESS = "progress.json"
+STARTING_MODEL = "base"  # name of the input whose weights a stage continues to train
 SECONDS_BETWEEN_PROGRESS = 0.2
 
 _is_stopping = False

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import llm
+from llm.models import PipelineModel
 from tasks.tracking.client import MlflowConnection
 
 if TYPE_CHECKING:
@@ -17,17 +18,17 @@ CODE = Path(__file__).parent / "pyfunc.py"
 
 
 def log_model(
-    mlflow: MlflowConnection, run: "Run", folder: Path, *, is_chat: bool, step: int
+    mlflow: MlflowConnection, run: "Run", folder: Path, made: PipelineModel, *, step: int
 ) -> str:
     """Log the model in `folder` as an output of `run` and return its id. A second call finds it."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.entities.logged_model_status import LoggedModelStatus
 
-    model = _find_or_create(mlflow, run, is_chat=is_chat)
+    model = _find_or_create(mlflow, run, made.name)
     if model.status != LoggedModelStatus.READY:
         with tempfile.TemporaryDirectory(dir=mlflow.scratch_folder()) as scratch:
             path = Path(scratch) / "model"
-            _save(path, model, folder, is_chat=is_chat)
+            _save(path, model, folder, is_chat=made.data == "chats")
             mlflow.client.log_model_artifacts(model.model_id, str(path))
         mlflow.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     if logged_model_id(mlflow, run.info.run_id) != model.model_id:
@@ -43,7 +44,7 @@ def logged_model_id(mlflow: MlflowConnection, run_id: str) -> str:
     return models[-1].model_id if models else ""
 
 
-def _find_or_create(mlflow: MlflowConnection, run: "Run", *, is_chat: bool) -> "LoggedModel":
+def _find_or_create(mlflow: MlflowConnection, run: "Run", model_name: str) -> "LoggedModel":
     experiment_id, run_id = run.info.experiment_id, run.info.run_id
     found = mlflow.client.search_logged_models(
         [experiment_id], filter_string=f"source_run_id = '{run_id}'"
@@ -53,10 +54,10 @@ def _find_or_create(mlflow: MlflowConnection, run: "Run", *, is_chat: bool) -> "
     name = run.data.params.get("name", "model")
     return mlflow.client.create_logged_model(
         experiment_id,
-        name=f"{name}-{'chat' if is_chat else 'base'}",
+        name=f"{name}-{model_name}",
         source_run_id=run_id,
         params=run.data.params,
-        model_type="chat" if is_chat else "base",
+        model_type=model_name,
     )
 
 

@@ -1,6 +1,7 @@
 """MLflow runs of trained models, one flat run per model, made to be compared."""
 
 import fcntl
+import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from llm.artifact import Json, write_json_atomically
+from llm.models import MODELS
 from llm.monitoring.metrics import METRICS_FILE, MetricsReader, read_num_parameters
 from tasks.tracking.client import (
     DIGEST_TAG,
@@ -30,7 +32,6 @@ from tasks.tracking.logged_model import log_model, logged_model_id
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
 
-MODEL_NAMES: Mapping[str, str] = {"pretrain": "base", "finetune": "chat"}
 RUN_FILE, LOCK_FILE = "tracking.json", ".tracking.lock"
 SAMPLE_TABLE = "samples.json"
 OTHER_COLUMNS = ("expected", "kind")
@@ -91,7 +92,7 @@ class ModelRuns:
 
     def find_cached(self, event: StageCached, sweep: str) -> None:
         """Find the run of a cached model: it gets the new report, and its sweep's tag."""
-        if event.stage in MODEL_NAMES:
+        if event.stage in MODELS:
             tags = {STAGE_TAG: event.stage, DIGEST_TAG: event.digest}
             if (run := self._mlflow.find_run("models", tags)) is not None:
                 self._book.run_ids[f"model/{event.stage}"] = run.info.run_id
@@ -124,19 +125,19 @@ class ModelRuns:
         folder = self._mlflow.path(event.folder)
         metrics, _ = split_summary(event.metrics)
         samples: list[dict[str, Json]] = json.loads((folder / "samples.json").read_bytes())
-        for stage, model in MODEL_NAMES.items():
+        for stage, model in MODELS.items():
             run_id = self._book.run_ids.get(f"model/{stage}")
             if run_id is None:
                 continue
             known = self._mlflow.client.get_run(run_id).data.metrics
-            own = _metrics_of(model, metrics)
+            own = _metrics_of(model.name, metrics)
             changed = {key: value for key, value in own.items() if known.get(key) != value}
             model_id = logged_model_id(self._mlflow, run_id)
             self._mlflow.log_metrics(run_id, changed, at_ms, model_id=model_id)
             for file in ("report.md", "report.json"):
                 self._mlflow.client.log_artifact(run_id, str(folder / file))
             if samples:  # masked language models have none
-                self._mlflow.log_table(run_id, SAMPLE_TABLE, _sample_rows(samples, model))
+                self._mlflow.log_table(run_id, SAMPLE_TABLE, _sample_rows(samples, model.name))
 
     def _name_with_size(self, stage: str, training: TrackedTraining) -> None:
         """Add the model's size to the run's name once training has written it."""
@@ -177,11 +178,12 @@ class ModelRuns:
         tags = described({**event.links, "pipeline_run": pipeline_run})
         self._mlflow.set_tags(run_id, tags)
         datasets = [_dataset_input(dataset) for dataset in event.datasets]
-        base_run_id = self._book.run_ids.get("model/pretrain", "")
+        earlier = itertools.takewhile(lambda stage: stage != event.stage, MODELS)
+        run_ids = [self._book.run_ids.get(f"model/{stage}", "") for stage in earlier]
         models: list[LoggedModelInput] = []
-        if event.stage == "finetune" and base_run_id:
-            base_id = logged_model_id(self._mlflow, base_run_id)
-            models = [LoggedModelInput(base_id)] if base_id else []
+        if known := [earlier_id for earlier_id in run_ids if earlier_id]:
+            start_id = logged_model_id(self._mlflow, known[-1])
+            models = [LoggedModelInput(start_id)] if start_id else []
         self._mlflow.client.log_inputs(run_id, datasets=datasets, models=models)
 
     def _log_final(self, run_id: str, title: str, event: ModelFinished, at_ms: int) -> None:
@@ -197,8 +199,7 @@ class ModelRuns:
         points = MetricsReader(folder / METRICS_FILE).read_new()
         client.log_figure(run_id, draw_losses(points, title), "loss.png")
         last_step = points[-1].step if points else 0
-        is_chat = event.stage == "finetune"
-        model_id = log_model(self._mlflow, run, folder, is_chat=is_chat, step=last_step)
+        model_id = log_model(self._mlflow, run, folder, MODELS[event.stage], step=last_step)
         final = {f"final/{key}": value for key, value in metrics.items()}
         self._mlflow.log_metrics(run_id, final, at_ms, model_id=model_id)
 
@@ -261,7 +262,7 @@ def _title(pipeline_title: str, stage: str, num_parameters: Json = None) -> str:
     """
     differing, _, recipe = pipeline_title.rpartition(" ")
     size = _short(num_parameters) if isinstance(num_parameters, int) else ""
-    return " ".join(filter(None, [MODEL_NAMES[stage], differing, size, recipe]))
+    return " ".join(filter(None, [MODELS[stage].name, differing, size, recipe]))
 
 
 def _short(count: int) -> str:
@@ -281,7 +282,7 @@ def _metrics_of(model: str, metrics: Mapping[str, float]) -> dict[str, float]:
         group, _, rest = key.partition("/")
         if group == model:
             own[f"eval/{rest}"] = value
-        elif group not in MODEL_NAMES.values():
+        elif group not in {known.name for known in MODELS.values()}:
             own[key] = value
     return own
 

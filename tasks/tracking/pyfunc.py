@@ -44,7 +44,7 @@ class TrainedModel(PythonModel):
         """Complete each row of the column `prompt` into the column `completion`."""
         from llm.data.chat import Message, render_prompt
         from llm.inference.generate import generate_texts
-        from llm.inference.sampling import Sampling
+        from llm.inference.options import GenerationOptions
 
         tokenizer = self._tokenizer
         prompts = [str(prompt) for prompt in model_input["prompt"]]
@@ -52,15 +52,9 @@ class TrainedModel(PythonModel):
             ids = [render_prompt([Message(role="user", content=p)], tokenizer) for p in prompts]
         else:
             ids = [[tokenizer.bos_id, *text] for text in tokenizer.encode_batch(prompts)]
-        settings = dict(params or {})
-        answers = generate_texts(
-            self._model,
-            tokenizer,
-            ids,
-            max_new_tokens=settings.pop("max_new_tokens"),
-            stop_ids=[tokenizer.end_id, tokenizer.bos_id],
-            sampling=Sampling(**settings),
-        )
+        stop_ids = (tokenizer.end_id, tokenizer.bos_id)
+        options = GenerationOptions(stop_ids=stop_ids, **(params or {}))
+        answers = generate_texts(self._model, tokenizer, ids, options)
         return pandas.DataFrame({"completion": answers})
 
 

@@ -45,7 +45,7 @@ def test_export_writes_a_folder_and_says_which(
         (["export", "MODEL", "--to", "NEW", "--format", "gguf"], 2, "found characters"),
         (["export", "NOWHERE", "--to", "NEW"], 1, "nowhere: no such folder; expected that of a"),
         (["export", "EMPTY", "--to", "NEW"], 1, "model.json: not there; expected the folder"),
-        (["chat", "NOWHERE"], 1, "nowhere: no such folder; expected that of a model"),
+        (["chat", "NOWHERE"], 1, "nowhere: no such folder; expected that of a"),
         (["export", "--to", "NEW", "--artifacts", "NOWHERE"], 1, "no chat model there"),
         (["import", "NOWHERE", "--to", "NEW"], 1, "tokenizer.json: not there"),
         (["import", "MODEL", "--to", "MODEL"], 2, "exists; name a new"),

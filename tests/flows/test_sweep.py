@@ -1,4 +1,4 @@
-"""Sweeps: which members a file makes, and what becomes of them."""
+"""Sweeps: the members of a file, their results, and the table."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +19,9 @@ from flows.sweep import (
 )
 from llm.config import RunConfig, load_config
 from llm.errors import ConfigError, Interrupted, StageError
+from llm.models import MODELS
 from tasks.cached import Outcome
-from tasks.tracking.models import MODEL_NAMES, _title
+from tasks.tracking.models import _title
 
 
 def write(folder: Path, text: str) -> str:
@@ -71,7 +72,7 @@ def test_a_grid_is_every_combination_and_values_read_as_in_a_recipe(tmp_path: Pa
         assert (config.pack.seq_len, config.clean.min_document_bytes) == (64, 2)
 
 
-def test_every_sweep_that_comes_along_makes_good_settings() -> None:
+def test_every_bundled_sweep_gives_valid_settings() -> None:
     assert "tokenizers" in sweep_names()
     for name in sweep_names():
         sweep = load_sweep(name)
@@ -115,7 +116,7 @@ def test_being_stopped_stops_the_sweep() -> None:
         run_sweep(SWEEP, stop, lambda line: None)
 
 
-def test_wrong_settings_are_all_said_before_anything_runs() -> None:
+def test_all_wrong_settings_are_reported_before_anything_runs() -> None:
     def never(config: RunConfig, member: Member, overrides: Sequence[str]) -> Sequence[Outcome]:
         raise AssertionError
 
@@ -125,12 +126,12 @@ def test_wrong_settings_are_all_said_before_anything_runs() -> None:
     assert "seed: found -1" in str(caught.value) and "pack.seq_ln: unknown" in str(caught.value)
 
 
-def test_the_table_has_the_best_first_and_only_figures_that_are_there() -> None:
+def test_the_table_has_the_best_first_and_only_metrics_that_exist() -> None:
     members = run_sweep(SWEEP, outcomes, lambda line: None)
     headings, rows = comparison(members)
-    assert headings == ["member", "parameters", "base bits a byte", "seconds"]
+    assert headings == ["member", "parameters", "base bits/byte", "seconds"]
     assert rows == [
-        ["3 as it is", "10,000", "2", "0"],
+        ["3 unchanged", "10,000", "2", "0"],
         ["1 seed=2", "10,000", "3", "0"],
         ["2 seed=3", "", "", "failed"],
     ]
@@ -138,12 +139,12 @@ def test_the_table_has_the_best_first_and_only_figures_that_are_there() -> None:
 
 @pytest.mark.parametrize("name", sweep_names())
 def test_members_are_told_apart_by_20_characters_of_their_names(name: str) -> None:
-    """MLflow's table of runs and Prefect's on a narrow page show about as many."""
+    """About as many are shown in MLflow's table of runs and on a narrow Prefect page."""
     named: list[str] = []
 
     def note(config: RunConfig, member: Member, overrides: Sequence[str]) -> Sequence[Outcome]:
         run = f"{short_name(member)} {config.name}"
-        named.extend([run, *(_title(run, stage, 4_300_000) for stage in MODEL_NAMES)])
+        named.extend([run, *(_title(run, stage, 4_300_000) for stage in MODELS)])
         return []
 
     run_sweep(load_sweep(name), note, lambda line: None)
@@ -154,7 +155,7 @@ def test_bits_per_byte_of_different_texts_are_not_compared_silently() -> None:
     members = run_sweep(SWEEP, outcomes, lambda line: None)
     assert differing_bytes(members) == ""
     members[0].num_validation_bytes = 90
-    assert "90, 100 bytes" in differing_bytes(members)
+    assert "(90, 100 bytes)" in differing_bytes(members)
 
 
 def test_the_command_ends_with_1_when_a_member_failed(
@@ -168,7 +169,7 @@ def test_the_command_ends_with_1_when_a_member_failed(
     place = f"runtime.artifacts_dir={tmp_path}"
     good = write(tmp_path, "recipe: quickstart\ngrid: {seed: [1, 2]}")
     assert cli.main(["sweep", good, place]) == 0
-    assert "base bits" in capsys.readouterr().out
+    assert "base bits/byte" in capsys.readouterr().out
     bad = write(tmp_path, "recipe: quickstart\ngrid: {seed: [3, 1]}")
     assert cli.main(["sweep", bad, place, "--json"]) == 1
     assert '"status": "failed"' in capsys.readouterr().out

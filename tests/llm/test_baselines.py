@@ -37,7 +37,7 @@ def test_unigram_is_the_entropy_of_the_bytes_own_frequencies(text: bytes) -> Non
     assert found == pytest.approx(expected, rel=1e-12)
 
 
-def test_unigram_is_a_bound_that_no_other_byte_frequencies_pass(text: bytes) -> None:
+def test_no_other_byte_frequencies_are_below_the_unigram_entropy(text: bytes) -> None:
     counts = Counter(text)
     other = Counter(text[: len(text) // 2])  # frequencies of the first half, with add-one smoothing
     total = sum(other.values()) + 256

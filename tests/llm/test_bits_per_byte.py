@@ -13,7 +13,7 @@ from llm.config import ModelConfig
 from llm.data.packed import PackedSequences
 from llm.errors import ArtifactError
 from llm.evaluation import bits_per_byte
-from llm.evaluation.bits_per_byte import DocumentScores, ratio, score_sequences, target_nats
+from llm.evaluation.bits_per_byte import DocumentScores, ratio, score_documents, target_nats
 from llm.model.transformer import Transformer
 from llm.pack import pack
 from llm.tokenizer.bpe import ByteLevelBPE
@@ -61,13 +61,13 @@ def make_rows(
 
 @pytest.fixture
 def texts(corpus: list[str]) -> list[str]:
-    """Documents of very unequal length, from one byte to several rows."""
+    """Documents of very unequal length, from one byte to several sequences."""
     return ["x", corpus[3][:80], "naïve — 文字 🙂", corpus[4][:30], corpus[5][:50], "\n"]
 
 
 @pytest.fixture
 def model(tokenizer: ByteLevelBPE) -> Transformer:
-    """Random weights, large enough that tokens cost very different amounts."""
+    """Random weights, large enough that token losses differ a lot."""
     made = Transformer(SHAPE, tokenizer.vocab_size, SEQ_LEN)
     made.initialize(torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -84,20 +84,17 @@ def score(
     document_mask: bool = False,
     has_control_targets: bool = False,
 ) -> DocumentScores:
-    scores = DocumentScores(rows.info.num_documents)
-    for scored in score_sequences(
+    return score_documents(
         model,
         rows,
         tokenizer.token_bytes,
         document_mask=document_mask,
         has_control_targets=has_control_targets,
-    ):
-        scores.add(scored)
-    return scores
+    )
 
 
 def cost(model: Transformer, context: list[int], target: int) -> float:
-    """-log p(target) after `context`, from one forward pass of one row."""
+    """-log p(target) after `context`, from one forward pass of one sequence."""
     with torch.no_grad():
         logits = model(torch.tensor([context]))[0, -1].double()
     return float(torch.logsumexp(logits, 0) - logits[target])
@@ -139,7 +136,7 @@ def test_every_text_token_is_scored_once_in_its_context_for_its_document(
     assert metric.num_examples == len(texts)
 
 
-def test_a_model_that_knows_nothing_costs_the_logarithm_of_the_vocabulary(
+def test_a_uniform_model_has_the_logarithm_of_the_vocabulary_as_loss(
     make_rows: MakeRows, texts: list[str], tokenizer: ByteLevelBPE
 ) -> None:
     rows = make_rows(texts)
@@ -168,7 +165,7 @@ def test_of_chats_exactly_the_answers_and_their_ends_are_scored(
 
 
 @pytest.mark.parametrize("logits", [1, 20_000])
-def test_sizes_of_batches_and_pieces_change_nothing(
+def test_batch_and_chunk_sizes_change_nothing(
     make_rows: MakeRows,
     texts: list[str],
     model: Transformer,
@@ -199,7 +196,7 @@ def test_a_model_without_finite_losses_is_refused(
 
 
 def unequal_documents() -> tuple[np.ndarray, np.ndarray]:
-    """Costs and bytes of 400 documents whose lengths span three orders of magnitude."""
+    """Nats and bytes of 400 documents whose lengths span three orders of magnitude."""
     rng = np.random.default_rng(1)
     num_bytes = np.exp(rng.uniform(2, 9, 400)).astype(np.int64)
     return num_bytes * rng.normal(2.0, 0.5, 400), num_bytes

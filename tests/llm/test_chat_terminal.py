@@ -1,4 +1,4 @@
-"""Talking in the terminal: streaming, history, pipes, signals and what can go wrong."""
+"""Chat in the terminal: streaming, history, pipes, signals and errors."""
 
 import io
 import os
@@ -26,7 +26,7 @@ from llm.inference.chat import (
     main,
     printable,
 )
-from llm.inference.sampling import Sampling
+from llm.inference.options import GenerationOptions
 from llm.model.loss import IGNORED, token_losses
 from llm.model.transformer import Transformer
 from llm.model.weights import save_model
@@ -35,9 +35,8 @@ from llm.tokenizer.bpe import ByteLevelBPE
 pytestmark = pytest.mark.flaky(reason="a real terminal and signals, on a machine that may be busy")
 
 SEQ_LEN = 64
-GREEDY = Sampling()
 SHAPE = ModelConfig(num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, d_ff=48)
-ROOT = Path(llm.runtime.job.__file__).parents[1]
+ROOT = Path(llm.runtime.job.__file__).parents[2]
 ANSWERS = {"red?": "blue", "two\nlines?": "naïve\n文字", "end?": ""}
 
 
@@ -52,7 +51,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tokenizer: ByteLevelBPE) -> Transformer:
-    """Random weights: it talks nonsense and goes on until it is stopped."""
+    """Random weights: generates noise until it is stopped."""
     made = Transformer(SHAPE, tokenizer.vocab_size, SEQ_LEN)
     made.initialize(torch.Generator().manual_seed(1))
     return made.eval()
@@ -60,7 +59,7 @@ def model(tokenizer: ByteLevelBPE) -> Transformer:
 
 @pytest.fixture(scope="module")
 def knowing_model(tokenizer: ByteLevelBPE) -> Transformer:
-    """It knows ANSWERS by heart, as first questions."""
+    """Overfitted on ANSWERS as first questions of a conversation."""
     made = Transformer(SHAPE, tokenizer.vocab_size, SEQ_LEN)
     made.initialize(torch.Generator().manual_seed(2))
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2)
@@ -92,19 +91,19 @@ def talk(folder: Path, typed: bytes, *options: str) -> subprocess.CompletedProce
     return subprocess.run(command, input=typed, capture_output=True, cwd=ROOT, env=environment)
 
 
-def test_the_model_is_asked_with_all_that_was_said(
+def test_the_prompt_holds_the_whole_conversation(
     model: Transformer, tokenizer: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts: list[list[int]] = []
 
     def remember(
-        model: Transformer, tokenizer: ByteLevelBPE, asked: list[list[int]], **named: object
+        model: Transformer, tokenizer: ByteLevelBPE, asked: list[list[int]], options: object
     ) -> Iterator[tuple[int, str]]:
         prompts.extend(asked)
         return iter([(0, " fi"), (0, "ne")])
 
     monkeypatch.setattr("llm.inference.generate.stream_texts", remember)
-    conversation = Conversation(model, tokenizer, sampling=GREEDY, max_new_tokens=4)
+    conversation = Conversation(model, tokenizer, GenerationOptions(max_new_tokens=4))
     assert "".join(conversation.ask("hi")) == " fine"
     assert "".join(conversation.ask("and you")) == " fine"
     said = [
@@ -118,26 +117,26 @@ def test_the_model_is_asked_with_all_that_was_said(
     assert prompts[2] == prompts[0]
 
 
-def test_the_oldest_turns_are_forgotten_when_the_context_is_full(
+def test_the_oldest_messages_are_dropped_when_the_context_is_full(
     model: Transformer, tokenizer: ByteLevelBPE
 ) -> None:
-    conversation = Conversation(model, tokenizer, sampling=GREEDY, max_new_tokens=8)
-    forgotten = 0
+    conversation = Conversation(model, tokenizer, GenerationOptions(max_new_tokens=8))
+    dropped = 0
     for number in range(12):
         "".join(conversation.ask(f"q {number}"))
-        forgotten += conversation.num_forgotten
+        dropped += conversation.num_dropped
         messages = conversation.messages
-        assert len(messages) == 2 * (number + 1) - forgotten
+        assert len(messages) == 2 * (number + 1) - dropped
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
         assert messages[-2]["content"] == f"q {number}"
         assert len(render_prompt(messages[:-1], tokenizer)) + 8 <= SEQ_LEN
-    assert forgotten > 0
+    assert dropped > 0
 
 
-def test_a_question_that_fills_the_context_is_refused_and_forgotten(
+def test_a_question_that_fills_the_context_is_refused_and_dropped(
     model: Transformer, tokenizer: ByteLevelBPE
 ) -> None:
-    conversation = Conversation(model, tokenizer, sampling=GREEDY, max_new_tokens=8)
+    conversation = Conversation(model, tokenizer, GenerationOptions(max_new_tokens=8))
     "".join(conversation.ask("hi"))
     before = list(conversation.messages)
     with pytest.raises(DataError, match="expected at most 56 in a context of 64"):
@@ -145,10 +144,10 @@ def test_a_question_that_fills_the_context_is_refused_and_forgotten(
     assert conversation.messages == before
 
 
-def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(
+def test_the_generated_part_of_a_stopped_answer_stays_in_the_conversation(
     model: Transformer, tokenizer: ByteLevelBPE
 ) -> None:
-    conversation = Conversation(model, tokenizer, sampling=Sampling(temperature=1.0))
+    conversation = Conversation(model, tokenizer, GenerationOptions(temperature=1.0))
     pieces = conversation.ask("hi")
     start = next(pieces) + next(pieces)
     pieces.close()
@@ -158,7 +157,7 @@ def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(
 def test_every_line_is_answered_by_a_line(
     knowing_model: Transformer, tokenizer: ByteLevelBPE, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    conversation = Conversation(knowing_model, tokenizer, sampling=GREEDY, max_new_tokens=16)
+    conversation = Conversation(knowing_model, tokenizer, GenerationOptions(max_new_tokens=16))
     lines = ["red?\n", "\n", "/reset\n", "end?\n", "/reset\n", "w x " * 99, "red?", "/exit", "red?"]
     output = io.StringIO()
     answer_lines(conversation, lines, output)
@@ -169,7 +168,7 @@ def test_every_line_is_answered_by_a_line(
 def test_line_breaks_in_an_answer_do_not_end_its_line(
     knowing_model: Transformer, tokenizer: ByteLevelBPE
 ) -> None:
-    conversation = Conversation(knowing_model, tokenizer, sampling=GREEDY, max_new_tokens=16)
+    conversation = Conversation(knowing_model, tokenizer, GenerationOptions(max_new_tokens=16))
     assert "".join(conversation.ask("two\nlines?")) == "naïve\n文字"
     output = io.StringIO()
     conversation.reset()
@@ -177,7 +176,7 @@ def test_line_breaks_in_an_answer_do_not_end_its_line(
     assert output.getvalue() == "naïve\\n文字\n"
 
 
-def test_a_terminal_obeys_nothing_a_model_says() -> None:
+def test_control_characters_never_reach_the_terminal() -> None:
     assert (
         printable("a\x1b]0;x\x07\x9b31m\r\b\tb\n") == "a\ufffd]0;x\ufffd\ufffd31m\ufffd\ufffd\tb\n"
     )
@@ -190,7 +189,7 @@ def test_questions_may_be_piped_in_even_if_they_are_no_utf8(folder: Path) -> Non
     assert (len(lines), lines[0], lines[2], lines[3]) == (4, "blue", "blue", "")
 
 
-def test_a_reader_that_has_enough_is_no_error(folder: Path) -> None:
+def test_a_closed_output_pipe_is_no_error(folder: Path) -> None:
     command = [sys.executable, "-m", "llm.inference.chat", str(folder)]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -207,7 +206,7 @@ def test_a_folder_without_a_model_is_one_line_and_quick(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ArtifactError, match=r"no model\.json, model\.safetensors"):
-        chat_terminal(tmp_path, sampling=GREEDY)
+        chat_terminal(tmp_path, GenerationOptions())
     assert main([str(tmp_path / "nowhere")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -222,7 +221,7 @@ def test_a_folder_without_a_model_is_one_line_and_quick(
         ("--max-new-tokens=0", "max_new_tokens"),
     ],
 )
-def test_settings_out_of_range_are_refused(
+def test_chat_refuses_options_out_of_range(
     folder: Path, option: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(folder), option]) == 1
@@ -240,7 +239,7 @@ def test_help_is_given_without_torch() -> None:
 
 
 class Terminal:
-    """The program at a pseudo-terminal, as a person would use it."""
+    """The program at a pseudo-terminal."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         main_end, program_end = pty.openpty()
@@ -299,19 +298,19 @@ def test_a_person_asks_resets_interrupts_and_leaves(folder: Path) -> None:
         terminal.type("red?\n")
         assert "blue" in terminal.wait_for("> ")
         terminal.type("/reset\n")
-        assert "Forgotten." in terminal.wait_for("> ")
+        assert "Conversation cleared." in terminal.wait_for("> ")
         terminal.type("/what\n")
         assert "/exit" in terminal.wait_for("> ")
         terminal.interrupt()
         assert "Ctrl-D leaves" in terminal.wait_for("> ")
         terminal.type("w x y z " * 60 + "\n")
-        terminal.wait_for("ask a shorter one")
+        terminal.wait_for("ask a shorter question")
         terminal.wait_for("> ")
         terminal.type("\x04")
         assert terminal.exit_code() == 0
 
 
-def test_an_interrupted_answer_stops_and_the_talk_goes_on(
+def test_an_interrupted_answer_stops_and_the_chat_goes_on(
     tmp_path: Path, tokenizer: ByteLevelBPE
 ) -> None:
     shape = ModelConfig(num_layers=4, d_model=256, num_heads=4, num_kv_heads=4, d_ff=704)

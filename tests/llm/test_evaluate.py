@@ -1,4 +1,4 @@
-"""The evaluate stage: real rows and models in, figures that direct computation confirms out."""
+"""The evaluate stage: metrics of real sequences and models, confirmed by direct computation."""
 
 import json
 import math
@@ -26,10 +26,12 @@ from llm.evaluation.instructions import (
     read_instructions,
     read_whole_documents,
 )
-from llm.evaluation.report import Report
+from llm.evaluation.report import Metric, Report
+from llm.evaluation.tasks import TASKS, Evaluated, EvaluationData, EvaluationTask, TaskResult
 from llm.model.loss import IGNORED, token_losses
 from llm.model.transformer import Transformer
 from llm.model.weights import save_model
+from llm.models import MODELS, PipelineModel
 from llm.pack import pack
 from llm.runtime import job as job_module
 from llm.runtime.job import PROGRESS, Job, write_job
@@ -91,7 +93,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def chat_model(tokenizer: ByteLevelBPE) -> Transformer:
-    """A model that knows all answers of CHATS by heart."""
+    """A model overfitted on CHATS, so that it knows all answers."""
     rendered = [render_chat(chat, tokenizer) for chat in CHATS]
     width = max(len(chat.ids) for chat in rendered)
     tokens = torch.full((len(CHATS), width), tokenizer.pad_id)
@@ -117,7 +119,7 @@ def inputs(
     tokenizer_folder: Path,
     chat_model: Transformer,
 ) -> dict[str, Path]:
-    """The five inputs of the stage: a base model that knows nothing, a chat model that answers."""
+    """The five inputs of the stage: an untrained base model and a chat model that answers."""
     text, chats = make_rows("text", corpus[2:6]), make_rows("chats", CHATS)
     base = new_model(tokenizer, seed=1)
     return {
@@ -152,16 +154,16 @@ def read_report(folder: Path) -> Report:
     return Report.from_json((folder / "report.json").read_bytes())
 
 
-def test_the_report_holds_every_figure_and_the_chat_model_answers(
+def test_the_report_holds_every_metric_and_the_chat_model_answers(
     inputs: dict[str, Path], run_stage: RunStage
 ) -> None:
     folder, summary = run_stage(evaluate, SETTINGS, **inputs)
     report = read_report(folder)
     assert summary == report.values()
     assert set(summary) == {
-        *(f"{model}/{name}" for model in ("base", "chat") for name in MODEL_FIGURES),
+        *(f"{model}/{name}" for model in ("base", "chat") for name in MODEL_METRICS),
         *(f"baseline/{name}_bits_per_byte" for name in ("unigram", "gzip", "xz")),
-        *(f"leak/{name}" for name in LEAK_FIGURES),
+        *(f"leak/{name}" for name in LEAK_METRICS),
         "data/validation_bytes",
         "data/validation_tokens",
     }
@@ -180,8 +182,65 @@ def test_the_report_holds_every_figure_and_the_chat_model_answers(
     assert [sample["prompt"] for sample in shown[num:]] == SETTINGS["prompts"]
 
 
-MODEL_FIGURES = ("bits_per_byte", "answer_loss", "exact_match")
-LEAK_FIGURES = (
+@pytest.fixture
+def third_model(
+    inputs: dict[str, Path],
+    chat_model: Transformer,
+    tokenizer: ByteLevelBPE,
+    monkeypatch: pytest.MonkeyPatch,
+) -> PipelineModel:
+    """A model of a stage of its own, in the table and among the inputs."""
+    added = PipelineModel(stage="align", name="aligned", data="chats")
+    monkeypatch.setitem(MODELS, added.stage, added)
+    inputs["aligned"] = write_model(inputs["chat"].parent / "aligned", chat_model, tokenizer)
+    return added
+
+
+def test_a_model_added_to_the_table_is_measured_and_reported(
+    inputs: dict[str, Path], third_model: PipelineModel, run_stage: RunStage
+) -> None:
+    folder, summary = run_stage(evaluate, SETTINGS, **inputs)
+    for name in MODEL_METRICS:
+        assert summary[f"aligned/{name}"] == summary[f"chat/{name}"] != summary[f"base/{name}"]
+    assert summary["leak/passed"] == 1.0
+    report = read_report(folder)
+    assert all(list(sample.completions) == ["aligned", "base", "chat"] for sample in report.samples)
+    text = (folder / "report.md").read_text()
+    assert text == report.to_markdown()
+    assert "| instruction | expected | base model | chat model | aligned model |" in text
+    assert "| aligned model | 1.000" in text
+    shown = json.loads((folder / "samples.json").read_bytes())
+    assert all(sample["aligned"] == sample["chat"] for sample in shown[:5])
+
+
+def test_a_recipe_without_a_chat_model_is_measured(
+    inputs: dict[str, Path], run_stage: RunStage
+) -> None:
+    del inputs["chat"]
+    folder, summary = run_stage(evaluate, SETTINGS, **inputs)
+    assert "base/exact_match" in summary and not any(name.startswith("chat/") for name in summary)
+    assert "chat model" not in (folder / "report.md").read_text()
+
+
+def test_a_task_added_to_the_table_is_measured_on_each_model(
+    inputs: dict[str, Path], run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count(evaluated: Evaluated, data: EvaluationData) -> TaskResult:
+        value = float(evaluated.model.num_parameters() * len(data.prompts))
+        metric = Metric(value=value, unit="parameters", num_examples=1)
+        return TaskResult(metrics={"size": metric})
+
+    added = EvaluationTask(measure=count, notes=lambda data: iter(["size is no quality"]))
+    monkeypatch.setitem(TASKS, "size", added)
+    folder, summary = run_stage(evaluate, SETTINGS, **inputs)
+    num_parameters = Transformer(SHAPE, 600, SEQ_LEN).num_parameters()
+    assert summary["base/size"] == summary["chat/size"] == 2 * num_parameters
+    text = (folder / "report.md").read_text()
+    assert "| `base/size` |" in text and "- size is no quality" in text
+
+
+MODEL_METRICS = ("bits_per_byte", "answer_loss", "exact_match")
+LEAK_METRICS = (
     "passed",
     "largest_difference",
     "cache_difference",
@@ -217,7 +276,7 @@ def test_text_is_scored_as_the_base_model_was_trained(
     model = new_model(tokenizer, seed=1).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter *= 5  # so that what a token may look at matters
+            parameter *= 5  # so that the attention mask matters
     write_model(inputs["base"], model, tokenizer, document_mask)
     rows = PackedSequences(inputs["text_sequences"], "validation")
     tokens, _, documents = map(torch.from_numpy, rows.read(np.arange(rows.num_rows)))
@@ -254,7 +313,7 @@ def test_it_runs_as_a_process_of_its_own(inputs: dict[str, Path], tmp_path: Path
     )
     write_job(tmp_path / "job.json", job)
     command = [sys.executable, "-m", "llm.evaluate", str(tmp_path / "job.json")]
-    root = Path(job_module.__file__).parents[1]
+    root = Path(job_module.__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert (done.returncode, done.stderr) == (0, "")
     assert load_artifact(job.out).stage == "evaluate"
@@ -262,7 +321,7 @@ def test_it_runs_as_a_process_of_its_own(inputs: dict[str, Path], tmp_path: Path
     assert progress["done"] == progress["total"] > 0
 
 
-def test_a_leak_is_reported_and_stops_nothing(
+def test_a_leak_is_reported_and_the_stage_goes_on(
     inputs: dict[str, Path], run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = Transformer.read
@@ -283,9 +342,7 @@ def test_without_single_questions_there_is_no_exact_match(
     inputs["chat_sequences"] = make_rows("several", [chat_of("hi", " hello", "bye", " see you")])
     folder, summary = run_stage(evaluate, SETTINGS, **inputs)
     assert not any("exact_match" in name for name in summary)
-    assert "1 chats passed over: not one question and one answer" in " ".join(
-        read_report(folder).notes
-    )
+    assert "1 chats skipped: not one question and one answer" in " ".join(read_report(folder).notes)
 
 
 def test_a_prompt_longer_than_the_context_is_named(
@@ -309,7 +366,7 @@ def test_a_model_with_a_shorter_context_is_refused(
     inputs: dict[str, Path], run_stage: RunStage, tokenizer: ByteLevelBPE
 ) -> None:
     write_model(inputs["base"], Transformer(SHAPE, tokenizer.vocab_size, 16), tokenizer)
-    with pytest.raises(ArtifactError, match="context of 16 tokens, but rows of 48"):
+    with pytest.raises(ArtifactError, match="context of 16 tokens, but sequences of 48"):
         run_stage(evaluate, SETTINGS, **inputs)
 
 
@@ -321,7 +378,7 @@ def test_it_stops_when_asked(
         run_stage(evaluate, SETTINGS, **inputs)
 
 
-def test_instructions_are_the_first_single_questions_and_the_rest_is_counted(
+def test_instructions_are_the_first_single_questions_and_skipped_chats_are_counted(
     make_rows: MakeRows, tokenizer: ByteLevelBPE
 ) -> None:
     system = Message(role="system", content="be brief")
@@ -345,7 +402,7 @@ def test_instructions_are_the_first_single_questions_and_the_rest_is_counted(
     assert first.instructions == found.instructions[:3]
 
 
-def test_every_chat_in_one_row_is_read_and_the_others_are_counted(
+def test_every_chat_in_one_sequence_is_read_and_the_others_are_counted(
     make_rows: MakeRows, tokenizer: ByteLevelBPE
 ) -> None:
     # what remains of a chat of more than a row stands in a row with whole ones
@@ -365,7 +422,7 @@ def test_every_chat_in_one_row_is_read_and_the_others_are_counted(
     assert held_out.num_too_long == len(chats) - len(whole) > 0
 
 
-def test_an_answer_matches_but_for_white_space_at_its_ends() -> None:
+def test_exact_match_ignores_white_space_at_the_ends() -> None:
     wanted = Instruction(prompt_ids=(1,), prompt="?", expected=" a, b\n")
     answers = ["a, b", " a, b ", "a,b", "A, b", "a, b.", ""]
     found = exact_match(answers, [wanted] * 6)
@@ -386,7 +443,7 @@ def test_the_error_of_a_share_is_half_of_wilsons_interval(num_right: int, count:
     assert found.standard_error is not None and found.standard_error > 0
 
 
-def test_exact_match_is_given_by_kind_and_samples_show_each_kind() -> None:
+def test_exact_match_is_reported_by_kind_and_samples_show_each_kind() -> None:
     instructions = [
         Instruction(prompt_ids=(1,), prompt="?", expected=expected, kind=kind)
         for expected, kind in (("a", "name"), ("b", "name"), ("c", "default"), ("d", ""))
@@ -397,7 +454,7 @@ def test_exact_match_is_given_by_kind_and_samples_show_each_kind() -> None:
     assert one_of_each_kind(instructions, 9) == [0, 2, 3, 1]
 
 
-def test_of_many_kinds_the_commonest_have_a_figure() -> None:
+def test_only_the_most_frequent_kinds_have_a_metric() -> None:
     instructions = [
         Instruction(prompt_ids=(1,), prompt="?", expected="", kind=f"kind {number:02}")
         for number in range(30)

@@ -20,6 +20,7 @@ from llm.errors import ArtifactError, ConfigError, DataError
 from llm.exchange.folders import export_model, import_model, load_both
 from llm.exchange.hf_tokenizer import exported_files
 from llm.inference.generate import generate
+from llm.inference.options import GenerationOptions
 from llm.model.transformer import Transformer
 from llm.model.weights import load_model, save_model
 from llm.pack import pack
@@ -242,8 +243,7 @@ def test_an_exported_folder_answers_a_chat_as_ours_does(
     expected = generate(
         load_model(source),
         [render_prompt(messages, tokenizer)],
-        max_new_tokens=20,
-        stop_ids=(tokenizer.end_id, tokenizer.bos_id),
+        GenerationOptions(max_new_tokens=20, stop_ids=(tokenizer.end_id, tokenizer.bos_id)),
     )[0]
     kept = [index for index in answer.tolist() if index not in (tokenizer.end_id, tokenizer.bos_id)]
     assert kept == expected

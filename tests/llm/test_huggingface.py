@@ -17,6 +17,7 @@ from llm.config import ModelConfig
 from llm.errors import ArtifactError, ConfigError
 from llm.exchange.huggingface import read_model, write_model
 from llm.inference.generate import generate
+from llm.inference.options import GenerationOptions
 from llm.model.transformer import Transformer
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
@@ -146,7 +147,7 @@ def assert_same(ours: Transformer, theirs: Any) -> None:
         pad_token_id=0,
         eos_token_id=None,
     )
-    assert generate(ours, prompts.tolist(), max_new_tokens=20, stop_ids=()) == [
+    assert generate(ours, prompts.tolist(), GenerationOptions(max_new_tokens=20)) == [
         row[8:] for row in greedy.tolist()
     ]
 

@@ -23,8 +23,7 @@ samples = st.builds(
     kind=st.sampled_from(["continuation", "instruction"]),
     prompt=texts,
     expected=texts | st.none(),
-    base=texts,
-    chat=texts,
+    completions=st.fixed_dictionaries({"base": texts, "chat": texts}),
 )
 reports = st.builds(
     Report,
@@ -51,8 +50,18 @@ def example(**changed: float) -> Report:
         for name, value in values.items()
     }
     shown = (
-        Sample(kind="instruction", prompt="add(a, b)?", expected="a, b", base="|", chat="a, b"),
-        Sample(kind="continuation", prompt="def", expected=None, base=" f():\n    x", chat="<b>"),
+        Sample(
+            kind="instruction",
+            prompt="add(a, b)?",
+            expected="a, b",
+            completions={"base": "|", "chat": "a, b"},
+        ),
+        Sample(
+            kind="continuation",
+            prompt="def",
+            expected=None,
+            completions={"base": " f():\n    x", "chat": "<b>"},
+        ),
     )
     return Report(metrics=made, samples=shown, settings={"context": "64"}, notes=("one note",))
 
@@ -84,7 +93,7 @@ def test_another_format_is_refused(data: bytes) -> None:
         Report.from_json(data)
 
 
-def test_a_figure_that_is_not_finite_is_refused() -> None:
+def test_a_metric_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
         example(**{"base/bits_per_byte": math.nan}).to_json()
 
@@ -102,7 +111,7 @@ def test_markdown_shows_models_beside_baselines_and_answers_beside_the_right_one
     assert "leak test passed" in text
 
 
-def test_a_failed_leak_test_stands_loudly_before_every_figure() -> None:
+def test_a_failed_leak_test_is_shown_before_every_metric() -> None:
     text = example(**{"leak/passed": 0.0}).to_markdown()
     assert text.index("LEAK TEST FAILED") < text.index("1.5000")
 
@@ -113,9 +122,9 @@ def test_escaped_text_is_one_cell_of_one_line_without_markup(text: str) -> None:
     assert "\n" not in cell and "\r" not in cell and "\x1b" not in cell
     without_breaks = cell.replace("<br>", "")
     assert "<" not in without_breaks and ">" not in without_breaks
-    for place, character in enumerate(cell):
+    for index, character in enumerate(cell):
         if character in "|`*_[]":
-            backslashes = len(cell[:place]) - len(cell[:place].rstrip("\\"))
+            backslashes = len(cell[:index]) - len(cell[:index].rstrip("\\"))
             assert backslashes % 2 == 1, "an odd number of backslashes escapes it"
 
 

@@ -1,6 +1,4 @@
-"""Filters keep what they say, and agree with transformers; settings out of range are refused."""
-
-import math
+"""Sampling filters: each keeps the right tokens, and all agree with transformers."""
 
 import pytest
 import torch
@@ -9,9 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from llm.errors import ConfigError
+from llm.inference.options import GenerationOptions
 from llm.inference.sampling import (
-    Sampling,
     draw,
     filter_logits,
     keep_min_p,
@@ -27,7 +24,7 @@ SHARES = st.floats(0.01, 1.0)
 
 
 def check_kept(logits: Tensor, kept: Tensor) -> None:
-    """What is kept is as it was, holds the likeliest, and nothing left out is likelier."""
+    """Kept logits are unchanged, include the largest, and no removed one is larger."""
     is_in = kept > -torch.inf
     assert torch.equal(kept[is_in], logits[is_in])
     for row, row_in in zip(logits, is_in, strict=True):
@@ -56,7 +53,7 @@ def test_top_p_keeps_the_fewest_that_reach_p(logits: Tensor, p: float) -> None:
 
 
 @given(LOGITS, SHARES)
-def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(logits: Tensor, p: float) -> None:
+def test_min_p_keeps_tokens_by_their_share_of_the_top_probability(logits: Tensor, p: float) -> None:
     kept = keep_min_p(logits, p)
     check_kept(logits, kept)
     for chances, row in zip(logits.double().softmax(-1), kept, strict=True):
@@ -67,7 +64,7 @@ def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(logits: Tensor, 
 
 
 @given(LOGITS, st.floats(0.1, 10), st.data())
-def test_a_penalty_makes_seen_tokens_less_likely_and_leaves_the_rest(
+def test_a_penalty_makes_seen_tokens_less_probable_and_keeps_the_rest(
     logits: Tensor, penalty: float, data: st.DataObject
 ) -> None:
     flags = data.draw(arrays("bool", tuple(logits.shape)))
@@ -81,8 +78,8 @@ def test_a_penalty_makes_seen_tokens_less_likely_and_leaves_the_rest(
 
 
 @given(LOGITS)
-def test_settings_that_leave_all_leave_all(logits: Tensor) -> None:
-    assert torch.equal(filter_logits(logits, Sampling(temperature=1.0), None), logits)
+def test_options_at_their_defaults_filter_nothing(logits: Tensor) -> None:
+    assert torch.equal(filter_logits(logits, GenerationOptions(temperature=1.0), None), logits)
     assert torch.equal(keep_top_k(logits, 99), logits)
 
 
@@ -94,8 +91,10 @@ def test_a_token_that_was_filtered_out_is_never_drawn(logits: Tensor, number: fl
 
 
 @given(LOGITS, st.floats(0.1, 5))
-def test_drawing_inverts_the_cumulated_probability(logits: Tensor, temperature: float) -> None:
-    chances = filter_logits(logits, Sampling(temperature=temperature), None).double().softmax(-1)
+def test_drawing_inverts_the_cumulative_distribution(logits: Tensor, temperature: float) -> None:
+    chances = (
+        filter_logits(logits, GenerationOptions(temperature=temperature), None).double().softmax(-1)
+    )
     ends = chances.cumsum(-1)
     for token in range(logits.shape[1]):
         middle = (ends[:, token] - chances[:, token] / 2) / ends[:, -1]
@@ -136,39 +135,6 @@ def test_filters_are_those_of_transformers(settings: dict[str, float]) -> None:
     is_seen = None
     if "repetition_penalty" in settings:
         is_seen = torch.zeros(5, 40, dtype=torch.bool).scatter(1, text, True)
-    found = filter_logits(logits, Sampling(**settings), is_seen)  # type: ignore[arg-type]
+    found = filter_logits(logits, GenerationOptions(**settings), is_seen)  # type: ignore[arg-type]
     assert torch.equal(found > -torch.inf, expected > -torch.inf)
     torch.testing.assert_close(found, expected)  # one rounding in each step of both
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("temperature", -0.1),
-        ("temperature", math.nan),
-        ("temperature", math.inf),
-        ("top_k", -1),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
-        ("top_p", math.nan),
-        ("min_p", -0.1),
-        ("min_p", 1.5),
-        ("repetition_penalty", 0.0),
-        ("repetition_penalty", math.inf),
-        ("stops", ("",)),
-        ("stops", ((),)),
-    ],
-)
-def test_settings_out_of_range_are_refused_by_name(name: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"^{name}: found .*, expected "):
-        Sampling(**{name: value})  # type: ignore[arg-type]
-
-
-def test_all_problems_are_said_at_once() -> None:
-    with pytest.raises(ConfigError) as caught:
-        Sampling(temperature=-1.0, top_p=2.0, min_p=3.0)
-    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
-        "temperature",
-        "top_p",
-        "min_p",
-    ]

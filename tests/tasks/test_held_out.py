@@ -1,4 +1,4 @@
-"""Held-out chats are kept out of the text that base models are trained on."""
+"""Decontamination removes held-out chats from the training text."""
 
 import json
 import random
@@ -19,7 +19,7 @@ def texts(folder: str, split: str) -> list[str]:
     return ["\n".join(document.texts) for document in file.read(range(len(file)))]
 
 
-def test_an_answer_that_chats_hold_out_is_dropped_from_the_corpus(tmp_path: Path) -> None:
+def test_a_held_out_answer_is_dropped_from_the_corpus(tmp_path: Path) -> None:
     rng = random.Random(1)
     answers = [sentence(rng) for _ in range(40)]
     corpus = [{"text": sentence(rng)} for _ in range(40)]

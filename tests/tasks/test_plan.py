@@ -11,7 +11,7 @@ from llm.config import RunConfig, load_config, recipe_names
 from llm.errors import ArtifactError, ConfigError, DataError
 from tasks import plan as plan_module
 from tasks.plan import PlannedStep, Selection, key_parts, make_plan
-from tasks.stages import STAGES, in_order
+from tasks.stages import all_stages, in_order
 from tasks.store import KeyRecord, Store
 
 RECIPE = Path(__file__).with_name("defaults.yaml")
@@ -294,6 +294,6 @@ def test_missing_file_names_the_setting(store: Store, overrides: list[str]) -> N
 def test_a_stage_has_one_name_everywhere() -> None:
     config = load_config(RECIPE)
     llm_folder = Path(plan_module.__file__).parents[1] / "llm"
-    for stage in STAGES:
+    for stage in all_stages():
         assert hasattr(config, stage.name)
         assert f"def {stage.name}(" in (llm_folder / f"{stage.name}.py").read_text()

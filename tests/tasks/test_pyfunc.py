@@ -13,7 +13,7 @@ from llm.artifact import ArtifactWriter
 from llm.config import ModelConfig
 from llm.data.chat import Message, render_prompt
 from llm.inference.generate import generate
-from llm.inference.sampling import Sampling
+from llm.inference.options import GenerationOptions
 from llm.model.transformer import Transformer
 from llm.model.weights import load_model, save_model
 from llm.tokenizer.bpe import ByteLevelBPE
@@ -92,9 +92,9 @@ def test_a_logged_model_answers_in_a_fresh_process(
         ids = [render_prompt([Message(role="user", content=p)], tokenizer) for p in PROMPTS]
     else:
         ids = [[tokenizer.bos_id, *text] for text in tokenizer.encode_batch(PROMPTS)]
-    stop_ids = [tokenizer.end_id, tokenizer.bos_id]
-    sampling = Sampling(temperature=1.0, seed=1)
-    answers = generate(model, ids, max_new_tokens=5, stop_ids=stop_ids, sampling=sampling)
+    stop_ids = (tokenizer.end_id, tokenizer.bos_id)
+    options = GenerationOptions(max_new_tokens=5, stop_ids=stop_ids, temperature=1.0, seed=1)
+    answers = generate(model, ids, options)
     assert found["answers"] == [tokenizer.decode(answer) for answer in answers]
     assert any(found["answers"])
     assert "mlruns" in found["code"], "the code that was logged, not the one installed here"
