@@ -1,18 +1,17 @@
-"""A permutation as a function of the index, so that a shuffled order is never held in memory."""
+"""A seeded permutation as a function of the index, so that shuffling takes no memory."""
 
 import numpy as np
 import numpy.typing as npt
 
 NUM_ROUNDS = 6
-MIN_HALF_BITS = 3  # with halves of one or two bits the round function has too few values to mix
+MIN_HALF_BITS = 3  # halves of one or two bits have too few values to mix
 
 
 def permute(indices: npt.ArrayLike, size: int, seed: int) -> npt.NDArray[np.int64]:
-    """Return where a seeded permutation of 0 .. size - 1 sends each index, in the same shape.
+    """Return the image of each index under a seeded permutation of 0 .. size - 1, same shape.
 
-    A Feistel network permutes the numbers of 2h bits, the smallest such range that holds `size`; a
-    result outside 0 .. size - 1 is sent on until it falls inside ("cycle walking"), which keeps it
-    a permutation.
+    A Feistel network permutes the numbers of 2h bits, the smallest such range that holds `size`. A
+    result outside 0 .. size - 1 is permuted again until it falls inside (cycle walking).
 
     Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002.
     """
@@ -20,7 +19,7 @@ def permute(indices: npt.ArrayLike, size: int, seed: int) -> npt.NDArray[np.int6
     if given.size and not 0 <= int(given.min()) <= int(given.max()) < size:
         raise ValueError(f"indices {given.min()} to {given.max()}, expected 0 to {size - 1}")
     half_bits = max(MIN_HALF_BITS, ((size - 1).bit_length() + 1) // 2)
-    keys = mix(np.arange(1, NUM_ROUNDS + 1, dtype=np.uint64) * np.uint64(seed * 2 + 1))
+    keys = splitmix64(np.arange(1, NUM_ROUNDS + 1, dtype=np.uint64) * np.uint64(seed * 2 + 1))
     values = _feistel(given.ravel().astype(np.uint64), keys, half_bits)
     outside = np.flatnonzero(values >= size)
     while outside.size:
@@ -29,8 +28,8 @@ def permute(indices: npt.ArrayLike, size: int, seed: int) -> npt.NDArray[np.int6
     return values.astype(np.int64).reshape(given.shape)
 
 
-def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Scramble 64 bits, so that numbers in a row come out as if drawn at random.
+def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Hash 64-bit integers, so that consecutive ones look random.
 
     Source: the finalizer of SplitMix64, Steele et al., OOPSLA 2014.
     """
@@ -45,5 +44,5 @@ def _feistel(
     shift, low = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = values >> shift, values & low
     for key in keys:
-        left, right = right, left ^ (mix(right ^ key) & low)
+        left, right = right, left ^ (splitmix64(right ^ key) & low)
     return (left << shift) | right

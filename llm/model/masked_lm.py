@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm.data.permutation import mix
+from llm.data.permutation import splitmix64
 from llm.model.loss import IGNORED
 from llm.model.transformer import Transformer
 
@@ -53,7 +53,7 @@ class Masking:
         T = tokens.shape[1]
         places = samples[:, None] * T + np.arange(T)  # (B,) -> (B, T)
         with np.errstate(over="ignore"):  # 64 bits that wrap around are what is wanted
-            bits = mix(
+            bits = splitmix64(
                 np.uint64(self.seed) + (places.astype(np.uint64) + np.uint64(1)) * STREAM_STEP
             )
         is_chosen = is_eligible & self.is_text[tokens] & (_uniform(bits, 0, 24) < self.fraction)
