@@ -3,8 +3,6 @@
 import numpy as np
 import numpy.typing as npt
 
-from llm.seeds import splitmix64
-
 NUM_ROUNDS = 6
 MIN_HALF_BITS = 3  # halves of one or two bits have too few values to mix
 
@@ -28,6 +26,16 @@ def permute(indices: npt.ArrayLike, size: int, seed: int) -> npt.NDArray[np.int6
         values[outside] = _feistel(values[outside], keys, half_bits)
         outside = outside[values[outside] >= size]
     return values.astype(np.int64).reshape(given.shape)
+
+
+def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Hash 64-bit integers, so that consecutive ones look random.
+
+    Source: the finalizer of SplitMix64, Steele et al., OOPSLA 2014.
+    """
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def _feistel(

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llm.data.permutation import splitmix64
 from llm.model.loss import IGNORED
 from llm.model.transformer import Transformer
-from llm.seeds import splitmix64
 
 SHARE_HIDDEN, SHARE_REPLACED = 0.8, 0.1
 LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32

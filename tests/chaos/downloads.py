@@ -184,7 +184,7 @@ REFUSED = {
     "404": Refused(answers=[answer(b"", "404 Not Found")], saying="answered 404"),
     "403": Refused(answers=[answer(b"", "403 Forbidden")], saying="answered 403"),
     "204": Refused(answers=[answer(b"", "204 No Content")], saying="answered 204"),
-    "an endless body": Refused(answers=[endless], saying="sent more than 3,145,728 bytes"),
+    "an endless body": Refused(answers=[endless], saying="more than 3,145,728 bytes"),
     "more than the disk": Refused(
         answers=[answer(b"x", declared_bytes=1 << 60)], saying="bytes are needed",
         error=DiskFullError,

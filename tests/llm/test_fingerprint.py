@@ -99,7 +99,7 @@ def test_the_path_does_not_count_but_names_bytes_and_role_do(folder: Path, tmp_p
 def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "NANOSECONDS_UNTIL_REMEMBERED", -1)
+    monkeypatch.setattr(sources, "NANOSECONDS_UNTIL_CACHED", -1)
     read: list[Path] = []
     monkeypatch.setattr(sources, "file_sha256", lambda path: (read.append(path), "0" * 64)[1])  # type: ignore[func-returns-value]
     cache_file = tmp_path / "cache/files.json"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from llm.seeds import splitmix64
+from llm.data.permutation import splitmix64
 
 Hashes = npt.NDArray[np.uint64]
 
