@@ -74,7 +74,7 @@ class MlflowConnection:
     """An MLflow server or database with the two experiments of a project; sets no global state."""
 
     def __init__(self, uri: str, artifacts_dir: Path, project: str) -> None:
-        """Store the address; nothing is imported or opened yet."""
+        """Keep the address; nothing is imported or opened yet."""
         self.uri = uri
         self.known_as = known_as(uri, artifacts_dir)
         self._artifacts_dir = artifacts_dir
