@@ -1,4 +1,4 @@
-"""One seed, many independent generators: each use derives its own from (seed, purpose)."""
+"""Independent random seeds, derived from the seed of a run and a purpose."""
 
 import hashlib
 
