@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flows.prefect_api import FINAL_STATES, PrefectApi, state_type
-from flows.running import RunningRun, running_runs
+from flows.live_runs import LiveRun, live_runs
+from tasks.prefect_api import FINAL_STATES, PrefectApi, state_type
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -69,12 +69,12 @@ def until(look: Callable[[], T], what: str) -> T:
     return found
 
 
-def run_of(artifacts: Path, process: "subprocess.Popen[str]") -> RunningRun:
+def run_of(artifacts: Path, process: "subprocess.Popen[str]") -> LiveRun:
     """Wait until a process has begun its flow run, and return that."""
 
-    def look() -> list[RunningRun]:
+    def look() -> list[LiveRun]:
         assert process.poll() is None, process.communicate()[0]
-        return [run for run in running_runs(artifacts) if run.pid == process.pid]
+        return [run for run in live_runs(artifacts) if run.pid == process.pid]
 
     return until(look, "the flow run")[0]
 

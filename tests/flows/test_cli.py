@@ -43,10 +43,14 @@ def test_export_writes_a_folder_and_says_which(
         (["export", "MODEL", "--to", "MODEL"], 2, "already there"),
         (["export", "MODEL", "--to", "NEW", "--dtype", "float16"], 2, "dtype: found 'float16'"),
         (["export", "MODEL", "--to", "NEW", "--format", "gguf"], 2, "found characters"),
-        (["export", "NOWHERE", "--to", "NEW"], 1, "nowhere: no such folder; expected that of a"),
+        (
+            ["export", "NOWHERE", "--to", "NEW"],
+            1,
+            "nowhere: no such folder; expected the folder of a",
+        ),
         (["export", "EMPTY", "--to", "NEW"], 1, "model.json: not there; expected the folder"),
-        (["chat", "NOWHERE"], 1, "nowhere: no such folder; expected that of a model"),
-        (["export", "--to", "NEW", "--artifacts", "NOWHERE"], 1, "no chat model there"),
+        (["chat", "NOWHERE"], 1, "nowhere: no such folder; expected the folder of a model"),
+        (["export", "--to", "NEW", "--artifacts", "NOWHERE"], 1, "no chat model; build one"),
         (["import", "NOWHERE", "--to", "NEW"], 1, "tokenizer.json: not there"),
         (["import", "MODEL", "--to", "MODEL"], 2, "already there"),
     ],
@@ -73,14 +77,14 @@ def test_every_option_has_its_help(command: str, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main([command, "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "--artifacts FOLDER of all artifacts, as runtime.artifacts_dir of a run" in said
+    assert "--artifacts FOLDER artifacts folder, as runtime.artifacts_dir of a run" in said
 
 
 @pytest.mark.parametrize(
     ("function", "command", "code", "said"),
     [
-        ("talk_as_asked", ["chat", "MODEL"], 130, "stopped\n"),
-        ("_run_flow", ["run", "quickstart"], 75, "stopped; the same command goes on from where"),
+        ("models.talk_as_asked", ["chat", "MODEL"], 130, "stopped\n"),
+        ("runs._run_flow", ["run", "quickstart"], 75, "stopped; run the same command to resume"),
     ],
 )
 def test_ctrl_c_says_that_it_goes_on_only_of_what_does(
@@ -97,7 +101,7 @@ def test_ctrl_c_says_that_it_goes_on_only_of_what_does(
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(f"flows.cli.{function}", interrupted)
+    monkeypatch.setattr(f"flows.commands.{function}", interrupted)
     assert main([str(model) if word == "MODEL" else word for word in command]) == code
     assert capsys.readouterr().err.startswith(said)
 
@@ -114,7 +118,9 @@ def test_chat_that_took_the_newest_model_says_which_where_no_terminal_shows_it(
         KeyRecord(key=parts.key, parts=parts, digest="abc", seconds=1.0, made_at="now")
     )
     taken: list[Path] = []
-    monkeypatch.setattr("flows.cli.talk_as_asked", lambda folder, options: taken.append(folder))
+    monkeypatch.setattr(
+        "flows.commands.models.talk_as_asked", lambda folder, options: taken.append(folder)
+    )
     assert main(["chat", "--artifacts", str(tmp_path)]) == 0
     assert taken == [folder]
     assert capsys.readouterr().err == f"model: {folder}\n"
@@ -126,7 +132,7 @@ def test_full_disk_is_a_line_whatever_the_command(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/a/file")
 
-    monkeypatch.setattr("flows.cli.talk_as_asked", full)
+    monkeypatch.setattr("flows.commands.models.talk_as_asked", full)
     assert main(["chat", str(model)]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: /a/file: no space left on the disk: found")

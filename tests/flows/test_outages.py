@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.prefect_api import PrefectApi
 from flows.services.temporary_server import TemporaryPrefectServer
+from tasks.prefect_api import PrefectApi
 from tests.flows.orchestrated import (
     printed_by,
     run_of,

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.prefect_api import PrefectApi
-from flows.services.servers import Services, addresses, down, up
+from flows.services.addresses import addresses
+from flows.services.registry import Services
+from flows.services.servers import down, up
 from llm.config import RuntimeConfig
+from tasks.prefect_api import PrefectApi
 from tests.flows.browser import Browser, started
 from tests.flows.orchestrated import (
     RECIPE,

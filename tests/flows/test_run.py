@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.prefect_api import PrefectApi
+from flows.live_runs import live_runs
 from flows.prefect_link import PrefectLink
-from flows.running import running_runs
-from flows.services.servers import Services, down, status, up
+from flows.services.registry import Services, running_services
+from flows.services.servers import down, up
 from flows.services.temporary_server import TemporaryPrefectServer
 from tasks.launch import Progress
+from tasks.prefect_api import PrefectApi
 from tests.flows.orchestrated import (
     RECIPE,
     ROOT,
@@ -218,9 +219,9 @@ def test_a_run_is_cancelled_interrupted_and_killed_and_goes_on_each_time(
     )  # fmt: skip
     assert refused.returncode == 1
     assert f"process {run.pid}" in refused.stderr
-    assert status(artifacts) is not None
+    assert running_services(artifacts) is not None
     api.set_state("flow_runs", run_id, "CANCELLING", "as the page does")
-    assert "stopped; the same command goes on" in printed_by(run)
+    assert "stopped; run the same command to resume" in printed_by(run)
     assert run.returncode == 75
     assert until_final(api, run_id)["state"]["name"] == "Cancelled"
     ended = {
@@ -282,7 +283,7 @@ def test_down_cancels_what_the_worker_runs(api: PrefectApi, artifacts: Path) -> 
 
     before = logs()
     run_id = start_by_page(api, "pipeline/stage", recipe=str(RECIPE), overrides=settings, only="")
-    until(lambda: [r.id for r in running_runs(artifacts)] == [run_id], "the worker's run")
+    until(lambda: [r.id for r in live_runs(artifacts)] == [run_id], "the worker's run")
     [log] = until(lambda: logs() - before, "the training")
     until(lambda: logged_steps(log), "its first step")
     forced = subprocess.run(
@@ -290,7 +291,7 @@ def test_down_cancels_what_the_worker_runs(api: PrefectApi, artifacts: Path) -> 
         cwd=ROOT, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert forced.stdout == "stopped: mlflow, prefect, worker\n", forced.stderr
-    assert running_runs(artifacts) == []
+    assert live_runs(artifacts) == []
     server = TemporaryPrefectServer(artifacts)
     try:
         server.wait_ready()

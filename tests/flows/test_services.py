@@ -18,18 +18,24 @@ import psutil
 import pytest
 
 from flows.doctor import examine
-from flows.services.processes import ID_VARIABLE, ServiceError, fetch, free_port, start, stop
-from flows.services.servers import (
-    Services,
-    addresses,
-    down,
-    environment,
-    log_errors,
-    status,
-    up,
+from flows.services.addresses import addresses
+from flows.services.processes import (
+    ID_VARIABLE,
+    ServiceError,
+    listening_socket,
+    start_service,
+    stop_services,
 )
-from flows.services.temporary_server import TemporaryPrefectServer, bring_back
+from flows.services.registry import (
+    Services,
+    errors_in_logs,
+    running_prefect_environment,
+    running_services,
+)
+from flows.services.servers import down, up
+from flows.services.temporary_server import TemporaryPrefectServer, replace_server
 from llm.config import RuntimeConfig
+from tasks.direct_http import fetch_or_none
 
 pytestmark = pytest.mark.flaky(reason="real servers start and end, on a machine that may be busy")
 
@@ -128,13 +134,13 @@ def test_a_second_up_finds_everything_running(services: Services, artifacts: Pat
         log.write("12:00:01.000 | ERROR   | prefect.server.services.scheduler - cannot\n")
     said: list[str] = []
     assert up(artifacts, say=said.append) == services
-    assert said[0] == "everything is running"
+    assert said[0] == "all services are running"
     assert f"errors in {services.prefect.log}" in said[1]
-    assert status(artifacts) == services
+    assert running_services(artifacts) == services
 
 
 def test_the_environment_points_a_client_at_the_server(services: Services, artifacts: Path) -> None:
-    found = environment(artifacts)
+    found = running_prefect_environment(artifacts)
     assert found["PREFECT_API_URL"] == f"{services.prefect_url}/api"
     assert found["PREFECT_HOME"] == str(artifacts / "prefect")
 
@@ -145,7 +151,7 @@ def test_the_pages_are_those_of_up_or_of_the_users_own_mlflow(
     found = addresses(RuntimeConfig(), artifacts)
     assert found == {"MLflow": services.mlflow_url, "Prefect": services.prefect_url}
     body = json.dumps({"name": "fromscratch/models"}).encode()
-    made = fetch(f"{services.mlflow_url}/api/2.0/mlflow/experiments/create", body)
+    made = fetch_or_none(f"{services.mlflow_url}/api/2.0/mlflow/experiments/create", body)
     assert made is not None
     page = f"#/experiments/{json.loads(made)['experiment_id']}/runs"
     page += "?workflowType=machine_learning&compareRunsMode=CHART"
@@ -160,10 +166,10 @@ def test_a_server_that_died_is_started_again_on_its_port(
 ) -> None:
     os.kill(services.mlflow.pid, signal.SIGKILL)
     wait_until_gone(psutil.Process(services.mlflow.pid))
-    assert status(artifacts) is None
+    assert running_services(artifacts) is None
     said: list[str] = []
     again = up(artifacts, say=said.append)
-    assert said[0] == "mlflow had ended; starting it again"
+    assert said[0] == "mlflow had stopped; restarting it"
     assert again.mlflow.port == services.mlflow.port
     assert again.prefect == services.prefect
     assert ask(again.mlflow_url, "/health")[0] == 200
@@ -172,19 +178,21 @@ def test_a_server_that_died_is_started_again_on_its_port(
 def test_a_run_starts_the_server_of_up_again_when_that_died(
     services: Services, artifacts: Path
 ) -> None:
-    before = status(artifacts)
+    before = running_services(artifacts)
     assert before is not None
     os.kill(before.prefect.pid, signal.SIGKILL)
     wait_until_gone(psutil.Process(before.prefect.pid))
-    api_url = environment(artifacts).get("PREFECT_API_URL", f"{before.prefect_url}/api")
-    assert bring_back(artifacts, api_url) is None, "it is nobody's own"
-    now = status(artifacts)
+    api_url = running_prefect_environment(artifacts).get(
+        "PREFECT_API_URL", f"{before.prefect_url}/api"
+    )
+    assert replace_server(artifacts, api_url) is None, "it is nobody's own"
+    now = running_services(artifacts)
     assert now is not None
     assert now.prefect_url == before.prefect_url
     assert now.worker == before.worker
     assert ask(now.prefect_url, "/api/health") == (200, b"true")
-    assert bring_back(artifacts, api_url) is None
-    assert status(artifacts) == now, "it was there"
+    assert replace_server(artifacts, api_url) is None
+    assert running_services(artifacts) == now, "it was there"
 
 
 def test_errors_in_a_servers_log_are_found_and_said_by_doctor(
@@ -195,26 +203,26 @@ def test_errors_in_a_servers_log_are_found_and_said_by_doctor(
     code += "print('c | WARNING | d\\ne | ERROR | f - a transient server error', flush=True)\n"
     code += "import time; time.sleep(60)"
     command = [sys.executable, "-c", code]
-    service = start("prefect", command, os.environ, tmp_path / "services" / "prefect.log")
+    service = start_service("prefect", command, os.environ, tmp_path / "services" / "prefect.log")
     try:
         record = {"prefect": asdict(service)}
         (tmp_path / "services" / "services.json").write_text(json.dumps(record))
         while "transient" not in Path(service.log).read_text():
             time.sleep(0.05)
-        assert log_errors(tmp_path) == [
+        assert errors_in_logs(tmp_path) == [
             f"1 errors in {service.log}, the last: a | ERROR | b - cannot"
         ]
         examine(tmp_path)
         assert "b - cannot" in capsys.readouterr().out
     finally:
-        stop([service.id])
-    assert log_errors(tmp_path) == [], "it is not running"
+        stop_services([service.id])
+    assert errors_in_logs(tmp_path) == [], "it is not running"
 
 
 def test_down_ends_the_services_and_what_they_started_and_nothing_else(
     services: Services, artifacts: Path
 ) -> None:
-    running = status(artifacts)
+    running = running_services(artifacts)
     assert running is not None
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
     of_a_worker = subprocess.Popen(  # a training, say: in a session of its own
@@ -234,8 +242,8 @@ def test_down_ends_the_services_and_what_they_started_and_nothing_else(
             process.kill()
             process.wait()
     assert down(artifacts) == []
-    assert status(artifacts) is None
-    assert environment(artifacts) == {}
+    assert running_services(artifacts) is None
+    assert running_prefect_environment(artifacts) == {}
 
 
 def test_a_temporary_server_serves_and_goes(services: Services, artifacts: Path) -> None:
@@ -277,9 +285,9 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 def test_a_process_number_that_was_given_again_is_not_taken_for_a_service(tmp_path: Path) -> None:
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
-    service = start("prefect", sleeping, os.environ, tmp_path / "log")
+    service = start_service("prefect", sleeping, os.environ, tmp_path / "log")
     assert service.is_alive
-    stop([service.id])
+    stop_services([service.id])
     assert not service.is_alive
     other = subprocess.Popen(sleeping)
     record = {**{name: getattr(service, name) for name in ("name", "port", "id", "log")}}
@@ -295,5 +303,5 @@ def test_importing_services_imports_neither_prefect_nor_mlflow() -> None:
 
 
 def test_a_port_is_one_servers_before_it_answers() -> None:
-    with free_port(0) as first, free_port(first.getsockname()[1]) as second:
+    with listening_socket(0) as first, listening_socket(first.getsockname()[1]) as second:
         assert second.getsockname()[1] != first.getsockname()[1]
