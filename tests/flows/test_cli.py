@@ -1,4 +1,4 @@
-"""Commands that need no pipeline: models out to others and back, and what all commands say."""
+"""Commands without a pipeline (chat, export, import), and the messages of all commands."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ from tasks.store import KeyParts, KeyRecord, Store
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A small model of characters."""
+    """A small model with a character tokenizer."""
     tokenizer = CharacterTokenizer.train(["abc"])
     config = ModelConfig(num_layers=1, d_model=16, num_heads=2, num_kv_heads=1, d_ff=32)
     model = Transformer(config, tokenizer.vocab_size, 16)

@@ -1,4 +1,4 @@
-"""What `fromscratch doctor` finds on a machine."""
+"""Findings of `fromscratch doctor`, and the record of services it reads."""
 
 import os
 import socket
@@ -28,7 +28,7 @@ def port() -> Iterator[int]:
 
 @pytest.fixture
 def prefect(tmp_path: Path, port: int) -> Iterator[Service]:
-    """A process that is recorded as the Prefect server of an artifacts folder."""
+    """A process recorded as the Prefect server of an artifacts folder."""
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
     log = service_log(tmp_path, "prefect")
     service = start_service("prefect", sleeping, os.environ, log, port=port)
@@ -38,7 +38,7 @@ def prefect(tmp_path: Path, port: int) -> Iterator[Service]:
 
 
 def printed(artifacts: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """Return all that the doctor says."""
+    """Return the doctor's output."""
     doctor.examine(artifacts)
     return capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Who is let in, request by request."""
+"""Which requests the guard accepts, and the headers of its responses."""
 
 import asyncio
 import os
@@ -69,7 +69,7 @@ def test_an_own_connection_is_own_also_through_a_mapped_address() -> None:
                     assert is_own_connection(address, server.getsockname())
 
 
-@pytest.mark.skipif(not hasattr(socket, "AF_NETLINK"), reason="the kernel has no word on it")
+@pytest.mark.skipif(not hasattr(socket, "AF_NETLINK"), reason="needs Linux's sock_diag")
 def test_a_connection_of_another_account_or_of_none_is_not_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

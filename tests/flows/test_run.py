@@ -1,4 +1,4 @@
-"""The flow as Prefect's pages show it: states, artifacts and logs, against a real server."""
+"""The flow on a real Prefect server: states, artifacts and logs, cancel, kill and resume."""
 
 import hashlib
 import signal
@@ -72,7 +72,7 @@ def services(artifacts: Path) -> Iterator[Services]:
 
 @pytest.fixture(scope="module")
 def api(services: Services, artifacts: Path) -> PrefectApi:
-    """The API of the server that is up, with all deployments of the project and a tiny one."""
+    """The API of the running server, with all deployments of the project and a tiny one."""
     api = PrefectApi(f"{services.prefect_url}/api")
     prefect(api, "deploy", "--all")
     tiny = {
@@ -207,7 +207,7 @@ def test_a_stage_that_fails_ends_the_run_with_its_message(
 def test_a_run_is_cancelled_interrupted_and_killed_and_goes_on_each_time(
     api: PrefectApi, artifacts: Path
 ) -> None:
-    """One training, stopped in three ways. `down` refuses while it runs."""
+    """One training, stopped in three ways; `down` refuses while it runs."""
     settings = (ENDLESS, "seed=7")
     stopped = {"pretrain": "Cancelled", **dict.fromkeys(AFTER_PRETRAIN, "NotReady")}
     run = start_run(artifacts, *settings)
@@ -220,7 +220,7 @@ def test_a_run_is_cancelled_interrupted_and_killed_and_goes_on_each_time(
     assert refused.returncode == 1
     assert f"process {run.pid}" in refused.stderr
     assert running_services(artifacts) is not None
-    api.set_state("flow_runs", run_id, "CANCELLING", "as the page does")
+    api.set_state("flow_runs", run_id, "CANCELLING", "by the page")
     assert "stopped; run the same command to resume" in printed_by(run)
     assert run.returncode == 75
     assert until_final(api, run_id)["state"]["name"] == "Cancelled"
@@ -246,13 +246,13 @@ def test_a_run_is_cancelled_interrupted_and_killed_and_goes_on_each_time(
     assert tasks_of(api, run_id)["pretrain"] == "Crashed"
     assert tasks_of(api, run_id)["clean corpus"] == "Cached"
     steps = logged_steps(log)
-    assert steps == sorted(set(steps)), "no step is done twice"
+    assert steps == sorted(set(steps)), "no step is repeated"
 
 
 def resumed(
     artifacts: Path, settings: tuple[str, ...]
 ) -> tuple["subprocess.Popen[str]", str, Path]:
-    """Start the run again and wait until it trains on; return it, its id and its metrics."""
+    """Start the run again and wait for new steps; return process, run id and metrics file."""
     [log] = (artifacts / "staging").glob("pretrain-*/work/metrics.jsonl")
     before = len(logged_steps(log))
     run = start_run(artifacts, *settings)
@@ -275,7 +275,7 @@ def test_a_run_that_is_run_again_keeps_its_progress_artifact(
 
 
 def test_down_cancels_what_the_worker_runs(api: PrefectApi, artifacts: Path) -> None:
-    """The last test here: it ends the services."""
+    """The last test of this module, since it stops the services."""
     settings = overrides(artifacts, ENDLESS, "seed=8")
 
     def logs() -> set[Path]:

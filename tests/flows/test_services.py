@@ -1,4 +1,4 @@
-"""The servers come up, are known again, keep strangers out, and go with all they started."""
+"""The servers start, are recognized, refuse foreign requests, and stop with all they started."""
 
 import contextlib
 import http.client
@@ -36,7 +36,9 @@ from flows.services.servers import down, up
 from flows.services.temporary_server import TemporaryPrefectServer, replace_server
 from llm.config import RuntimeConfig
 from tasks.direct_http import fetch_or_none
+from tests.tasks.mlflow_place import Place
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.flaky(reason="real servers start and end, on a machine that may be busy")
 
 
@@ -47,12 +49,12 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def services(artifacts: Path) -> Iterator[Services]:
-    """All three, over a fresh folder, beside something that has their usual ports."""
+    """All three, for a new folder, while other programs hold their default ports."""
     with contextlib.ExitStack() as others:
         for port in (4200, 5000):
             other = others.enter_context(socket.socket())
             other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):  # then something else has it, which is as good
+            with contextlib.suppress(OSError):  # another program holds it already
                 other.bind(("127.0.0.1", port))
                 other.listen()
         try:
@@ -185,14 +187,32 @@ def test_a_run_starts_the_server_of_up_again_when_that_died(
     api_url = running_prefect_environment(artifacts).get(
         "PREFECT_API_URL", f"{before.prefect_url}/api"
     )
-    assert replace_server(artifacts, api_url) is None, "it is nobody's own"
+    assert replace_server(artifacts, api_url) is None, "no temporary server"
     now = running_services(artifacts)
     assert now is not None
     assert now.prefect_url == before.prefect_url
     assert now.worker == before.worker
     assert ask(now.prefect_url, "/api/health") == (200, b"true")
     assert replace_server(artifacts, api_url) is None
-    assert running_services(artifacts) == now, "it was there"
+    assert running_services(artifacts) == now, "nothing was restarted"
+
+
+def test_up_closes_the_mlflow_runs_of_a_killed_process(services: Services, artifacts: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from tests.tasks.mlflow_place import Place, start_model
+place = Place(Path({str(artifacts)!r}))
+start_model(place.start("killed"), place.work)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert list((artifacts / "tracking").glob("*.journal"))
+    up(artifacts, say=lambda _: None)
+    runs = Place(artifacts).runs("pipelines")
+    assert {run.info.status for run in runs.values()} == {"KILLED"}
+    assert not list((artifacts / "tracking").glob("*.journal"))
 
 
 def test_errors_in_a_servers_log_are_found_and_said_by_doctor(
@@ -225,7 +245,7 @@ def test_down_ends_the_services_and_what_they_started_and_nothing_else(
     running = running_services(artifacts)
     assert running is not None
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
-    of_a_worker = subprocess.Popen(  # a training, say: in a session of its own
+    of_a_worker = subprocess.Popen(  # such as a training, which has its own session
         sleeping, env={**os.environ, ID_VARIABLE: running.worker.id}, start_new_session=True
     )
     other = subprocess.Popen(sleeping, env={**os.environ, ID_VARIABLE: "of another folder"})
@@ -247,7 +267,7 @@ def test_down_ends_the_services_and_what_they_started_and_nothing_else(
 
 
 def test_a_temporary_server_serves_and_goes(services: Services, artifacts: Path) -> None:
-    down(artifacts)  # the same database, so that this one need not be made
+    down(artifacts)  # its database is used again, which saves creating one
     with contextlib.ExitStack() as stack:
         server = TemporaryPrefectServer(artifacts)
         stack.callback(server.stop)
@@ -255,7 +275,7 @@ def test_a_temporary_server_serves_and_goes(services: Services, artifacts: Path)
         url = server.environment["PREFECT_API_URL"].removesuffix("/api")
         assert ask(url, "/api/health") == (200, b"true")
         assert ask(url, "/api/health", Host="evil.example")[0] == 403
-        assert server.environment["PREFECT_UI_URL"] == "http://127.0.0.1:4200", "where `up` will be"
+        assert server.environment["PREFECT_UI_URL"] == "http://127.0.0.1:4200", "the port of `up`"
     with pytest.raises(ConnectionRefusedError):
         ask(url, "/api/health")
 
