@@ -1,7 +1,7 @@
 """Minimal client of Prefect's REST API: one request without retries, a timeout of seconds.
 
-Prefect's own client retries for minutes, which would stall whatever runs beside a training, and
-importing it takes two seconds, which `up` and `down` save.
+Prefect's own client retries for minutes, which would stall the threads that follow a training, and
+takes two seconds to import, which would slow down `up` and `down`.
 """
 
 import http.client

@@ -50,8 +50,8 @@ def services_lock(artifacts_dir: Path) -> Generator[None]:
 def recorded_services(artifacts_dir: Path) -> dict[ServiceName, Service]:
     """Return the recorded services, alive or not.
 
-    Paths of logs tell a copied or moved artifacts folder: a copy has none of the original's
-    services, and those of a folder that was moved count as ended.
+    The paths of their logs reveal a copied or moved artifacts folder: a copy has no services of its
+    own, and those of a moved folder count as ended.
     """
     folder = artifacts_dir / "services"
     try:

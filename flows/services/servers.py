@@ -45,7 +45,7 @@ from tasks.tracking.client import tracking_uri
 from tasks.tracking.journal import Journal
 from tasks.tracking.tracker import Delivery
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 WORK_POOL, WORKER = "local", "fromscratch"
 PORT_TIMEOUT_SECONDS = 5.0
@@ -53,30 +53,30 @@ START_TIMEOUT_SECONDS = 300.0  # a new database takes 15 s, on an overloaded mac
 DELIVERY_TIMEOUT_SECONDS = 60.0
 
 
-def up(artifacts_dir: Path, say: Say | None = None) -> Services:
+def up(artifacts_dir: Path, notify: Notify | None = None) -> Services:
     """Start the services that do not run yet, and return when all are ready.
 
     Raises:
         ServiceError: a server ended or was not ready in time; those just started are stopped.
     """
     artifacts_dir = artifacts_dir.absolute()
-    say = say or _say
+    notify = notify or _print
     with services_lock(artifacts_dir):
         known = recorded_services(artifacts_dir)
         running: dict[ServiceName, Service] = {
             name: service for name, service in known.items() if service.is_alive
         }
         for name in known.keys() - running.keys():
-            say(f"{name} had stopped; restarting it")
+            notify(f"{name} had stopped; restarting it")
             stop_services([known[name].id])  # its child processes may still hold the port
         started: dict[ServiceName, Service] = {}
         try:
             for name in DEFAULT_PORTS:
                 if name not in running:
-                    started[name] = _start_server(name, known.get(name), artifacts_dir, say)
+                    started[name] = _start_server(name, known.get(name), artifacts_dir, notify)
                     record_services(artifacts_dir, running | started)
             for name in started:
-                _wait_until_ready(started[name], say)
+                _wait_until_ready(started[name], notify)
             prefect = (running | started)["prefect"]
             has_moved = "prefect" in known and prefect.port != known["prefect"].port
             if "worker" not in running or has_moved:
@@ -84,24 +84,24 @@ def up(artifacts_dir: Path, say: Say | None = None) -> Services:
                     stop_services([running.pop("worker").id])
                 started["worker"] = _start_worker(prefect, artifacts_dir)
                 record_services(artifacts_dir, running | started)
-                _wait_until_ready(started["worker"], say, prefect)
+                _wait_until_ready(started["worker"], notify, prefect)
         except BaseException:
             stop_services([service.id for service in started.values()])
             record_services(artifacts_dir, running)
             raise
         if not started:
-            say("all services are running")
-        _close_dead_runs(artifacts_dir, prefect, say)
+            notify("all services are running")
+        _close_dead_runs(artifacts_dir, prefect, notify)
         for error in errors_in_logs(artifacts_dir):
-            say(error)
+            notify(error)
         return Services(**(running | started))
 
 
-def down(artifacts_dir: Path, say: Say | None = None) -> list[str]:
+def down(artifacts_dir: Path, notify: Notify | None = None) -> list[str]:
     """Stop the services and all they started; return the names of those that were running.
 
-    Runs of the worker are canceled first, so that their stages save. Runs of a command line go on,
-    each with a server of its own (flows.services.temporary_server).
+    Runs of the worker are canceled first, so that their stages save. Runs of a command line
+    continue, each with a temporary server (flows.services.temporary_server).
     """
     artifacts_dir = artifacts_dir.absolute()
     if not (artifacts_dir / "services").is_dir():
@@ -110,7 +110,7 @@ def down(artifacts_dir: Path, say: Say | None = None) -> list[str]:
         known = recorded_services(artifacts_dir)
         running = [name for name, service in known.items() if service.is_alive]
         if "prefect" in running:
-            _cancel_runs_of_worker(artifacts_dir, known["prefect"], say or _say)
+            _cancel_runs_of_worker(artifacts_dir, known["prefect"], notify or _print)
         # the worker first: its runs report their end to the server
         stop_services([known[name].id for name in ("worker",) if name in known])
         stop_services([service.id for service in known.values()])
@@ -147,14 +147,14 @@ def server_command(name: ServiceName, artifacts_dir: Path, listener: socket.sock
 
 
 def _start_server(
-    name: ServiceName, before: Service | None, artifacts_dir: Path, say: Say
+    name: ServiceName, before: Service | None, artifacts_dir: Path, notify: Notify
 ) -> Service:
     """Start a server, on the port it had `before` if that is free."""
     port = before.port if before else DEFAULT_PORTS[name]
     with listening_socket(port, PORT_TIMEOUT_SECONDS if before else 0.0) as listener:
         taken: int = listener.getsockname()[1]
         if taken != port:
-            say(f"port {port} is in use; {name} uses {taken}")
+            notify(f"port {port} is in use; {name} uses {taken}")
         make_environment = prefect_environment if name == "prefect" else mlflow_environment
         return start_service(
             name,
@@ -173,7 +173,7 @@ def _start_worker(prefect: Service, artifacts_dir: Path) -> Service:
     return start_service("worker", command, variables, service_log(artifacts_dir, "worker"))
 
 
-def _wait_until_ready(service: Service, say: Say, prefect: Service | None = None) -> None:
+def _wait_until_ready(service: Service, notify: Notify, prefect: Service | None = None) -> None:
     """Wait until a server answers, or until the worker has registered with the server `prefect`."""
     reported_at = started_at = time.time()
     while not _is_ready(service, prefect, started_at):
@@ -182,9 +182,9 @@ def _wait_until_ready(service: Service, say: Say, prefect: Service | None = None
             raise start_error(service.name, Path(service.log))
         if now - reported_at > 2:
             reported_at = now
-            say(f"{service.name} is starting ({now - started_at:.0f} s)")
+            notify(f"{service.name} is starting ({now - started_at:.0f} s)")
         time.sleep(SERVICE_POLL_SECONDS)
-    say(f"{service.name} is ready")
+    notify(f"{service.name} is ready")
 
 
 def _is_ready(service: Service, prefect: Service | None, started_at: float) -> bool:
@@ -194,11 +194,11 @@ def _is_ready(service: Service, prefect: Service | None, started_at: float) -> b
     return fetch_or_none(f"http://{HOST}:{service.port}{path}") is not None
 
 
-def _close_dead_runs(artifacts_dir: Path, prefect: Service, say: Say) -> None:
+def _close_dead_runs(artifacts_dir: Path, prefect: Service, notify: Notify) -> None:
     """Close the Prefect and MLflow runs of processes that were killed."""
     with contextlib.suppress(OSError):  # the next `up` or run closes them
         for name in close_dead_runs(artifacts_dir, _api(prefect)):
-            say(f"{name}: its process was killed; Prefect shows it as crashed now")
+            notify(f"{name}: its process was killed; Prefect shows it as crashed now")
     journals = artifacts_dir / "tracking"
     with contextlib.suppress(OSError):
         if any(journals.glob("*.journal")):
@@ -222,11 +222,11 @@ def _last_heartbeat(prefect: Service) -> float:
     return max(beats, default=0.0)
 
 
-def _cancel_runs_of_worker(artifacts_dir: Path, prefect: Service, say: Say) -> None:
+def _cancel_runs_of_worker(artifacts_dir: Path, prefect: Service, notify: Notify) -> None:
     """Cancel the worker's runs, and wait until their stages have saved."""
     runs = [run for run in live_runs(artifacts_dir) if run.is_of_worker]
     for run in runs:
-        say(f"canceling {run.name}; its running stages save first")
+        notify(f"canceling {run.name}; its running stages save first")
         with contextlib.suppress(OSError):  # then `stop_services` ends it
             message = "Canceled by `fromscratch down`"
             _api(prefect).set_state("flow_runs", run.id, "CANCELLING", message)
@@ -239,5 +239,5 @@ def _api(prefect: Service) -> PrefectApi:
     return PrefectApi(f"http://{HOST}:{prefect.port}/api")
 
 
-def _say(message: str) -> None:
+def _print(message: str) -> None:
     print(message, file=sys.stderr, flush=True)

@@ -100,7 +100,7 @@ class TemporaryPrefectServer:
 
 def replace_server(artifacts_dir: Path, api_url: str) -> TemporaryPrefectServer | None:
     """Start a server at the address of one that has died: that of `up` again, or after `down` a
-    temporary one, which is returned. It reads the same database, so clients just go on.
+    temporary one, which is returned. It uses the same database, so clients can continue.
 
     Raises:
         ServiceError: it did not start, or another program has taken its port.

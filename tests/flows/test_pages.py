@@ -60,9 +60,9 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def services(browser: Browser, artifacts: Path) -> Iterator[Services]:
     """The servers; the browser comes first, because without it nothing here is tested."""
     try:
-        yield up(artifacts, say=lambda _: None)
+        yield up(artifacts, notify=lambda _: None)
     finally:
-        down(artifacts, say=lambda _: None)
+        down(artifacts, notify=lambda _: None)
 
 
 @pytest.fixture(scope="module")

@@ -65,9 +65,9 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def services(artifacts: Path) -> Iterator[Services]:
     try:
-        yield up(artifacts, say=lambda _: None)
+        yield up(artifacts, notify=lambda _: None)
     finally:
-        down(artifacts, say=lambda _: None)
+        down(artifacts, notify=lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,6 @@ def test_a_run_is_cancelled_interrupted_and_killed_and_goes_on_each_time(
 ) -> None:
     """One training, stopped in three ways; `down` refuses while it runs."""
     settings = (ENDLESS, "seed=7")
-    stopped = {"pretrain": "Cancelled", **dict.fromkeys(AFTER_PRETRAIN, "NotReady")}
     run = start_run(artifacts, *settings)
     run_id = run_of(artifacts, run).id
     until_trained(artifacts, "pretrain", 20)
@@ -224,10 +223,7 @@ def test_a_run_is_cancelled_interrupted_and_killed_and_goes_on_each_time(
     assert "stopped; run the same command to resume" in printed_by(run)
     assert run.returncode == 75
     assert until_final(api, run_id)["state"]["name"] == "Cancelled"
-    ended = {
-        name: state.replace("Cached", "Completed") for name, state in tasks_of(api, run_id).items()
-    }
-    assert ended == dict.fromkeys(STAGES, "Completed") | stopped
+    refuse_other_states(tasks_of(api, run_id), {"Completed", "Cached"})
 
     for number in (signal.SIGINT, signal.SIGTERM):
         run, run_id, log = resumed(artifacts, settings)
@@ -235,18 +231,27 @@ def test_a_run_is_cancelled_interrupted_and_killed_and_goes_on_each_time(
         assert run.returncode == 75, printed
         assert "Traceback" not in printed
         assert until_final(api, run_id)["state"]["name"] == "Cancelled"
-        assert tasks_of(api, run_id) == dict.fromkeys(STAGES, "Cached") | stopped
+        refuse_other_states(tasks_of(api, run_id), {"Cached"})
 
     run, run_id, log = resumed(artifacts, settings)
     run.kill()
     printed_by(run)
     assert api.get(f"flow_runs/{run_id}")["state"]["name"] == "Running"
-    assert up(artifacts, say=lambda _: None)
+    assert up(artifacts, notify=lambda _: None)
     assert api.get(f"flow_runs/{run_id}")["state"]["name"] == "Crashed"
     assert tasks_of(api, run_id)["pretrain"] == "Crashed"
     assert tasks_of(api, run_id)["clean corpus"] == "Cached"
     steps = logged_steps(log)
     assert steps == sorted(set(steps)), "no step is repeated"
+
+
+def refuse_other_states(states: dict[str, str], finished: set[str]) -> None:
+    """Check the states of a run that was stopped in its pretraining."""
+    assert states.keys() == STAGES
+    assert states.pop("pretrain") == "Cancelled"
+    # `evaluate` may have been given its turn by the cancelled `finetune` before the run ended
+    assert {states.pop(name) for name in AFTER_PRETRAIN} <= {"NotReady", "Cancelled"}
+    assert set(states.values()) <= finished
 
 
 def resumed(

@@ -58,7 +58,7 @@ def services(artifacts: Path) -> Iterator[Services]:
                 other.bind(("127.0.0.1", port))
                 other.listen()
         try:
-            yield up(artifacts, say=lambda _: None)
+            yield up(artifacts, notify=lambda _: None)
         finally:
             down(artifacts)
 
@@ -135,7 +135,7 @@ def test_a_second_up_finds_everything_running(services: Services, artifacts: Pat
     with Path(services.prefect.log).open("a") as log:
         log.write("12:00:01.000 | ERROR   | prefect.server.services.scheduler - cannot\n")
     said: list[str] = []
-    assert up(artifacts, say=said.append) == services
+    assert up(artifacts, notify=said.append) == services
     assert said[0] == "all services are running"
     assert f"errors in {services.prefect.log}" in said[1]
     assert running_services(artifacts) == services
@@ -170,7 +170,7 @@ def test_a_server_that_died_is_started_again_on_its_port(
     wait_until_gone(psutil.Process(services.mlflow.pid))
     assert running_services(artifacts) is None
     said: list[str] = []
-    again = up(artifacts, say=said.append)
+    again = up(artifacts, notify=said.append)
     assert said[0] == "mlflow had stopped; restarting it"
     assert again.mlflow.port == services.mlflow.port
     assert again.prefect == services.prefect
@@ -209,7 +209,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60)
     assert killed.returncode == -signal.SIGKILL
     assert list((artifacts / "tracking").glob("*.journal"))
-    up(artifacts, say=lambda _: None)
+    up(artifacts, notify=lambda _: None)
     runs = Place(artifacts).runs("pipelines")
     assert {run.info.status for run in runs.values()} == {"KILLED"}
     assert not list((artifacts / "tracking").glob("*.journal"))
@@ -299,7 +299,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     (tmp_path / "prefect").mkdir()
     (tmp_path / "prefect" / "prefect.db").write_bytes(b"no database " * 1000)
     with pytest.raises(ServiceError, match="not a database"):
-        up(tmp_path, say=lambda _: None)
+        up(tmp_path, notify=lambda _: None)
     assert down(tmp_path) == []
 
 
