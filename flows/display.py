@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -73,19 +72,14 @@ class LiveDisplay:
             self._bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Remove the bars."""
         if self._console.is_terminal:
             self._bars.stop()
 
     def started(self, name: str, reason: str) -> None:
         """Print a step and the reason to build it."""
-        self._console.print(f"[bold]{name:<16}[/bold] building: {reason}", soft_wrap=True)
+        self._print(name, f"building: {reason}")
         with self._lock:
             if self._console.is_terminal:
                 self._tasks[name] = self._bars.add_task(name, total=None, unit="")
@@ -93,7 +87,7 @@ class LiveDisplay:
 
     def waits(self, name: str) -> None:
         """Print that another run builds the same artifact."""
-        self._console.print(f"[bold]{name:<16}[/bold] another run is building it; waiting")
+        self._print(name, "another run is building it; waiting")
 
     def progressed(self, name: str, progress: StageProgress) -> None:
         """Update the bar, or print a line every SECONDS_BETWEEN_LINES."""
@@ -112,23 +106,21 @@ class LiveDisplay:
 
     def restarted(self, name: str, why: str) -> None:
         """Print that a step was restarted, and why."""
-        text = f"[bold]{name:<16}[/bold] [yellow]{why}; restarting, it resumes[/yellow]"
-        self._console.print(text, soft_wrap=True)
+        self._print(name, f"[yellow]{why}; restarting it[/yellow]")
 
     def finished(self, outcome: Outcome) -> None:
         """Replace the bar with a line."""
         with self._lock:
             if outcome.name in self._tasks:
                 self._bars.remove_task(self._tasks.pop(outcome.name))
+        text = "[cyan]cached[/cyan]"
         if outcome.status == "built":
-            took = f"built in {_seconds(outcome.seconds)}"
-            summary = _short_summary(outcome.summary)
-            self._console.print(
-                f"[bold]{outcome.name:<16}[/bold] [green]{took}[/green]  [dim]{summary}[/dim]",
-                soft_wrap=True,
-            )
-        else:
-            self._console.print(f"[bold]{outcome.name:<16}[/bold] [cyan]cached[/cyan]")
+            took, summary = _seconds(outcome.seconds), _short_summary(outcome.summary)
+            text = f"[green]built in {took}[/green]  [dim]{summary}[/dim]"
+        self._print(outcome.name, text)
+
+    def _print(self, name: str, text: str) -> None:
+        self._console.print(f"[bold]{name:<16}[/bold] {text}", soft_wrap=True)
 
 
 def print_plan(plan: Sequence[PlannedStep], console: Console = out) -> None:
@@ -236,12 +228,9 @@ def _short_summary(summary: Mapping[str, object]) -> str:
     """Return the first four values of a summary on one line."""
     parts: list[str] = []
     for name, value in summary.items():
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            continue
-        shown = f"{value:,.4g}" if isinstance(value, float) else str(value)
-        parts.append(
-            f"{name.replace('_', ' ')} {f'{value:,}' if isinstance(value, int) else shown}"
-        )
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            style = {float: ",.4g", int: ",", str: ""}[type(value)]
+            parts.append(f"{name.replace('_', ' ')} {value:{style}}")
     return ", ".join(parts[:4])
 
 

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from flows.live_runs import close_dead_runs
@@ -56,12 +55,7 @@ class PrefectLink:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Send the last progress and end the thread."""
         self._is_over.set()
         self._thread.join()
@@ -143,9 +137,8 @@ class PrefectLink:
         if found := self._api.post("artifacts/filter", {"artifacts": wanted}):
             return found[0]["id"]
         runs = {"flow_run_id": self._flow_run_id, "task_run_id": artifact.task_run_id}
-        return self._api.post("artifacts/", {"key": key, "type": "progress", **content, **runs})[
-            "id"
-        ]
+        body = {"key": key, "type": "progress", **content, **runs}
+        return self._api.post("artifacts/", body)["id"]
 
 
 _servers: list[TemporaryPrefectServer | None] = []  # keeps them running until the process ends

@@ -221,15 +221,9 @@ def _create_run_file() -> LiveRunFile | None:
     if artifacts_dir is None:
         return None
     is_of_worker = "PREFECT__FLOW_RUN_ID" in os.environ
-    return LiveRunFile(
-        artifacts_dir,
-        LiveRun(
-            id=str(flow_run.id),
-            name=str(flow_run.name),
-            pid=os.getpid(),
-            is_of_worker=is_of_worker,
-        ),
-    )
+    run_id, name = str(flow_run.id), str(flow_run.name)
+    run = LiveRun(id=run_id, name=name, pid=os.getpid(), is_of_worker=is_of_worker)
+    return LiveRunFile(artifacts_dir, run)
 
 
 def _suppress_known_tracebacks() -> None:

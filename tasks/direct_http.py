@@ -18,12 +18,10 @@ def open_direct(request: urllib.request.Request, timeout_seconds: float) -> Any:
     return _OPENER.open(request, timeout=timeout_seconds)
 
 
-def fetch_or_none(url: str, body: bytes | None = None) -> bytes | None:
-    """Return the response to a GET, or to a POST of a JSON `body`; None on any error."""
-    headers = {} if body is None else {"Content-Type": "application/json"}
-    request = urllib.request.Request(url, body, headers)
+def fetch_or_none(url: str) -> bytes | None:
+    """Return the response to a GET request, None on any error."""
     try:
-        with open_direct(request, HEALTH_TIMEOUT_SECONDS) as response:
+        with open_direct(urllib.request.Request(url), HEALTH_TIMEOUT_SECONDS) as response:
             return response.read()
     except (OSError, http.client.HTTPException):  # urllib's own errors are OSErrors
         return None

@@ -32,36 +32,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRequest:
-    """The arguments of one run, or of one member of a sweep."""
+    """The arguments of one run, or of a sweep's member, which has a name and names its sweep."""
 
     recipe: str
     overrides: Sequence[str]
     selection: Selection
     name: str = ""
-    """Name of the flow run; empty for the flow's own naming."""
     sweep: str = ""
-    """Name of the sweep that the run is a member of."""
 
 
 def add_run_commands(commands: Any) -> None:
     """Add `run` and `sweep` to the subparsers."""
-    names = [stage.name for stage in STAGES]
+    stages = ", ".join(stage.name for stage in STAGES)
     run = commands.add_parser(
         "run",
         help="build a model from a recipe, reusing everything that is cached",
-        epilog=f"recipes: {', '.join(recipe_names())}; stages: {', '.join(names)}",
+        epilog=f"recipes: {', '.join(recipe_names())}; stages: {stages}",
     )
     run.add_argument("recipe", help="name of a recipe in configs/, or path of a YAML file")
     run.add_argument("overrides", nargs="*", metavar="section.key=value")
     run.add_argument("--plan", action="store_true", help="print what would be built and why")
     run.add_argument("--only", metavar="STAGE", default="", help="build this stage alone")
-    run.add_argument(
-        "--from",
-        metavar="STAGE",
-        default="",
-        dest="start_from",
-        help="build this stage and all later ones, even if cached",
-    )
+    text = "build this stage and all later ones, even if cached"
+    run.add_argument("--from", metavar="STAGE", default="", dest="start_from", help=text)
     for option, text in (
         ("--force", "build this stage even if cached"),
         ("--reuse", "use its newest artifact even if its code changed"),
@@ -205,14 +198,10 @@ def _show_plan(
 ) -> int:
     """Print the plan and its problems; return the exit code, 2 if there are any."""
     if is_json:
+        names = ("status", "reason", "digest")
         stages = [
-            {
-                "stage": item.step.stage.name,
-                "role": item.step.role,
-                "status": item.status,
-                "reason": item.reason,
-                "digest": item.digest,
-            }
+            {"stage": item.step.stage.name, "role": item.step.role}
+            | {name: getattr(item, name) for name in names}
             for item in plan
         ]
         print(json.dumps({"recipe": config.name, "stages": stages, "problems": list(problems)}))

@@ -16,12 +16,7 @@ from flows.services.processes import (
     listening_socket,
     start_error,
 )
-from flows.services.registry import (
-    DEFAULT_PORTS,
-    recorded_services,
-    service_log,
-    services_lock,
-)
+from flows.services.registry import DEFAULT_PORTS, recorded_services, service_log, services_lock
 from flows.services.servers import (
     PORT_TIMEOUT_SECONDS,
     START_TIMEOUT_SECONDS,

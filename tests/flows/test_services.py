@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import Request
 
 import psutil
 import pytest
@@ -35,7 +36,7 @@ from flows.services.registry import (
 from flows.services.servers import down, up
 from flows.services.temporary_server import TemporaryPrefectServer, replace_server
 from llm.config import RuntimeConfig
-from tasks.direct_http import fetch_or_none
+from tasks.direct_http import open_direct
 from tests.tasks.mlflow_place import Place
 
 ROOT = Path(__file__).parents[2]
@@ -153,9 +154,11 @@ def test_the_pages_are_those_of_up_or_of_the_users_own_mlflow(
     found = addresses(RuntimeConfig(), artifacts)
     assert found == {"MLflow": services.mlflow_url, "Prefect": services.prefect_url}
     body = json.dumps({"name": "fromscratch/models"}).encode()
-    made = fetch_or_none(f"{services.mlflow_url}/api/2.0/mlflow/experiments/create", body)
-    assert made is not None
-    page = f"#/experiments/{json.loads(made)['experiment_id']}/runs"
+    create = f"{services.mlflow_url}/api/2.0/mlflow/experiments/create"
+    request = Request(create, body, {"Content-Type": "application/json"})
+    with open_direct(request, 10) as response:
+        made = json.loads(response.read())
+    page = f"#/experiments/{made['experiment_id']}/runs"
     page += "?workflowType=machine_learning&compareRunsMode=CHART"
     assert addresses(RuntimeConfig(), artifacts)["MLflow"] == f"{services.mlflow_url}/{page}"
     own = RuntimeConfig(tracking_uri=f"{services.mlflow_url}/")
