@@ -27,7 +27,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_export_writes_a_folder_and_says_which(
+def test_export_writes_a_folder_and_prints_its_path(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "theirs"
@@ -55,7 +55,7 @@ def test_export_writes_a_folder_and_says_which(
         (["import", "MODEL", "--to", "MODEL"], 2, "already there"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_line_and_leaves_nothing(
+def test_an_invalid_command_prints_one_line_and_writes_nothing(
     model: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -87,7 +87,7 @@ def test_every_option_has_its_help(command: str, capsys: pytest.CaptureFixture[s
         ("runs._run_flow", ["run", "quickstart"], 75, "stopped; run the same command to resume"),
     ],
 )
-def test_ctrl_c_says_that_it_goes_on_only_of_what_does(
+def test_ctrl_c_offers_to_resume_only_what_can_resume(
     function: str,
     command: list[str],
     code: int,
@@ -106,7 +106,7 @@ def test_ctrl_c_says_that_it_goes_on_only_of_what_does(
     assert capsys.readouterr().err.startswith(said)
 
 
-def test_chat_that_took_the_newest_model_says_which_where_no_terminal_shows_it(
+def test_chat_prints_the_folder_of_the_newest_model_without_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = KeyParts(
@@ -126,7 +126,7 @@ def test_chat_that_took_the_newest_model_says_which_where_no_terminal_shows_it(
     assert capsys.readouterr().err == f"model: {folder}\n"
 
 
-def test_full_disk_is_a_line_whatever_the_command(
+def test_a_full_disk_is_one_line_for_every_command(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*arguments: object) -> None:

@@ -161,9 +161,7 @@ def test_a_schedule_runs(api: PrefectApi) -> None:
     api.delete(f"deployments/{tiny['id']}/schedules/{schedule['id']}")
 
 
-def test_a_download_that_the_network_failed_is_tried_again(
-    api: PrefectApi, artifacts: Path
-) -> None:
+def test_a_download_that_the_network_failed_is_retried(api: PrefectApi, artifacts: Path) -> None:
     text = (artifacts.parent / "sources" / "corpus.txt").read_bytes()
     refusals = [answer(b"", "503 Service Unavailable")] * 5  # all the tries of one attempt
     with HostileServer([*refusals, answer(text)]) as server:
@@ -204,9 +202,7 @@ def test_a_stage_that_fails_ends_the_run_with_its_message(
     assert "Traceback" not in logs_of(api, run_id)
 
 
-def test_a_run_is_cancelled_interrupted_and_killed_and_goes_on_each_time(
-    api: PrefectApi, artifacts: Path
-) -> None:
+def test_a_run_resumes_after_cancel_interrupt_and_kill(api: PrefectApi, artifacts: Path) -> None:
     """One training, stopped in three ways; `down` refuses while it runs."""
     settings = (ENDLESS, "seed=7")
     run = start_run(artifacts, *settings)

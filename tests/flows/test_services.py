@@ -148,7 +148,7 @@ def test_the_environment_points_a_client_at_the_server(services: Services, artif
     assert found["PREFECT_HOME"] == str(artifacts / "prefect")
 
 
-def test_the_pages_are_those_of_up_or_of_the_users_own_mlflow(
+def test_the_addresses_are_those_of_up_or_of_the_users_own_mlflow(
     services: Services, artifacts: Path
 ) -> None:
     found = addresses(RuntimeConfig(), artifacts)
@@ -218,7 +218,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert not list((artifacts / "tracking").glob("*.journal"))
 
 
-def test_errors_in_a_servers_log_are_found_and_said_by_doctor(
+def test_errors_in_a_servers_log_are_found_and_printed_by_doctor(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "services").mkdir()
@@ -242,7 +242,7 @@ def test_errors_in_a_servers_log_are_found_and_said_by_doctor(
     assert errors_in_logs(tmp_path) == [], "it is not running"
 
 
-def test_down_ends_the_services_and_what_they_started_and_nothing_else(
+def test_down_stops_the_services_and_what_they_started_and_nothing_else(
     services: Services, artifacts: Path
 ) -> None:
     running = running_services(artifacts)
@@ -269,7 +269,7 @@ def test_down_ends_the_services_and_what_they_started_and_nothing_else(
     assert running_prefect_environment(artifacts) == {}
 
 
-def test_a_temporary_server_serves_and_goes(services: Services, artifacts: Path) -> None:
+def test_a_temporary_server_serves_and_stops(services: Services, artifacts: Path) -> None:
     down(artifacts)  # its database is used again, which saves creating one
     with contextlib.ExitStack() as stack:
         server = TemporaryPrefectServer(artifacts)
@@ -283,7 +283,7 @@ def test_a_temporary_server_serves_and_goes(services: Services, artifacts: Path)
         ask(url, "/api/health")
 
 
-def test_a_temporary_server_goes_when_its_run_is_killed(tmp_path: Path) -> None:
+def test_a_temporary_server_stops_when_its_run_is_killed(tmp_path: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
@@ -298,7 +298,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         wait_until_gone(psutil.Process(int(done.stdout)))
 
 
-def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+def test_a_server_that_cannot_start_reports_why(tmp_path: Path) -> None:
     (tmp_path / "prefect").mkdir()
     (tmp_path / "prefect" / "prefect.db").write_bytes(b"no database " * 1000)
     with pytest.raises(ServiceError, match="not a database"):
@@ -306,7 +306,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     assert down(tmp_path) == []
 
 
-def test_a_process_number_that_was_given_again_is_not_taken_for_a_service(tmp_path: Path) -> None:
+def test_a_reused_process_number_is_not_taken_for_a_service(tmp_path: Path) -> None:
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
     service = start_service("prefect", sleeping, os.environ, tmp_path / "log")
     assert service.is_alive
@@ -325,6 +325,6 @@ def test_importing_services_imports_neither_prefect_nor_mlflow() -> None:
     assert done.stdout.strip() == b"set()"
 
 
-def test_a_port_is_one_servers_before_it_answers() -> None:
+def test_a_port_is_taken_before_its_server_answers() -> None:
     with listening_socket(0) as first, listening_socket(first.getsockname()[1]) as second:
         assert second.getsockname()[1] != first.getsockname()[1]
