@@ -44,7 +44,7 @@ def examine(artifacts: Path, *, is_thorough: bool = False) -> int:
     for finding in itertools.chain(*findings, _store(artifacts, is_thorough)):
         console.print(f"{marks[finding.level]} {finding.text}", soft_wrap=True)
         num_wrong += finding.level == "wrong"
-    console.print(f"{num_wrong} problems found" if num_wrong else "no problems found")
+    console.print(f"problems found: {num_wrong}" if num_wrong else "no problems found")
     return 1 if num_wrong else 0
 
 
@@ -66,11 +66,8 @@ def _machine(artifacts: Path) -> Iterator[Finding]:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     level = "ok" if free >= MIN_DISK_BYTES else "wrong"
-    text = f"{free / 1e9:.1f} GB of disk free for {folder}"
-    yield Finding(
-        level=level,
-        text=text if level == "ok" else f"{text}: free some space, or set runtime.artifacts_dir",
-    )
+    action = "" if level == "ok" else ": free some space, or set runtime.artifacts_dir"
+    yield Finding(level=level, text=f"{free / 1e9:.1f} GB of disk free for {folder}{action}")
     if not os.access(existing, os.W_OK):
         yield Finding(level="wrong", text=f"{existing}: not writable; set runtime.artifacts_dir")
 
@@ -82,9 +79,7 @@ def _libraries() -> Iterator[Finding]:
     try:
         fastapi = metadata.version("fastapi")
         if tuple(map(int, fastapi.split(".")[:2])) >= FASTAPI_TOO_NEW:
-            text = (
-                f"fastapi {fastapi}: Prefect's server does not start; pip install 'fastapi<0.151'"
-            )
+            text = f"fastapi {fastapi}: stops Prefect's server; pip install 'fastapi<0.151'"
             yield Finding(level="wrong", text=text)
     except metadata.PackageNotFoundError:
         yield Finding(level="wrong", text="fastapi is not installed; run `make run` or pip")
@@ -131,7 +126,6 @@ def _store(artifacts: Path, is_thorough: bool) -> Iterator[Finding]:
         try:
             store.verify(folder, is_thorough=is_thorough)
         except ArtifactError as error:
-            text = f"{error}; the next run that needs it rebuilds it"
-            yield Finding(level="wrong", text=text)
+            yield Finding(level="wrong", text=f"{error}; the next run that needs it rebuilds it")
         except (PlaceError, ConfigError) as error:  # of a disk or store it was spread over
             yield Finding(level="wrong", text=str(error))

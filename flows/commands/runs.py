@@ -50,7 +50,7 @@ def add_run_commands(commands: Any) -> None:
         epilog=f"recipes: {', '.join(recipe_names())}; stages: {stages}",
     )
     run.add_argument("recipe", help="name of a recipe in configs/, or path of a YAML file")
-    run.add_argument("overrides", nargs="*", metavar="section.key=value")
+    run.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a setting")
     run.add_argument("--plan", action="store_true", help="print what would be built and why")
     run.add_argument("--only", metavar="STAGE", default="", help="build this stage alone")
     text = "build this stage and all later ones, even if cached"
