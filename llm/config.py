@@ -586,7 +586,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     presets.expand_preset(tree, problems)
     config = build(RunConfig, tree, "", problems)
     if config is not None and depth:
-        presets.expand_depth(tree, depth, _surroundings(typing.cast(RunConfig, config)))
+        presets.expand_depth(tree, depth, _depth_context(typing.cast(RunConfig, config)))
         config = build(RunConfig, tree, "", problems)
     if config is not None:
         problems += _cross_checks(typing.cast(RunConfig, config))
@@ -727,7 +727,7 @@ def _apply_override(tree: dict[str, object], override: str, problems: list[str])
     node[last] = value
 
 
-def _surroundings(config: RunConfig) -> presets.Surroundings:
+def _depth_context(config: RunConfig) -> presets.Surroundings:
     """Return the settings that the expansion of `pretrain.depth` depends on."""
     model, tokenizer = config.pretrain.model, config.train_tokenizer
     has_few_tokens = tokenizer.kind in ("bytes", "characters")  # hundreds: negligible parameters
