@@ -1,4 +1,4 @@
-# `make run` and `make test` do everything on a fresh machine that has Python 3.11 to 3.13 and make.
+# `make run` and `make test` set up everything on a machine with make and Python 3.11 to 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,32 +7,32 @@ RECIPE ?= quickstart
 
 .PHONY: run test lint bare-llm up down chat doctor clean
 
-run: $(VENV)/installed  ## the quickstart recipe: a language model from real text, offline
+run: $(VENV)/installed  ## install, then run the quickstart recipe (offline)
 	$(BIN)/fromscratch run $(RECIPE) $(ARGS)
 
-test: $(VENV)/installed-test  ## the tests
+test: $(VENV)/installed-test  ## run the tests
 	$(BIN)/pytest $(ARGS)
 
-lint: $(VENV)/installed-test  ## style and types
+lint: $(VENV)/installed-test  ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-bare-llm:  ## llm/ and its tests, with llm's own dependencies alone, as on a bare GPU node
+bare-llm:  ## test llm/ with its own dependencies only, as on a bare GPU node
 	sh tests/bare_llm.sh $(PYTHON)
 
 up down chat doctor: $(VENV)/installed
 	$(BIN)/fromscratch $@ $(ARGS)
 
-clean:  ## remove the environment; artifacts stay
+clean:  ## remove the virtual environment; artifacts are kept
 	rm -rf $(VENV)
 
 $(VENV)/bin/pip:
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "Python 3.11 to 3.13 is needed, this is %d.%d; name another: make PYTHON=python3.12 run" % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "found Python %d.%d, expected 3.11 to 3.13; choose one: make PYTHON=python3.12 run" % v)'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/pip pyproject.toml constraints.txt
-	@echo "installing into $(VENV) (minutes, once)"
+	@echo "installing into $(VENV) (takes minutes, once)"
 	$(INSTALL) -e .
 	@touch $@
 

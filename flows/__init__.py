@@ -1,1 +1,1 @@
-"""What runs when: the pipeline, single stages, the command line and the servers beside them."""
+"""Orchestration: the pipeline as a Prefect flow, the command line, and the local servers."""

@@ -1,9 +1,8 @@
-"""What a person sees of a run: bars with rate and time left, and at the end a table."""
+"""Terminal output: live progress of a run, and tables of plans, results and comparisons."""
 
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -29,15 +28,15 @@ from tasks.plan import PlannedStep
 if TYPE_CHECKING:
     from flows.compare_tokenizers import MeasuredTokenizer
 
-SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
-UNBROKEN = 1000  # columns: a narrow terminal breaks the lines, and no figure is cut off
+SECONDS_BETWEEN_LINES = 10.0  # progress lines where stderr is no terminal
+UNWRAPPED_COLUMNS = 1000  # the terminal wraps the lines; rich would truncate numbers
 
 err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
 
 
 class _Rate(ProgressColumn):
-    """Done of total, and how many a second."""
+    """Column `done/total unit, rate`."""
 
     def render(self, task: Task) -> Text:
         unit = task.fields.get("unit", "")
@@ -49,10 +48,10 @@ class _Rate(ProgressColumn):
 
 
 class LiveDisplay:
-    """Draws on stderr: live bars on a terminal, a line now and then elsewhere."""
+    """Progress on stderr: live bars on a terminal, occasional lines elsewhere."""
 
     def __init__(self, console: Console = err) -> None:
-        """Draw nothing before the first step starts."""
+        """Prepare; nothing is drawn before the first step starts."""
         self._console = console
         self._bars = Progress(
             TextColumn("[bold]{task.description}"),
@@ -69,35 +68,30 @@ class LiveDisplay:
         self._lock = threading.Lock()
 
     def __enter__(self) -> "LiveDisplay":
-        """Begin to draw."""
+        """Start drawing."""
         if self._console.is_terminal:
             self._bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Leave the terminal as it was."""
+    def __exit__(self, *error: object) -> None:
+        """Remove the bars."""
         if self._console.is_terminal:
             self._bars.stop()
 
     def started(self, name: str, reason: str) -> None:
-        """Announce a step and why it is built."""
-        self._console.print(f"[bold]{name:<16}[/bold] building: {reason}", soft_wrap=True)
+        """Print a step and the reason to build it."""
+        self._print(name, f"building: {reason}")
         with self._lock:
             if self._console.is_terminal:
                 self._tasks[name] = self._bars.add_task(name, total=None, unit="")
             self._next_line_at[name] = time.monotonic() + SECONDS_BETWEEN_LINES
 
     def waits(self, name: str) -> None:
-        """Say that another run is at it."""
-        self._console.print(f"[bold]{name:<16}[/bold] another run is building it; waiting for that")
+        """Print that another run builds the same artifact."""
+        self._print(name, "another run is building it; waiting")
 
     def progressed(self, name: str, progress: StageProgress) -> None:
-        """Move the bar, or print a line when the last is some time ago."""
+        """Update the bar, or print a line every SECONDS_BETWEEN_LINES."""
         with self._lock:
             if name in self._tasks:
                 self._bars.update(
@@ -112,35 +106,33 @@ class LiveDisplay:
                 self._console.print(f"{name:<16} {progress.done:,}{total} {progress.unit}")
 
     def restarted(self, name: str, why: str) -> None:
-        """Say that a step begins again where it was, and why."""
-        text = f"[bold]{name:<16}[/bold] [yellow]{why}; it is started again and goes on[/yellow]"
-        self._console.print(text, soft_wrap=True)
+        """Print that a step was restarted, and why."""
+        self._print(name, f"[yellow]{why}; restarting it[/yellow]")
 
     def finished(self, outcome: Outcome) -> None:
-        """Replace the bar by a line."""
+        """Replace the bar with a line."""
         with self._lock:
             if outcome.name in self._tasks:
                 self._bars.remove_task(self._tasks.pop(outcome.name))
+        text = "[cyan]cached[/cyan]"
         if outcome.status == "built":
-            took = f"built in {_seconds(outcome.seconds)}"
-            said = _in_short(outcome.summary)
-            self._console.print(
-                f"[bold]{outcome.name:<16}[/bold] [green]{took}[/green]  [dim]{said}[/dim]",
-                soft_wrap=True,
-            )
-        else:
-            self._console.print(f"[bold]{outcome.name:<16}[/bold] [cyan]cached[/cyan]")
+            took, summary = _seconds(outcome.seconds), _short_summary(outcome.summary)
+            text = f"[green]built in {took}[/green]  [dim]{summary}[/dim]"
+        self._print(outcome.name, text)
+
+    def _print(self, name: str, text: str) -> None:
+        self._console.print(f"[bold]{name:<16}[/bold] {text}", soft_wrap=True)
 
 
 def print_plan(plan: Sequence[PlannedStep], console: Console = out) -> None:
-    """Print every step: cached or to build, and why."""
+    """Print the status of every step and the reason for it."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("stage", "status", "why", "artifact"):
+    for heading in ("stage", "status", "reason", "artifact"):
         table.add_column(heading, overflow="fold")
     for item in plan:
         style = "cyan" if item.status == "cached" else "yellow"
-        why = f"{item.reason} ({item.note})" if item.note else item.reason
-        table.add_row(item.step.name, f"[{style}]{item.status}[/]", why, item.digest[:12])
+        reason = f"{item.reason} ({item.note})" if item.note else item.reason
+        table.add_row(item.step.name, f"[{style}]{item.status}[/]", reason, item.digest[:12])
     console.print(table)
     num_to_build = sum(item.status == "build" for item in plan)
     console.print(f"{num_to_build} of {len(plan)} to build" if num_to_build else "nothing to build")
@@ -154,18 +146,18 @@ def print_outcomes(
     seconds: float,
     console: Console = out,
 ) -> None:
-    """Print what a run came to: stages with times, main figures, sample answers, where to look."""
+    """Print the result of a run: stages and times, metrics, sample answers, page addresses."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("stage", "status", "seconds", "artifact"):
         table.add_column(heading, justify="right" if heading == "seconds" else "left")
     for outcome in outcomes:
         style = "cyan" if outcome.status == "cached" else "green"
         took = f"{outcome.seconds:.1f}" if outcome.status == "built" else ""
-        place = f"{outcome.stage}/{outcome.digest[:12]}"
-        table.add_row(outcome.name, f"[{style}]{outcome.status}[/]", took, place)
+        artifact = f"{outcome.stage}/{outcome.digest[:12]}"
+        table.add_row(outcome.name, f"[{style}]{outcome.status}[/]", took, artifact)
     console.print()
     console.print(table)
-    console.print(f"\n{_seconds(seconds)} in all")
+    console.print(f"\ntotal {_seconds(seconds)}")
     if metrics:
         _print_metrics(metrics, console)
     for sample in samples[:3]:
@@ -180,11 +172,11 @@ def print_outcomes(
 
 
 def print_sweep(members: Sequence[Member], console: Console = out) -> None:
-    """Print the members of a sweep side by side, the best first, and why others failed."""
+    """Print a table of a sweep's members, best first, and the errors of those that failed."""
     headings, rows = comparison(members)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, heading in enumerate(headings):
-        heading = heading.replace(" a ", "\na ")
+        heading = heading.replace(" a ", "\na ").replace(" per ", "\nper ")
         table.add_column(heading, justify="right" if index else "left", no_wrap=not index)
     for row in rows:
         table.add_row(_plain(row[0]), *row[1:])
@@ -198,12 +190,12 @@ def print_sweep(members: Sequence[Member], console: Console = out) -> None:
 
 
 def print_tokenizers(measured: "Sequence[MeasuredTokenizer]") -> None:
-    """Print tokenizers side by side: what they make of a text, and megabytes of it a second."""
+    """Print a table of tokenizers: token counts on one text, round trips and speed."""
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     table.add_column("tokenizer", no_wrap=True)
     for heading in (
-        "ids", "tokens\na word", "bytes\na token", "tokens a\ncharacter", "single\nbytes",
-        "texts\nrefused", "came back\nchanged", "encode\nMB/s", "decode\nMB/s",
+        "vocabulary", "tokens\nper word", "bytes\nper token", "tokens per\ncharacter",
+        "single\nbytes", "texts\nrefused", "round trips\nfailed", "encode\nMB/s", "decode\nMB/s",
     ):  # fmt: skip
         table.add_column(heading, justify="right")
     for tokenizer in measured:
@@ -220,29 +212,26 @@ def print_tokenizers(measured: "Sequence[MeasuredTokenizer]") -> None:
             f"{speed.encode_megabytes_per_second:.1f}",
             f"{speed.decode_megabytes_per_second:.1f}",
         )
-    Console(width=UNBROKEN, highlight=False).print(table)
+    Console(width=UNWRAPPED_COLUMNS, highlight=False).print(table)
 
 
 def _print_metrics(metrics: Mapping[str, float], console: Console) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, value in metrics.items():
         if name.count("/") > 1 or (name.startswith(("leak/", "data/")) and name != "leak/passed"):
-            continue  # these stand in the report
+            continue  # details, shown in the report only
         table.add_row(name, f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}")
     console.print()
     console.print(table)
 
 
-def _in_short(summary: Mapping[str, object]) -> str:
-    """Say the first few numbers and words of a summary on one line."""
+def _short_summary(summary: Mapping[str, object]) -> str:
+    """Return the first four values of a summary on one line."""
     parts: list[str] = []
     for name, value in summary.items():
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            continue
-        shown = f"{value:,.4g}" if isinstance(value, float) else str(value)
-        parts.append(
-            f"{name.replace('_', ' ')} {f'{value:,}' if isinstance(value, int) else shown}"
-        )
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            style = {float: ",.4g", int: ",", str: ""}[type(value)]
+            parts.append(f"{name.replace('_', ' ')} {value:{style}}")
     return ", ".join(parts[:4])
 
 

@@ -1,4 +1,4 @@
-"""Say what is wrong with this machine, and with what is on it, each with what to do."""
+"""`fromscratch doctor`: check the machine, the libraries, the servers and the artifacts."""
 
 import importlib.util
 import itertools
@@ -17,26 +17,26 @@ from rich.console import Console
 from rich.progress import track
 
 from flows.services.processes import HOST
-from flows.services.servers import FIRST_PORTS, log_errors, recorded
+from flows.services.registry import DEFAULT_PORTS, errors_in_logs, recorded_services
 from llm.errors import ArtifactError
 from tasks.stages import all_stages
 from tasks.store import Store
 
-FREE_BYTES_WANTED = 5_000_000_000  # the quickstart's artifacts, twice, and the servers' databases
-MEMORY_BYTES_WANTED = 4_000_000_000  # the quickstart stays below 2 GiB; servers take the rest
-FASTAPI_TOO_NEW = (0, 151)  # Prefect 3.8.8 starts no server from here on
+MIN_DISK_BYTES = 5_000_000_000  # twice the artifacts of the quickstart, and the databases
+MIN_MEMORY_BYTES = 4_000_000_000  # the quickstart uses less than 2 GiB, the servers the rest
+FASTAPI_TOO_NEW = (0, 151)  # from here on the server of Prefect 3.8.8 does not start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing looked at: fine, worth knowing, or wrong and what to do."""
+    """The result of one check; the text of a problem says what to do."""
 
     level: Literal["ok", "note", "wrong"]
     text: str
 
 
 def examine(artifacts: Path, *, is_thorough: bool = False) -> int:
-    """Print every finding and return 1 when one is wrong; `is_thorough` hashes all artifacts."""
+    """Print every finding and return 1 if one is wrong; `is_thorough` hashes all artifacts."""
     console = Console(highlight=False)
     num_wrong = 0
     marks = {"ok": "[green]ok   [/]", "note": "[yellow]note [/]", "wrong": "[red]wrong[/]"}
@@ -44,30 +44,30 @@ def examine(artifacts: Path, *, is_thorough: bool = False) -> int:
     for finding in itertools.chain(*findings, _store(artifacts, is_thorough)):
         console.print(f"{marks[finding.level]} {finding.text}", soft_wrap=True)
         num_wrong += finding.level == "wrong"
-    console.print(f"{num_wrong} wrong" if num_wrong else "nothing is wrong")
+    console.print(f"problems found: {num_wrong}" if num_wrong else "no problems found")
     return 1 if num_wrong else 0
 
 
 def _machine(artifacts: Path) -> Iterator[Finding]:
     version = platform.python_version()
     if not (3, 11) <= sys.version_info[:2] < (3, 14):
-        yield Finding(level="wrong", text=f"Python {version}: 3.11 to 3.13 is needed")
+        yield Finding(level="wrong", text=f"Python {version}: 3.11 to 3.13 is required")
     else:
         yield Finding(level="ok", text=f"Python {version}, {os.cpu_count()} cores")
     if not sys.platform.startswith("linux"):
-        text = f"{sys.platform}: only Linux ends a training when the flow that started it is killed"
+        text = f"{sys.platform}: only Linux ends a training when its flow is killed"
         yield Finding(level="note", text=text)
     import psutil
 
     memory = psutil.virtual_memory().available
-    level = "ok" if memory >= MEMORY_BYTES_WANTED else "note"
+    level = "ok" if memory >= MIN_MEMORY_BYTES else "note"
     yield Finding(level=level, text=f"{memory / 1e9:.1f} GB of memory free")
     folder = artifacts.absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    level = "ok" if free >= FREE_BYTES_WANTED else "wrong"
-    text = f"{free / 1e9:.1f} GB of disk free for {folder}"
-    yield Finding(level=level, text=text if level == "ok" else f"{text}: free some, or move it")
+    level = "ok" if free >= MIN_DISK_BYTES else "wrong"
+    action = "" if level == "ok" else ": free some space, or set runtime.artifacts_dir"
+    yield Finding(level=level, text=f"{free / 1e9:.1f} GB of disk free for {folder}{action}")
     if not os.access(existing, os.W_OK):
         yield Finding(level="wrong", text=f"{existing}: not writable; set runtime.artifacts_dir")
 
@@ -79,7 +79,7 @@ def _libraries() -> Iterator[Finding]:
     try:
         fastapi = metadata.version("fastapi")
         if tuple(map(int, fastapi.split(".")[:2])) >= FASTAPI_TOO_NEW:
-            text = f"fastapi {fastapi}: no Prefect server starts; pip install 'fastapi<0.151'"
+            text = f"fastapi {fastapi}: stops Prefect's server; pip install 'fastapi<0.151'"
             yield Finding(level="wrong", text=text)
     except metadata.PackageNotFoundError:
         yield Finding(level="wrong", text="fastapi is not installed; run `make run` or pip")
@@ -92,15 +92,15 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _servers(artifacts: Path) -> Iterator[Finding]:
-    known = recorded(artifacts.absolute())
-    for name, port in FIRST_PORTS.items():
+    known = recorded_services(artifacts.absolute())
+    for name, port in DEFAULT_PORTS.items():
         service = known.get(name)
         if service is not None and service.is_alive:
             yield Finding(level="ok", text=f"{name} runs on port {service.port}")
         elif _is_in_use(port):
-            text = f"port {port} is in use; `fromscratch up` takes another for {name}"
+            text = f"port {port} is in use; `fromscratch up` uses another for {name}"
             yield Finding(level="note", text=text)
-    for text in log_errors(artifacts):
+    for text in errors_in_logs(artifacts):
         yield Finding(level="note", text=text)
 
 
@@ -116,15 +116,14 @@ def _store(artifacts: Path, is_thorough: bool) -> Iterator[Finding]:
     num_damaged = len(list((store.root / "damaged").glob("*/REASON.txt")))
     if num_damaged:
         text = f"{num_damaged} damaged artifacts were set aside in {store.root / 'damaged'}"
-        yield Finding(level="note", text=f"{text}; look at the disk, then delete them")
+        yield Finding(level="note", text=f"{text}; check the disk, then delete them")
     num_unfinished = len(list((store.root / "staging").glob("*/job.json")))
     if num_unfinished:
         text = f"{num_unfinished} unfinished stages in {store.root / 'staging'}"
-        yield Finding(level="note", text=f"{text}; running them again goes on from there")
-    looked_at = track(folders, "verifying", transient=True) if is_thorough else folders
-    for folder in looked_at:
+        yield Finding(level="note", text=f"{text}; the same commands resume them")
+    shown = track(folders, "verifying", transient=True) if is_thorough else folders
+    for folder in shown:
         try:
             store.verify(folder, is_thorough=is_thorough)
         except ArtifactError as error:
-            text = f"{error}; the next run that needs it sets it aside and builds it again"
-            yield Finding(level="wrong", text=text)
+            yield Finding(level="wrong", text=f"{error}; the next run that needs it rebuilds it")

@@ -1,9 +1,9 @@
-"""What a run came to, built or found; needs neither prefect nor mlflow."""
+"""The result of a run; imports neither prefect nor mlflow."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flows.services.servers import addresses
+from flows.services.addresses import addresses
 from llm.config import RunConfig
 from tasks.cached import Outcome, cached_outcome
 from tasks.plan import PlannedStep
@@ -12,17 +12,17 @@ from tasks.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run came to."""
+    """The result of a run, whether its steps were built or cached."""
 
     recipe: str
     outcomes: list[Outcome]
     mlflow_run_id: str
     addresses: dict[str, str]
-    """Where to look: MLflow, Prefect."""
+    """Addresses of the pages of MLflow and Prefect, by name."""
 
 
 def cached_result(config: RunConfig, plan: Sequence[PlannedStep], store: Store) -> RunResult:
-    """Return the result of a run that had nothing to do, from what is on disk."""
+    """Return the result of a run whose steps are all cached, read from the store."""
     outcomes = [cached_outcome(item, store) for item in plan]
     return RunResult(
         recipe=config.name,

@@ -1,4 +1,4 @@
-"""The flow: builds the steps of the map as Prefect tasks, side by side where they can be."""
+"""The Prefect flow `pipeline`: one task per step, in parallel where inputs allow."""
 
 import contextlib
 import logging
@@ -22,12 +22,13 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.tasks import Task
 
 from flows.display import LiveDisplay
+from flows.live_runs import LiveRun, LiveRunFile
 from flows.pipeline import language_model
 from flows.prefect_link import PrefectLink
 from flows.result import RunResult
-from flows.running import RunFile, RunningRun
+from flows.services.addresses import addresses
 from flows.services.environments import served_artifacts
-from flows.services.servers import addresses, environment
+from flows.services.registry import running_prefect_environment
 from flows.sweep import SWEEP
 from llm.config import RunConfig, flatten, load_config
 from llm.errors import FromscratchError, Interrupted, TransientError
@@ -39,16 +40,16 @@ from tasks.store import Store
 from tasks.tracking.journal import PipelineStarted, ReportFinished
 from tasks.tracking.tracker import Tracker
 
-NAME_CHARACTERS = 120  # of a flow run, as its page shows it on one line
+MAX_NAME_CHARACTERS = 120  # one line on the flow run's page
 DOWNLOAD_RETRY_SECONDS = [2.0, 10.0, 30.0]
 
 
 def _flow_run_name() -> str:
-    """Say what differs from a recipe, and which: `finetune.num_steps=200 quickstart`."""
+    """Return overrides and recipe: `finetune.num_steps=200 quickstart`."""
     parameters = cast(Mapping[str, Any], flow_run.parameters or {})
     overrides = cast(list[str], parameters.get("overrides") or [])
     differing = " ".join(word for word in overrides if not word.startswith("runtime."))
-    shown = textwrap.shorten(differing, NAME_CHARACTERS, placeholder=" ...")
+    shown = textwrap.shorten(differing, MAX_NAME_CHARACTERS, placeholder=" ...")
     return f"{shown} {Path(str(parameters.get('recipe'))).stem}".strip()
 
 
@@ -61,18 +62,18 @@ def pipeline(
     force: list[str] | None = None,
     reuse: list[str] | None = None,
 ) -> State[RunResult]:
-    """Make a language model by a recipe, or those of its stages that are not there yet.
+    """Build a language model from a recipe. Stages that are cached are not built again.
 
     Args:
-        recipe: a name in configs/, or the path of a YAML file.
-        overrides: `section.key=value`, each.
-        only: build this stage alone; what it needs must be there.
-        start_from: build this stage and all that follow, even if cached.
+        recipe: name of a recipe in configs/, or path of a YAML file.
+        overrides: settings that replace the recipe's, each `section.key=value`.
+        only: build this stage alone; its inputs must be cached.
+        start_from: build this stage and all later ones, even if cached.
         force: build these stages even if cached.
-        reuse: take the newest artifacts of these stages though their code changed.
+        reuse: use the newest artifacts of these stages even if their code changed.
     """
-    run_file = _run_file()
-    _say_errors_once()
+    run_file = _create_run_file()
+    _suppress_known_tracebacks()
     try:
         config = load_config(recipe, overrides or [])
         selection = Selection(
@@ -80,18 +81,18 @@ def pipeline(
         )
         result = _run(config, selection)
     except (Interrupted, KeyboardInterrupt, TerminationSignal):
-        return Cancelled(message="It was stopped; run it again to go on from where it was.")
-    except FromscratchError as error:  # the message is all there is to say: no traceback
+        return Cancelled(message="Stopped; run it again to resume.")
+    except FromscratchError as error:  # meant for the user, hence no traceback
         return Failed(message=str(error), data=error)
     finally:
         if run_file is not None:
-            run_file.ended()
+            run_file.end()
     num_built = sum(outcome.status == "built" for outcome in result.outcomes)
     return Completed(message=f"{num_built} of {len(result.outcomes)} stages built", data=result)
 
 
 def _run(config: RunConfig, selection: Selection) -> RunResult:
-    """Plan, then build. Nothing is built where the plan finds something wrong."""
+    """Plan, check the plan, then build."""
     store = Store(Path(config.runtime.artifacts_dir))
     plan = make_plan(in_order(language_model(config)), config, store, selection)
     refuse_what_cannot_run(plan, config, store)
@@ -128,7 +129,7 @@ def _run(config: RunConfig, selection: Selection) -> RunResult:
         recipe=config.name,
         outcomes=[builder.outcomes[item.step] for item in plan],
         mlflow_run_id=tracker.pipeline_run_id,
-        addresses=addresses(config.runtime, store.root) | _page_that_answers(),
+        addresses=addresses(config.runtime, store.root) | _run_page(),
     )
 
 
@@ -136,7 +137,7 @@ def _build_all(steps: list[PipelineStep], builder: Builder, link: PrefectLink) -
     """Submit every step at once; each starts when its inputs are built.
 
     Raises:
-        Interrupted: the run was cancelled, or a signal came. Every stage has stopped and saved.
+        Interrupted: the run was canceled or received a signal. Every stage has saved and stopped.
     """
     futures: dict[PipelineStep, PrefectFuture[Any]] = {}
     for step in steps:
@@ -145,32 +146,32 @@ def _build_all(steps: list[PipelineStep], builder: Builder, link: PrefectLink) -
     _wait_for_all(list(futures.values()), link)
     for future in futures.values():
         if future.state.is_failed() or future.state.is_crashed():
-            future.result()  # raises what the stage raised
+            future.result()  # raises the stage's error
     if not all(future.state.is_completed() for future in futures.values()):
         raise Interrupted("a stage was stopped")
     return [builder.outcomes[step] for step in steps]
 
 
 def _wait_for_all(futures: Sequence[PrefectFuture[Any]], link: PrefectLink) -> None:
-    """Return when every step has ended. One that fails stops the others; so does a signal."""
+    """Return when every step has ended. A failed step or a signal stops the others."""
     ended: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
     for future in futures:
         future.add_done_callback(ended.put)
-    left = len(futures)
-    while left:
+    num_running = len(futures)
+    while num_running:
         try:
             future = ended.get()
         except (KeyboardInterrupt, TerminationSignal):
-            link.stop()  # and a second signal changes nothing: the stages are saving
+            link.stop()  # a second signal changes nothing: the stages are saving
         else:
-            left -= 1
-            future.wait()  # it has ended; without this Prefect's server would be asked how
+            num_running -= 1
+            future.wait()  # returns at once; saves a request for its state to Prefect's server
             if not future.state.is_completed():
                 link.stop()
 
 
 def _as_task(step: PipelineStep, builder: Builder, link: PrefectLink) -> Task[..., Any]:
-    """Return the Prefect task of a step. Prefect keeps no result of it: the store does."""
+    """Return the Prefect task of a step. Results are kept by the store, not by Prefect."""
 
     def build(inputs: Mapping[str, Mapping[str, str]]) -> State[Any] | Mapping[str, str]:
         task_run_id = str(task_run.id)
@@ -201,13 +202,13 @@ def _as_task(step: PipelineStep, builder: Builder, link: PrefectLink) -> Task[..
 
 
 def _is_transient(task_: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Retry what a network may cure, and never a bad setting or bad data."""
+    """Retry network failures, never bad settings or bad data."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, TransientError)
 
 
 def _publish_report(last: Outcome, tracker: Tracker) -> None:
-    """Show the report in Prefect and MLflow, when the run came that far."""
+    """Publish the report in Prefect and MLflow, if the run built it."""
     if last.stage != "evaluate":
         return
     tracker.log(ReportFinished(folder=last.path, metrics=last.summary))
@@ -216,32 +217,26 @@ def _publish_report(last: Outcome, tracker: Tracker) -> None:
         create_markdown_artifact(report, key="report", description="Evaluation report")
 
 
-def _run_file() -> RunFile | None:
-    """Say to `up`, `down` and later runs that this one is alive."""
+def _create_run_file() -> LiveRunFile | None:
+    """Register this run as live, for `up`, `down` and later runs."""
     artifacts_dir = served_artifacts()
     if artifacts_dir is None:
         return None
     is_of_worker = "PREFECT__FLOW_RUN_ID" in os.environ
-    return RunFile(
-        artifacts_dir,
-        RunningRun(
-            id=str(flow_run.id),
-            name=str(flow_run.name),
-            pid=os.getpid(),
-            is_of_worker=is_of_worker,
-        ),
-    )
+    run_id, name = str(flow_run.id), str(flow_run.name)
+    run = LiveRun(id=run_id, name=name, pid=os.getpid(), is_of_worker=is_of_worker)
+    return LiveRunFile(artifacts_dir, run)
 
 
-def _say_errors_once() -> None:
-    """Have Prefect log no traceback for an error that is the user's, or for being cancelled: the
-    state it logs has the whole message.
+def _suppress_known_tracebacks() -> None:
+    """Keep tracebacks of user errors and cancellation out of Prefect's logs, which have the whole
+    message in the final state.
     """
     for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(_is_news)
+        logging.getLogger(name).addFilter(_is_unexpected)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _is_unexpected(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, FromscratchError | CancelledRun)
 
@@ -251,8 +246,8 @@ def _prefect_url() -> str:
     return f"{ui}/runs/flow-run/{flow_run.id}" if ui else ""
 
 
-def _page_that_answers() -> dict[str, str]:
-    """Return the run's own page, unless its server lasts only as long as the run."""
+def _run_page() -> dict[str, str]:
+    """Return the address of the run's page, unless its server is a temporary one."""
     artifacts_dir = served_artifacts()
-    is_lasting = artifacts_dir is None or environment(artifacts_dir)
+    is_lasting = artifacts_dir is None or running_prefect_environment(artifacts_dir)
     return {"Prefect": _prefect_url()} if is_lasting and _prefect_url() else {}

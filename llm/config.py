@@ -1,9 +1,8 @@
-"""Every setting, as frozen dataclasses, made in one way: defaults < recipe < overrides.
+"""Every setting, as frozen dataclasses. Precedence: defaults < recipe < overrides.
 
-A stage's section holds only what changes the bytes it produces and is part of its cache key;
-`runtime` holds where and how, and never is. Sections hold plain fields and nothing else: no
-methods, no derived values, so that what a setting means is decided in the code that uses it (and is
-therefore in that stage's code digest).
+A stage's section holds the settings that change its output and is part of its cache key; `runtime`
+never is. Sections are plain fields without methods or derived values: the code that uses a setting
+decides its meaning, and that code is in the stage's code digest.
 """
 
 import dataclasses
@@ -558,13 +557,13 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Resolve a recipe (a name in configs/, or a YAML file) and `section.key=value` overrides.
 
     Raises:
-        ConfigError: with every problem found, each with its dotted key and what is allowed.
+        ConfigError: lists every problem with its dotted key and the allowed values.
     """
     path = find_recipe(recipe)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5,000 digits
-        raise ConfigError(f"{path}: no valid YAML: {error}") from error
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{path}: expected `section: {{key: value}}`, found {type(tree).__name__}"
@@ -589,10 +588,10 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read_section(cls: type[Section], settings: Mapping[str, object]) -> Section:
-    """Make one section, `PackConfig` say, from the plain mapping in a job file or a manifest.
+    """Build one section, such as `PackConfig`, from the mapping in a job file or a manifest.
 
     Raises:
-        ConfigError: the mapping does not fit, so it is of another version.
+        ConfigError: the mapping was written by another version.
     """
     problems: list[str] = []
     if not isinstance(typing.cast(object, settings), Mapping):
@@ -607,7 +606,7 @@ def find_recipe(recipe: str | Path) -> Path:
     """Return the file of a recipe given by name or by path.
 
     Raises:
-        ConfigError: no such recipe; the message lists those there are.
+        ConfigError: there is no such recipe.
     """
     text = str(recipe)
     if text.endswith((".yaml", ".yml")) or os.sep in text:
@@ -619,19 +618,17 @@ def find_recipe(recipe: str | Path) -> Path:
             return folder / f"{text}.yaml"
     names = recipe_names()
     raise ConfigError(
-        f"{text}: unknown recipe{did_you_mean(text, names)}; there are {', '.join(names)}"
+        f"{text}: unknown recipe{did_you_mean(text, names)}; known: {', '.join(names)}"
     )
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with the project, sorted."""
+    """Return the names of the recipes in configs/, sorted."""
     return sorted({path.stem for folder in CONFIG_FOLDERS for path in folder.glob("*.yaml")})
 
 
 def flatten(tree: object, prefix: str = "") -> dict[str, object]:
-    """Return `{"pretrain.model.d_model": 256, ...}`: every leaf of a config or of nested mappings
-    by dotted key.
-    """
+    """Return every leaf of a config or nested mappings by dotted key, `pretrain.model.d_model`."""
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         tree = {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree)}
     if isinstance(tree, list | tuple) and not all(isinstance(item, str) for item in tree):
@@ -645,10 +642,10 @@ def flatten(tree: object, prefix: str = "") -> dict[str, object]:
 
 
 def load_preset(name: str) -> tuple[ModelConfig, int, int]:
-    """Return a published model's config, vocabulary size and context.
+    """Return a published model's config, vocabulary size and context length.
 
     Raises:
-        ConfigError: no preset of that name.
+        ConfigError: there is no such preset.
     """
     tree: dict[str, object] = {"pretrain": {"model": {"preset": name}}}
     problems: list[str] = []
@@ -660,7 +657,7 @@ def load_preset(name: str) -> tuple[ModelConfig, int, int]:
 
 
 def model_problems(model: ModelConfig, prefix: str) -> list[str]:
-    """Return the contradictions in a model's settings, each with its dotted key."""
+    """Return the inconsistencies between the settings of a model, each with its dotted key."""
     problems: list[str] = []
     if not model.head_dim and model.d_model % model.num_heads:
         problems.append(
@@ -711,7 +708,7 @@ def _apply_override(tree: dict[str, object], override: str, problems: list[str])
     node = tree
     for parent in parents:
         child = node.setdefault(parent, {})
-        if isinstance(child, list):  # numbered, so that each can be named
+        if isinstance(child, list):  # `sources.0.weight` overrides one item
             child = {str(index): item for index, item in enumerate(child)}
             node[parent] = child
         if not isinstance(child, dict):
@@ -733,7 +730,7 @@ def _depth_context(config: RunConfig) -> DepthContext:
 
 
 def _cross_checks(config: RunConfig) -> list[str]:
-    """Return what is wrong between settings that are each allowed alone."""
+    """Return the problems between settings of different keys."""
     problems = model_problems(config.pretrain.model, "pretrain.model")
     later_stages = tuple(MODELS)[1:]
     found = config.stages_after_pretrain
@@ -761,7 +758,7 @@ def _mixture_problems(mixture: MixtureConfig, dotted: str) -> list[str]:
     if not mixture.sources:
         return _source_problems(mixture, dotted)
     problems = [
-        f"{dotted}.{known.name}: set beside {dotted}.sources; move it into one of these"
+        f"{dotted}.{known.name}: has no effect next to {dotted}.sources; move it into a source"
         for known in dataclasses.fields(SourceConfig)
         if getattr(mixture, known.name) != known.default
     ]

@@ -1,4 +1,4 @@
-"""Every command of the README does what it says: run here, small, in an empty folder."""
+"""Every command of the README works, on a tiny corpus in an empty folder."""
 
 import json
 import os
@@ -17,7 +17,6 @@ from tests import tiny
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 MAKE = re.compile(r"^make\b")
-PORT = "4200"  # the README's; `up` takes another where it is in use
 
 
 def commands() -> list[str]:
@@ -30,7 +29,7 @@ def commands() -> list[str]:
 def small(command: str, sources: Path) -> str:
     """Return the command on the same recipe with a tiny corpus, model and number of steps."""
     command = command.replace(".venv/bin/", "")
-    if command.startswith("prefect deployment run"):  # and wait until the worker has run it
+    if command.startswith("prefect deployment run"):
         overrides = [*tiny.SETTINGS, *tiny.write_sources(sources), "seed=2"]
         return f"{command} --watch --params {shlex.quote(json.dumps({'overrides': overrides}))}"
     if not command.startswith("fromscratch run"):
@@ -43,7 +42,7 @@ def small(command: str, sources: Path) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder that looks like a fresh clone to the commands; what they start is stopped."""
+    """A folder like a fresh clone; services that the commands start are stopped."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("configs", "prefect.yaml", "README.md", "flows", "tasks", "llm"):
         (folder / name).symlink_to(ROOT / name)
@@ -55,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def run(command: str, folder: Path) -> str:
-    """Run one command in `folder` and return what it printed."""
+    """Run one command in `folder` and return its output."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
     environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONWARNINGS": "default"}
     if command.startswith("prefect"):
@@ -74,7 +73,7 @@ def run(command: str, folder: Path) -> str:
 
 
 def prefect_api(folder: Path) -> str:
-    """Return the address `fromscratch up` printed; the README has the one it takes when free."""
+    """Return the API address that `fromscratch up` prints, which may differ from the README's."""
     found = re.search(r"http://127\.0\.0\.1:\d+", run("fromscratch up", folder))
     assert found is not None
     return f"{found[0]}/api"

@@ -1,1 +1,1 @@
-"""The Prefect and MLflow servers: start, stop, protect and find them."""
+"""The local Prefect and MLflow servers."""

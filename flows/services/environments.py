@@ -1,4 +1,4 @@
-"""The environments of the servers: all their settings, and none of the user's own accounts."""
+"""Environment variables of the Prefect and MLflow servers and of Prefect's client."""
 
 import os
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ ARTIFACTS_VARIABLE = "FROMSCRATCH_SERVED_ARTIFACTS"
 
 
 def served_artifacts() -> Path | None:
-    """Return the artifacts folder whose Prefect server this process uses; None for a server that
-    is the user's own.
+    """Return the artifacts folder whose Prefect server this process uses, or None if it uses a
+    server of the user's own.
     """
     found = os.environ.get(ARTIFACTS_VARIABLE)
     return Path(found) if found and os.environ.get("PREFECT_API_URL") else None
 
 
 def client_environment(artifacts_dir: Path, port: int) -> dict[str, str]:
-    """Return what a Prefect client needs to use the server at `port`."""
+    """Return the variables that point a Prefect client to the server at `port`."""
     return {
         "PREFECT_API_URL": f"http://{HOST}:{port}/api",
         "PREFECT_HOME": str(artifacts_dir / "prefect"),
@@ -31,8 +31,8 @@ def client_environment(artifacts_dir: Path, port: int) -> dict[str, str]:
 
 
 def without_prefect(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return this process's environment with `variables` in place of all its Prefect settings: a
-    user's own database or cloud account must not become the one of these servers.
+    """Return this process's environment with its Prefect settings replaced by `variables`, so that
+    the servers never use the database or cloud account of the user's own Prefect.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     source = str(Path(__file__).parents[2])
@@ -41,7 +41,7 @@ def without_prefect(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def prefect_environment(artifacts_dir: Path, port: int) -> dict[str, str]:
-    """Return the whole environment of a Prefect server: closed, quiet, its data in one folder."""
+    """Return the whole environment of a Prefect server with its data in the artifacts folder."""
     own_pages = f"http://{HOST}:{port},http://localhost:{port}"
     settings = {
         "PREFECT_SERVER_API_HOST": HOST,
@@ -51,14 +51,15 @@ def prefect_environment(artifacts_dir: Path, port: int) -> dict[str, str]:
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(artifacts_dir / "prefect" / "pages"),
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-        "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # after 10 s for its turn a page gets an error 503
+        "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # at the default of 10 s pages get error 503
     }
     return without_prefect({**client_environment(artifacts_dir, port), **settings})
 
 
 def mlflow_environment(artifacts_dir: Path, port: int) -> dict[str, str]:
-    """Return what MLflow's own command hands to its server process, and the switches that make it
-    small and closed. Source: mlflow/server/constants.py.
+    """Return the whole environment of an MLflow server: the variables that `mlflow server` passes
+    to its server process, and settings against telemetry and foreign origins. Source:
+    mlflow/server/constants.py.
     """
     return without_prefect(
         {
@@ -77,6 +78,6 @@ def mlflow_environment(artifacts_dir: Path, port: int) -> dict[str, str]:
     )
 
 
-def _with_loopback(names: str) -> str:
-    """Return a list of hosts that no proxy is asked for, with this machine in it."""
-    return ",".join(dict.fromkeys([*filter(None, names.split(",")), HOST, "localhost"]))
+def _with_loopback(hosts: str) -> str:
+    """Return the value of NO_PROXY with this machine added."""
+    return ",".join(dict.fromkeys([*filter(None, hosts.split(",")), HOST, "localhost"]))

@@ -1,18 +1,17 @@
-"""Run a Prefect or MLflow server that only the same user on this machine can reach.
+"""A Prefect or MLflow server that accepts requests from the same user on this machine only.
 
-`python -m flows.services.guard prefect ARTIFACTS --fd 3` is one server process.
+`python -m flows.services.guard prefect ARTIFACTS --fd 3` is one server process. Its settings are
+environment variables (flows.services.environments).
 
-Prefect's API runs code as the user who started it, so it matters who may call. A password would
-have to be typed into the pages; instead every request must
+Prefect's API runs code as the user who started it. Instead of asking for a password, the server
+checks each request:
 
-- name this machine's loopback in `Host`: no web page can reach the server under a name of its own,
-- come from no page but the server's own (`Origin`): no other page can send it requests,
-- come from a connection of the same account: other accounts of a shared machine are turned away.
+- `Host` must be a loopback name, against DNS rebinding,
+- `Origin`, if present, must be the server's own, against requests from other web pages,
+- the TCP connection must belong to the same account, against other users of a shared machine.
 
-In return the pages may load and ask nothing but this machine, and no other page may frame them:
-Prefect's would send what is done on them to its maker's analytics, whatever its settings say.
-
-The settings are read from the environment that `flows.services.servers` makes.
+A content security policy restricts the pages to this machine and forbids framing them. Prefect's
+page would otherwise send usage analytics to its maker regardless of the settings.
 """
 
 import argparse
@@ -42,10 +41,9 @@ LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST = 4, 20, 1  # linux/netlink.h, sock_diag.h
 ALL_STATES = NO_COOKIE = 0xFFFFFFFF
 TCP_ESTABLISHED = 1
-SECONDS_TO_STOP = 2
-# What MLflow's page finds in the browser's localStorage before its own script runs: the menu of
-# model training in place of that of conversations, no usage data and no banner about it, and an
-# assistant that does not open by itself.
+GRACEFUL_SHUTDOWN_SECONDS = 2
+# localStorage of MLflow's page, set before its own script runs: the menu for model training instead
+# of that for conversations, no telemetry and no banner about it, no assistant that opens by itself
 PAGE_SETTINGS = {
     "mlflow.workflowType_v1": "machine_learning",
     "mlflow.settings.telemetry.enabled_v1": False,
@@ -62,9 +60,9 @@ PAGE_SCRIPT = "".join(
     f"localStorage.setItem({json.dumps(key)}, {json.dumps(json.dumps(value))});"
     for key, value in PAGE_SETTINGS.items()
 )
-# Prefect's page calls its API as 127.0.0.1, also where it was opened as localhost. Both pages write
-# styles into their elements, draw from data: and blob: addresses they make themselves, and compile
-# what they draw with (pixi.js the graph of a run, regl parallel coordinates).
+# Prefect's page calls its API as 127.0.0.1 even when it was opened as localhost. Both pages use
+# inline styles, draw from data: and blob: URLs of their own, and compile drawing code at run time
+# (pixi.js for the graph of a run, regl for parallel coordinates), hence 'unsafe-eval'.
 CONTENT_SECURITY_POLICY = "; ".join(
     [
         "default-src 'self'",
@@ -89,19 +87,17 @@ PAGE_HEADERS = (
 
 
 class LocalOnly:
-    """Turns away what does not come from this machine, this account and the server's own pages, and
-    gives the pages a policy that keeps them to this machine.
-    """
+    """ASGI middleware that refuses foreign requests and adds the content security policy."""
 
     def __init__(self, app: "ASGIApp", on_started: Callable[[], None] = lambda: None) -> None:
-        """Guard `app`, and call `on_started` when it is ready."""
+        """Wrap `app`; `on_started` is called when it is ready."""
         self._app = app
         self._on_started = on_started
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Serve one request, or refuse it with 403."""
 
-        async def send_and_tell(message: MutableMapping[str, Any]) -> None:
+        async def send_lifespan(message: MutableMapping[str, Any]) -> None:
             await send(message)
             if message["type"] == "lifespan.startup.complete":
                 self._on_started()
@@ -114,7 +110,7 @@ class LocalOnly:
             await send(message)
 
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, send_and_tell)
+            await self._app(scope, receive, send_lifespan)
         elif not (reason := refusal(scope)):
             await self._app(scope, receive, send_with_policy)
         elif scope["type"] == "websocket":
@@ -127,25 +123,25 @@ class LocalOnly:
 
 
 def refusal(scope: "Scope") -> str:
-    """Say why a request is refused, or nothing."""
+    """Return the reason to refuse a request, or ""."""
     headers = dict(scope["headers"])
     name, port = _name_and_port(headers.get(b"host", b""))
     if name not in LOOPBACK_NAMES:
-        return "open this server as 127.0.0.1 or localhost"
+        return "use the address 127.0.0.1 or localhost"
     if b"origin" in headers:
         page_name, page_port = _name_and_port(headers[b"origin"].rpartition(b"//")[2])
         if page_name not in LOOPBACK_NAMES or page_port != port:
-            return "a page of another server sent this"
+            return "the request comes from a page of another server"
     if scope["client"] is not None and not is_own_connection(scope["client"], scope["server"]):
-        return "another account of this machine sent this"
+        return "the request comes from another account of this machine"
     return ""
 
 
 def is_own_connection(client: tuple[str, int], server: tuple[str, int]) -> bool:
-    """Tell whether a loopback connection belongs to this account or to root, by the kernel's word.
+    """Ask the kernel whether a loopback connection belongs to this account or to root.
 
-    Only an open connection counts: one that its owner closed is listed as root's. Where the kernel
-    has no word on it (macOS), or clients are outside it (Windows around WSL), all are taken.
+    Only an established connection counts, because closed ones are listed as root's. Returns True if
+    the kernel cannot answer (macOS) or does not see the clients (Windows around WSL).
     Source: sock_diag(7), inet_diag.h.
     """
     if not hasattr(socket, "AF_NETLINK") or "microsoft" in platform.release().lower():
@@ -160,20 +156,24 @@ def is_own_connection(client: tuple[str, int], server: tuple[str, int]) -> bool:
             kernel.sendto(header + body, (0, 0))
             answer = kernel.recv(4096)
     except OSError:
-        return True  # a kernel without the module: it answers nobody's questions
+        return True  # this kernel lacks the sock_diag module
     if struct.unpack_from("=IH", answer)[1] != SOCK_DIAG_BY_FAMILY:
-        return False  # no such connection, any more
+        return False  # the connection no longer exists
     state, owner = answer[17], struct.unpack_from("=I", answer, 16 + 64)[0]
     return state == TCP_ESTABLISHED and owner in (0, os.getuid())
 
 
 def main() -> None:
-    """Serve on the listening socket that was handed down, until told to stop."""
+    """Serve on the inherited socket until SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m flows.services.guard")
     parser.add_argument("server", choices=["prefect", "mlflow"])
     parser.add_argument("artifacts", type=Path)
-    parser.add_argument("--fd", type=int, required=True, help="descriptor of a bound socket")
-    parser.add_argument("--temporary", action="store_true", help="end when standard input ends")
+    parser.add_argument(
+        "--fd", type=int, required=True, help="file descriptor of a listening socket"
+    )
+    parser.add_argument(
+        "--temporary", action="store_true", help="stop at the end of standard input"
+    )
     options = parser.parse_args()
     if options.temporary:
         threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -191,29 +191,29 @@ def main() -> None:
         log_level="warning",
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # a header must not say where a connection comes from
-        timeout_graceful_shutdown=SECONDS_TO_STOP,
+        proxy_headers=False,  # X-Forwarded-For must not replace the client's address
+        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS,
     )
     uvicorn.Server(config).run(sockets=[socket.socket(fileno=options.fd)])
 
 
 def _name_and_port(address: bytes) -> tuple[str, str]:
-    """Split `name:port`; an IPv6 name stands in brackets."""
+    """Split `name:port`, where an IPv6 name is in brackets; ("", "") if malformed."""
     found = re.fullmatch(r"(\[[0-9a-f:]+\]|[^\[\]:@/]*)(?::(\d*))?", address.decode("latin-1"))
     return (found[1].strip("[]").lower(), found[2] or "") if found else ("", "")
 
 
 def _prefect_app(*, is_temporary: bool) -> "ASGIApp":
-    """Make Prefect's server; a temporary one without schedules and other long-term services."""
+    """Return Prefect's server; a temporary one has no scheduler or other background services."""
     from prefect.server.api.server import create_app
 
     return create_app(ephemeral=is_temporary, final=True)
 
 
 def _mlflow_app(artifacts_dir: Path) -> "ASGIApp":
-    """Make MLflow's server, its database opened and corrected now and not with the first page.
+    """Return MLflow's server, with its database opened and corrected at start-up.
 
-    Its assistant runs shell commands for whoever asks. Here it does not exist.
+    Its assistant, which runs shell commands for any caller, is turned off.
     """
     import mlflow.server
     from mlflow.server.fastapi_app import app
@@ -241,7 +241,7 @@ def _mlflow_app(artifacts_dir: Path) -> "ASGIApp":
 
 
 def _lock(home: Path) -> Callable[[], None]:
-    """Wait until no other server migrates the database in `home`; return how to let the next."""
+    """Take the lock for migrating the database in `home`; return the function that releases it."""
     home.mkdir(parents=True, exist_ok=True)
     file = (home / "start.lock").open("w")
     fcntl.flock(file, fcntl.LOCK_EX)
@@ -249,11 +249,11 @@ def _lock(home: Path) -> Callable[[], None]:
 
 
 def _end_with_parent() -> None:
-    """Stop when the other end of standard input is closed: the kernel does that even on SIGKILL."""
+    """Stop when the parent's end of the pipe is closed, which the kernel does even on SIGKILL."""
     while os.read(sys.stdin.fileno(), 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(2 * SECONDS_TO_STOP)
+    time.sleep(2 * GRACEFUL_SHUTDOWN_SECONDS)
     os._exit(1)
 
 

@@ -1,17 +1,15 @@
-"""Processes that outlive the command which starts them, and how to know them again.
+"""Detached processes, recognized and stopped by an id in their environment.
 
-Every one, and whatever it starts in turn, has an id in its environment. That is how all of them and
-nothing else can be ended, whoever has their process numbers by then.
+Child processes inherit the id, so stopping a service ends all it started and nothing else, even
+where a process number was reused.
 """
 
 import contextlib
 import errno
-import http.client
 import secrets
 import socket
 import subprocess
 import time
-import urllib.request
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +20,9 @@ from llm.errors import FromscratchError
 
 HOST = "127.0.0.1"
 ID_VARIABLE = "FROMSCRATCH_SERVICE"
-SECONDS_TO_STOP = 15.0  # time for a training to save
-SECONDS_BETWEEN_LOOKS = 0.05
+SERVICE_STOP_SECONDS = 15.0  # time for a training to save
+SERVICE_POLL_SECONDS = 0.05
 LOG_TAIL_LINES = 15
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class ServiceError(FromscratchError):
@@ -34,7 +31,7 @@ class ServiceError(FromscratchError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Service:
-    """One detached process: where it answers (0: nowhere), and by what it is known."""
+    """One detached process: its port (0: none), and the id that identifies it."""
 
     name: str
     pid: int
@@ -44,11 +41,11 @@ class Service:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the very process that was started still runs."""
+        """Whether the process that was started still runs."""
         return _has_id(self.pid, self.id)
 
 
-def start(
+def start_service(
     name: str,
     command: Sequence[str],
     variables: Mapping[str, str],
@@ -69,72 +66,56 @@ def start(
             pass_fds=descriptors,
             start_new_session=True,
         )
-    # a new process has its environment a moment after Popen has returned
+    # psutil sees the new environment only after exec, a moment after Popen returns
     while process.poll() is None and not _has_id(process.pid, service_id):
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-    process.returncode = 0  # it is to outlive this handle, which would warn of that otherwise
+        time.sleep(SERVICE_POLL_SECONDS)
+    process.returncode = 0  # Popen would warn that the process outlives it
     return Service(name=name, pid=process.pid, port=port, id=service_id, log=str(log))
 
 
-def stop(ids: Sequence[str]) -> None:
-    """End every process that carries one of these ids: ask, wait, then kill."""
-    deadline = time.monotonic() + SECONDS_TO_STOP
-    asked: set[psutil.Process] = set()
+def stop_services(ids: Sequence[str]) -> None:
+    """End every process that carries one of these ids: SIGTERM, wait, then SIGKILL."""
+    deadline = time.monotonic() + SERVICE_STOP_SECONDS
+    terminated: set[psutil.Process] = set()
     while processes := _processes_with(ids):
         is_late = time.monotonic() > deadline
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if is_late:
                     process.kill()
-                elif process not in asked:
+                elif process not in terminated:
                     process.terminate()
-        asked |= processes
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        terminated |= processes
+        time.sleep(SERVICE_POLL_SECONDS)
 
 
 @contextlib.contextmanager
-def free_port(port: int, seconds_to_wait: float = 0.0) -> Generator[socket.socket]:
-    """Yield a socket that listens on `port`, or on a free one where that is in use. Handed down as
-    it is, nobody can take the port: two may bind one, and the first to listen has it.
+def listening_socket(port: int, timeout_seconds: float = 0.0) -> Generator[socket.socket]:
+    """Yield a socket that listens on `port`, or on any free port if that stays in use.
 
-    A server that was killed holds its port until the last of its threads is gone, a moment after it
-    has become a zombie: `seconds_to_wait` gives it that moment.
+    The server inherits the socket, so no other program can take the port in between. A killed
+    server holds its port until its last thread has ended, a moment after it became a zombie:
+    `timeout_seconds` waits for that.
     """
-    deadline = time.monotonic() + seconds_to_wait
+    deadline = time.monotonic() + timeout_seconds
     while (listener := _listen(port)) is None:
         if time.monotonic() > deadline:
             port = 0
         else:
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(SERVICE_POLL_SECONDS)
     with listener:
         yield listener
 
 
-def fetch(
-    url: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
-) -> bytes | None:
-    """Return what a server of this machine answers (to a POST where there is a body), asked past
-    any proxy; None where it does not.
-    """
-    request = urllib.request.Request(url, body, dict(headers or {}))
-    if body is not None:
-        request.add_header("Content-Type", "application/json")
-    try:
-        with _DIRECT.open(request, timeout=5) as response:
-            return response.read()
-    except (OSError, http.client.HTTPException):  # urllib's own errors are OSErrors
-        return None
-
-
-def failure(what: str, log: Path) -> ServiceError:
+def start_error(name: str, log: Path) -> ServiceError:
     """Return the error of a process that did not start, with the end of its log."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    tail = "\n".join(f"  {line}" for line in lines[-LOG_TAIL_LINES:]) or "  (nothing)"
-    return ServiceError(f"{what} did not start; the end of {log}:\n{tail}")
+    tail = "\n".join(f"  {line}" for line in lines[-LOG_TAIL_LINES:]) or "  (empty)"
+    return ServiceError(f"{name} did not start; the end of {log}:\n{tail}")
 
 
 def _listen(port: int) -> socket.socket | None:
-    """Return a socket that listens on `port`, None where that is in use."""
+    """Return a socket that listens on `port`, or None if the port is in use."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -157,7 +138,7 @@ def _processes_with(ids: Sequence[str]) -> set[psutil.Process]:
 def _has_id(pid: int, service_id: str) -> bool:
     try:
         process = psutil.Process(pid)
-        is_over = process.status() == psutil.STATUS_ZOMBIE
-        return not is_over and process.environ().get(ID_VARIABLE) == service_id
+        is_zombie = process.status() == psutil.STATUS_ZOMBIE
+        return not is_zombie and process.environ().get(ID_VARIABLE) == service_id
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False

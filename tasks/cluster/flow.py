@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
-import httpx
 from prefect import Flow
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
@@ -31,6 +30,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.flow_engine import run_flow
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Completed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import Task
@@ -44,6 +44,7 @@ from llm.runtime.shards import MAX_ATTEMPTS, Wanted, read_wanted
 from llm.runtime.termination import die_with_parent
 from tasks.cluster.runner import CLUSTER_ERROR
 from tasks.cluster.worker import Lease, ShardKilledError, run_shard
+from tasks.prefect_api import PrefectApi
 from tasks.stages import step_name
 
 MAX_AT_ONCE = 512  # one thread each
@@ -142,7 +143,7 @@ def shards_flow(job: Job, wanted: Wanted, submit: Submit) -> Flow[[], State[Any]
     threads = ThreadPoolTaskRunner(max_workers=num_at_once)
 
     def do_all() -> State[Any]:
-        is_cancelled = _cancel_watch()
+        is_canceled = _cancel_watch()
         waiting, left = deque(wanted.names), len(wanted.names)
         ended: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
         try:
@@ -155,7 +156,7 @@ def shards_flow(job: Job, wanted: Wanted, submit: Submit) -> Flow[[], State[Any]
                     left -= 1
                 if not lease.is_wanted and not _are_finished(folder, wanted):
                     return Cancelled(message="the stage that needs them has ended")
-                if is_cancelled():
+                if is_canceled():
                     raise StageError("the run of the shards was canceled in Prefect")
         finally:
             is_over.set()
@@ -240,18 +241,19 @@ def _was_killed(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 
 def _cancel_watch() -> Callable[[], bool]:
     """Return a function that tells whether this flow run was canceled, polling Prefect."""
-    run_id, next_at = UUID(str(flow_run.id)), [time.monotonic()]
+    run_id, next_at = str(flow_run.id), time.monotonic()
+    api = PrefectApi(PREFECT_API_URL.value() or "")
 
-    def is_cancelled() -> bool:
-        if time.monotonic() < next_at[0]:
+    def is_canceled() -> bool:
+        nonlocal next_at
+        if time.monotonic() < next_at:
             return False
-        next_at[0] = time.monotonic() + CANCEL_POLL_SECONDS
-        with contextlib.suppress(httpx.HTTPError), get_client(sync_client=True) as client:
-            state = client.read_flow_run(run_id).state
-            return state is not None and (state.is_cancelling() or state.is_cancelled())
+        next_at = time.monotonic() + CANCEL_POLL_SECONDS
+        with contextlib.suppress(OSError, ValueError):  # ValueError: Prefect has no API URL
+            return api.is_canceled(run_id)
         return False
 
-    return is_cancelled
+    return is_canceled
 
 
 if __name__ == "__main__":

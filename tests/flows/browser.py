@@ -1,4 +1,4 @@
-"""Chromium for tests: driven over the DevTools protocol, watched for requests to other machines."""
+"""Chromium for tests, which records page errors and requests to other machines."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 import pytest
 
 WIDTH, HEIGHT = 1280, 800
-MILLISECONDS_TO_WAIT = 240_000  # what this machine has to do besides is not known
-# A test machine needs no sandbox around pages of its own; WebGL without a GPU draws MLflow's
-# parallel coordinates and Prefect's graph of a run. The rest is what Chromium fetches unasked.
+MILLISECONDS_TO_WAIT = 240_000  # the machine may be busy
+# Root needs --no-sandbox. WebGL without a GPU draws MLflow's parallel coordinates and Prefect's run
+# graph. The rest turns off Chromium's own requests.
 OPTIONS = (
     "--no-sandbox", "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -21,16 +21,16 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Browser:
-    """A running Chromium, and what its pages did that no page of ours may do."""
+    """A running Chromium, and the violations of its pages."""
 
     chromium: Any
     outside: list[str] = field(default_factory=list[str])
-    """Addresses outside this machine that a page asked."""
+    """Requested addresses outside this machine."""
     errors: list[str] = field(default_factory=list[str])
-    """Errors no script of a page caught, and what the content security policy kept from it."""
+    """Uncaught script errors, and violations of the content security policy."""
 
     def open(self, url: str) -> Any:
-        """Open an address in a browser that has seen none before."""
+        """Open an address in a fresh browser context."""
         page = self.chromium.new_context(viewport={"width": WIDTH, "height": HEIGHT}).new_page()
         page.set_default_timeout(MILLISECONDS_TO_WAIT)
         page.on("request", lambda request: self._note_request(request.url))
@@ -44,14 +44,14 @@ class Browser:
             self.outside.append(url)
 
     def _note_message(self, text: str) -> None:
-        # Prefect's page tries all the same
+        # Prefect's page tries to send analytics despite its settings
         if "Content Security Policy" in text and "amplitude.com" not in text:
             self.errors.append(text)
 
 
 @contextmanager
 def started() -> Iterator[Browser]:
-    """Start the machine's Chromium, or skip the test that wants it."""
+    """Start the machine's Chromium, or skip the test."""
     driver = pytest.importorskip("playwright.sync_api", reason="the library playwright drives it")
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     if path is None:

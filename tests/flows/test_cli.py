@@ -1,4 +1,4 @@
-"""Commands that need no pipeline: models out to others and back, and what all commands say."""
+"""Commands without a pipeline (chat, export, import), and the messages of all commands."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ from tasks.store import KeyParts, KeyRecord, Store
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A small model of characters."""
+    """A small model with a character tokenizer."""
     tokenizer = CharacterTokenizer.train(["abc"])
     config = ModelConfig(num_layers=1, d_model=16, num_heads=2, num_kv_heads=1, d_ff=32)
     model = Transformer(config, tokenizer.vocab_size, 16)
@@ -27,7 +27,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_export_writes_a_folder_and_says_which(
+def test_export_writes_a_folder_and_prints_its_path(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "theirs"
@@ -40,18 +40,22 @@ def test_export_writes_a_folder_and_says_which(
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
-        (["export", "MODEL", "--to", "MODEL"], 2, "exists; name a new"),
+        (["export", "MODEL", "--to", "MODEL"], 2, "already there"),
         (["export", "MODEL", "--to", "NEW", "--dtype", "float16"], 2, "dtype: found 'float16'"),
         (["export", "MODEL", "--to", "NEW", "--format", "gguf"], 2, "found characters"),
-        (["export", "NOWHERE", "--to", "NEW"], 1, "nowhere: no such folder; expected that of a"),
+        (
+            ["export", "NOWHERE", "--to", "NEW"],
+            1,
+            "nowhere: no such folder; expected the folder of a",
+        ),
         (["export", "EMPTY", "--to", "NEW"], 1, "model.json: not there; expected the folder"),
-        (["chat", "NOWHERE"], 1, "nowhere: no such folder; expected that of a"),
-        (["export", "--to", "NEW", "--artifacts", "NOWHERE"], 1, "no chat model there"),
+        (["chat", "NOWHERE"], 1, "nowhere: no such folder; expected the folder of a model"),
+        (["export", "--to", "NEW", "--artifacts", "NOWHERE"], 1, "no chat model; build one"),
         (["import", "NOWHERE", "--to", "NEW"], 1, "tokenizer.json: not there"),
-        (["import", "MODEL", "--to", "MODEL"], 2, "exists; name a new"),
+        (["import", "MODEL", "--to", "MODEL"], 2, "already there"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_line_and_leaves_nothing(
+def test_an_invalid_command_prints_one_line_and_writes_nothing(
     model: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -68,22 +72,22 @@ def test_what_cannot_be_is_said_in_a_line_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("command", ["chat", "export", "tokenizers", "doctor", "up"])
+@pytest.mark.parametrize("command", ["chat", "export", "tokenizers", "spread", "doctor", "up"])
 def test_every_option_has_its_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "--artifacts FOLDER of all artifacts, as runtime.artifacts_dir of a run" in said
+    assert "--artifacts FOLDER artifacts folder, as runtime.artifacts_dir of a run" in said
 
 
 @pytest.mark.parametrize(
     ("function", "command", "code", "said"),
     [
-        ("talk_as_asked", ["chat", "MODEL"], 130, "stopped\n"),
-        ("_run_flow", ["run", "quickstart"], 75, "stopped; the same command goes on from where"),
+        ("models.chat_with_options", ["chat", "MODEL"], 130, "stopped\n"),
+        ("runs._run_flow", ["run", "quickstart"], 75, "stopped; run the same command to resume"),
     ],
 )
-def test_ctrl_c_says_that_it_goes_on_only_of_what_does(
+def test_ctrl_c_offers_to_resume_only_what_can_resume(
     function: str,
     command: list[str],
     code: int,
@@ -97,12 +101,12 @@ def test_ctrl_c_says_that_it_goes_on_only_of_what_does(
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(f"flows.cli.{function}", interrupted)
+    monkeypatch.setattr(f"flows.commands.{function}", interrupted)
     assert main([str(model) if word == "MODEL" else word for word in command]) == code
     assert capsys.readouterr().err.startswith(said)
 
 
-def test_chat_that_took_the_newest_model_says_which_where_no_terminal_shows_it(
+def test_chat_prints_the_folder_of_the_newest_model_without_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = KeyParts(
@@ -114,19 +118,21 @@ def test_chat_that_took_the_newest_model_says_which_where_no_terminal_shows_it(
         KeyRecord(key=parts.key, parts=parts, digest="abc", seconds=1.0, made_at="now")
     )
     taken: list[Path] = []
-    monkeypatch.setattr("flows.cli.talk_as_asked", lambda folder, options: taken.append(folder))
+    monkeypatch.setattr(
+        "flows.commands.models.chat_with_options", lambda folder, options: taken.append(folder)
+    )
     assert main(["chat", "--artifacts", str(tmp_path)]) == 0
     assert taken == [folder]
     assert capsys.readouterr().err == f"model: {folder}\n"
 
 
-def test_full_disk_is_a_line_whatever_the_command(
+def test_a_full_disk_is_one_line_for_every_command(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/a/file")
 
-    monkeypatch.setattr("flows.cli.talk_as_asked", full)
+    monkeypatch.setattr("flows.commands.models.chat_with_options", full)
     assert main(["chat", str(model)]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: /a/file: no space left on the disk: found")

@@ -1,4 +1,4 @@
-"""What `fromscratch doctor` finds on a machine."""
+"""Findings of `fromscratch doctor`, and the record of services it reads."""
 
 import os
 import socket
@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 
 from flows import doctor
-from flows.services import servers as services
-from flows.services.processes import Service, start, stop
+from flows.services.processes import Service, start_service, stop_services
+from flows.services.registry import (
+    record_services,
+    recorded_services,
+    running_prefect_environment,
+    service_log,
+)
+from flows.services.servers import down
 
 
 @pytest.fixture
@@ -22,17 +28,17 @@ def port() -> Iterator[int]:
 
 @pytest.fixture
 def prefect(tmp_path: Path, port: int) -> Iterator[Service]:
-    """A process that is recorded as the Prefect server of an artifacts folder."""
+    """A process recorded as the Prefect server of an artifacts folder."""
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
-    log = services.server_log(tmp_path, "prefect")
-    service = start("prefect", sleeping, os.environ, log, port=port)
-    services._write(tmp_path, {"prefect": service})
+    log = service_log(tmp_path, "prefect")
+    service = start_service("prefect", sleeping, os.environ, log, port=port)
+    record_services(tmp_path, {"prefect": service})
     yield service
-    stop([service.id])
+    stop_services([service.id])
 
 
 def printed(artifacts: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """Return all that the doctor says."""
+    """Return the doctor's output."""
     doctor.examine(artifacts)
     return capsys.readouterr().out
 
@@ -43,10 +49,10 @@ def test_the_servers_of_this_folder_do_not_block_their_own_ports(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(doctor, "FIRST_PORTS", {"prefect": prefect.port})
+    monkeypatch.setattr(doctor, "DEFAULT_PORTS", {"prefect": prefect.port})
     assert f"ok    prefect runs on port {prefect.port}" in printed(tmp_path, capsys)
-    stop([prefect.id])
-    in_use = f"note  port {prefect.port} is in use; `fromscratch up` takes another for prefect"
+    stop_services([prefect.id])
+    in_use = f"note  port {prefect.port} is in use; `fromscratch up` uses another for prefect"
     assert in_use in printed(tmp_path, capsys)
 
 
@@ -56,18 +62,18 @@ def test_a_port_in_use_by_others_is_noted(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(doctor, "FIRST_PORTS", {"mlflow": port})
+    monkeypatch.setattr(doctor, "DEFAULT_PORTS", {"mlflow": port})
     assert f"note  port {port} is in use" in printed(tmp_path, capsys)
 
 
 def test_a_copy_leaves_the_services_of_the_original_alone_and_a_moved_folder_ends_them(
     tmp_path: Path, prefect: Service
 ) -> None:
-    copy, original = tmp_path.with_name(f"{tmp_path.name}-copy"), services.recorded(tmp_path)
-    services._write(copy, original)
-    assert services.recorded(copy) == {} and services.environment(copy) == {}
-    assert services.down(copy) == [] and prefect.is_alive
+    copy, original = tmp_path.with_name(f"{tmp_path.name}-copy"), recorded_services(tmp_path)
+    record_services(copy, original)
+    assert recorded_services(copy) == {} and running_prefect_environment(copy) == {}
+    assert down(copy) == [] and prefect.is_alive
     moved = tmp_path.rename(tmp_path.with_name(f"{tmp_path.name}-moved"))
-    assert services.environment(moved) == {}
-    services.down(moved)
+    assert running_prefect_environment(moved) == {}
+    down(moved)
     assert not prefect.is_alive

@@ -1,4 +1,4 @@
-"""What a process of a run fails of reaches the user of the command: message, type and exit code."""
+"""An error in any process of a run reaches the command line: message, type and exit code."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from flows.services.temporary_server import TemporaryPrefectServer
 from tests.flows.orchestrated import printed_by, start_run
 
-# In a process that does FAILING_PART of FAILING_STAGE, the error is raised that FAILING_WITH names.
+# Processes of FAILING_PART of FAILING_STAGE raise the error named by FAILING_WITH.
 SITECUSTOMIZE = """
 import os
 if "FAILING_PART" in os.environ:
@@ -32,7 +32,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A Prefect server; yield the environment that leads to it."""
+    """A Prefect server; yield the environment of its clients."""
     server = TemporaryPrefectServer(tmp_path_factory.mktemp("prefect"))
     try:
         server.wait_ready()

@@ -1,4 +1,4 @@
-"""Who is let in, request by request."""
+"""Which requests the guard accepts, and the headers of its responses."""
 
 import asyncio
 import os
@@ -29,7 +29,7 @@ def scope(headers: Mapping[str, str]) -> dict[str, Any]:
         {"Host": "localhost:9999", "Origin": "http://localhost:9999"},
     ],
 )
-def test_this_machine_and_the_servers_own_pages_are_let_in(headers: dict[str, str]) -> None:
+def test_this_machine_and_the_servers_own_pages_are_accepted(headers: dict[str, str]) -> None:
     assert refusal(scope(headers)) == ""
 
 
@@ -56,7 +56,7 @@ def test_other_names_and_other_pages_are_refused(headers: dict[str, str]) -> Non
     assert refusal(scope(headers))
 
 
-def test_an_own_connection_is_own_also_through_a_mapped_address() -> None:
+def test_an_own_connection_is_recognized_through_a_mapped_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         for family, name in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::ffff:127.0.0.1")):
             with socket.socket(family) as client:
@@ -69,7 +69,7 @@ def test_an_own_connection_is_own_also_through_a_mapped_address() -> None:
                     assert is_own_connection(address, server.getsockname())
 
 
-@pytest.mark.skipif(not hasattr(socket, "AF_NETLINK"), reason="the kernel has no word on it")
+@pytest.mark.skipif(not hasattr(socket, "AF_NETLINK"), reason="needs Linux's sock_diag")
 def test_a_connection_of_another_account_or_of_none_is_not_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,7 +1,7 @@
 """The pages of Prefect and MLflow in a real browser, as a user clicks through them.
 
-Asked for by FROMSCRATCH_BROWSER=1: minutes, and not all of them pass yet on a loaded machine. With
-PAGES_IMAGES=docs/images as well, two screenshots of the models' pages are taken.
+They run with FROMSCRATCH_BROWSER=1, take minutes, and may fail on a loaded machine. With
+PAGES_IMAGES=docs/images they also write two screenshots of the models' pages.
 """
 
 import os
@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.prefect_api import PrefectApi
-from flows.services.servers import Services, addresses, down, up
+from flows.services.addresses import addresses
+from flows.services.registry import Services
+from flows.services.servers import down, up
 from llm.config import RuntimeConfig
+from tasks.prefect_api import PrefectApi
 from tests.flows.browser import Browser, started
 from tests.flows.orchestrated import (
     RECIPE,
@@ -36,7 +38,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(
-        "FROMSCRATCH_BROWSER" not in os.environ, reason="FROMSCRATCH_BROWSER=1 asks"
+        "FROMSCRATCH_BROWSER" not in os.environ, reason="runs with FROMSCRATCH_BROWSER=1"
     ),
 ]
 
@@ -56,11 +58,11 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def services(browser: Browser, artifacts: Path) -> Iterator[Services]:
-    """The servers; the browser comes first, because without it nothing here is tested."""
+    """The servers, started after the browser, without which all tests are skipped."""
     try:
-        yield up(artifacts, say=lambda _: None)
+        yield up(artifacts, notify=lambda _: None)
     finally:
-        down(artifacts, say=lambda _: None)
+        down(artifacts, notify=lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def api(services: Services, artifacts: Path) -> PrefectApi:
 
 @pytest.fixture(scope="module")
 def first(api: PrefectApi, artifacts: Path) -> str:
-    """A run of the command line on the servers that are up; all it printed."""
+    """The output of a run by the command line on the running servers."""
     process = start_run(artifacts)
     printed = printed_by(process)
     assert process.returncode == 0, printed
@@ -94,7 +96,7 @@ def first(api: PrefectApi, artifacts: Path) -> str:
 
 @pytest.fixture(scope="module")
 def by_page(browser: Browser, services: Services, api: PrefectApi, first: str) -> str:
-    """A run of a deployment that the page started, with another optimizer typed into its form."""
+    """A deployment's run started on the page, with another optimizer entered in its form."""
     page = browser.open(services.prefect_url)
     page.get_by_role("link", name="Deployments").click()
     page.get_by_role("link", name="tiny").first.click()
@@ -102,14 +104,14 @@ def by_page(browser: Browser, services: Services, api: PrefectApi, first: str) -
     page.get_by_role("menuitem", name="Custom run").click()
     page.get_by_role("button", name="Add item").click()
     empty = [box for box in page.locator("textarea").all() if not box.input_value()]
-    empty[0].fill(ADAMW)  # the others are of `only` and `start_from`, further down
+    empty[0].fill(ADAMW)  # the next ones are `only` and `start_from`
     page.get_by_role("button", name="Submit").click()
     return newest_run(api, "tiny")
 
 
 @pytest.fixture(scope="module")
 def both(api: PrefectApi, by_page: str) -> None:
-    """Two runs that differ in the optimizer are done."""
+    """Two finished runs that differ in the optimizer."""
     assert until_final(api, by_page)["state"]["name"] == "Completed"
 
 
@@ -127,7 +129,7 @@ def models_page(services: Services, artifacts: Path) -> str:
 
 
 def keep_image(page: Any, name: str) -> None:
-    """Write a screenshot for the README, where it is asked for."""
+    """Write a screenshot for the README if PAGES_IMAGES is set."""
     if folder := os.environ.get("PAGES_IMAGES"):
         page.screenshot(path=f"{folder}/{name}.png")
 

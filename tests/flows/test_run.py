@@ -1,4 +1,4 @@
-"""The flow as Prefect's pages show it: states, artifacts and logs, against a real server."""
+"""The flow on a real Prefect server: states, artifacts and logs, cancel, kill and resume."""
 
 import hashlib
 import signal
@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.prefect_api import PrefectApi
+from flows.live_runs import live_runs
 from flows.prefect_link import PrefectLink
-from flows.running import running_runs
-from flows.services.servers import Services, down, status, up
+from flows.services.registry import Services, running_services
+from flows.services.servers import down, up
 from flows.services.temporary_server import TemporaryPrefectServer
 from tasks.launch import Progress
+from tasks.prefect_api import PrefectApi
 from tests.flows.orchestrated import (
     RECIPE,
     ROOT,
@@ -64,14 +65,14 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def services(artifacts: Path) -> Iterator[Services]:
     try:
-        yield up(artifacts, say=lambda _: None)
+        yield up(artifacts, notify=lambda _: None)
     finally:
-        down(artifacts, say=lambda _: None)
+        down(artifacts, notify=lambda _: None)
 
 
 @pytest.fixture(scope="module")
 def api(services: Services, artifacts: Path) -> PrefectApi:
-    """The API of the server that is up, with all deployments of the project and a tiny one."""
+    """The API of the running server, with all deployments of the project and a tiny one."""
     api = PrefectApi(f"{services.prefect_url}/api")
     prefect(api, "deploy", "--all")
     tiny = {
@@ -160,9 +161,7 @@ def test_a_schedule_runs(api: PrefectApi) -> None:
     api.delete(f"deployments/{tiny['id']}/schedules/{schedule['id']}")
 
 
-def test_a_download_that_the_network_failed_is_tried_again(
-    api: PrefectApi, artifacts: Path
-) -> None:
+def test_a_download_that_the_network_failed_is_retried(api: PrefectApi, artifacts: Path) -> None:
     text = (artifacts.parent / "sources" / "corpus.txt").read_bytes()
     refusals = [answer(b"", "503 Service Unavailable")] * 5  # all the tries of one attempt
     with HostileServer([*refusals, answer(text)]) as server:
@@ -203,10 +202,8 @@ def test_a_stage_that_fails_ends_the_run_with_its_message(
     assert "Traceback" not in logs_of(api, run_id)
 
 
-def test_a_run_is_cancelled_interrupted_and_killed_and_goes_on_each_time(
-    api: PrefectApi, artifacts: Path
-) -> None:
-    """One training, stopped in three ways. `down` refuses while it runs."""
+def test_a_run_resumes_after_cancel_interrupt_and_kill(api: PrefectApi, artifacts: Path) -> None:
+    """One training, stopped in three ways; `down` refuses while it runs."""
     settings = (ENDLESS, "seed=7")
     run = start_run(artifacts, *settings)
     run_id = run_of(artifacts, run).id
@@ -217,9 +214,9 @@ def test_a_run_is_cancelled_interrupted_and_killed_and_goes_on_each_time(
     )  # fmt: skip
     assert refused.returncode == 1
     assert f"process {run.pid}" in refused.stderr
-    assert status(artifacts) is not None
-    api.set_state("flow_runs", run_id, "CANCELLING", "as the page does")
-    assert "stopped; the same command goes on" in printed_by(run)
+    assert running_services(artifacts) is not None
+    api.set_state("flow_runs", run_id, "CANCELLING", "by the page")
+    assert "stopped; run the same command to resume" in printed_by(run)
     assert run.returncode == 75
     assert until_final(api, run_id)["state"]["name"] == "Cancelled"
     refuse_other_states(tasks_of(api, run_id), {"Completed", "Cached"})
@@ -236,12 +233,12 @@ def test_a_run_is_cancelled_interrupted_and_killed_and_goes_on_each_time(
     run.kill()
     printed_by(run)
     assert api.get(f"flow_runs/{run_id}")["state"]["name"] == "Running"
-    assert up(artifacts, say=lambda _: None)
+    assert up(artifacts, notify=lambda _: None)
     assert api.get(f"flow_runs/{run_id}")["state"]["name"] == "Crashed"
     assert tasks_of(api, run_id)["pretrain"] == "Crashed"
     assert tasks_of(api, run_id)["clean corpus"] == "Cached"
     steps = logged_steps(log)
-    assert steps == sorted(set(steps)), "no step is done twice"
+    assert steps == sorted(set(steps)), "no step is repeated"
 
 
 def refuse_other_states(states: dict[str, str], finished: set[str]) -> None:
@@ -256,7 +253,7 @@ def refuse_other_states(states: dict[str, str], finished: set[str]) -> None:
 def resumed(
     artifacts: Path, settings: tuple[str, ...]
 ) -> tuple["subprocess.Popen[str]", str, Path]:
-    """Start the run again and wait until it trains on; return it, its id and its metrics."""
+    """Start the run again and wait for new steps; return process, run id and metrics file."""
     [log] = (artifacts / "staging").glob("pretrain-*/work/metrics.jsonl")
     before = len(logged_steps(log))
     run = start_run(artifacts, *settings)
@@ -279,7 +276,7 @@ def test_a_run_that_is_run_again_keeps_its_progress_artifact(
 
 
 def test_down_cancels_what_the_worker_runs(api: PrefectApi, artifacts: Path) -> None:
-    """The last test here: it ends the services."""
+    """The last test of this module, since it stops the services."""
     settings = overrides(artifacts, ENDLESS, "seed=8")
 
     def logs() -> set[Path]:
@@ -287,7 +284,7 @@ def test_down_cancels_what_the_worker_runs(api: PrefectApi, artifacts: Path) -> 
 
     before = logs()
     run_id = start_by_page(api, "pipeline/stage", recipe=str(RECIPE), overrides=settings, only="")
-    until(lambda: [r.id for r in running_runs(artifacts)] == [run_id], "the worker's run")
+    until(lambda: [r.id for r in live_runs(artifacts)] == [run_id], "the worker's run")
     [log] = until(lambda: logs() - before, "the training")
     until(lambda: logged_steps(log), "its first step")
     forced = subprocess.run(
@@ -295,7 +292,7 @@ def test_down_cancels_what_the_worker_runs(api: PrefectApi, artifacts: Path) -> 
         cwd=ROOT, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert forced.stdout == "stopped: mlflow, prefect, worker\n", forced.stderr
-    assert running_runs(artifacts) == []
+    assert live_runs(artifacts) == []
     server = TemporaryPrefectServer(artifacts)
     try:
         server.wait_ready()

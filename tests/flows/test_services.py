@@ -1,4 +1,4 @@
-"""The servers come up, are known again, keep strangers out, and go with all they started."""
+"""The servers start, are recognized, refuse foreign requests, and stop with all they started."""
 
 import contextlib
 import http.client
@@ -13,24 +13,33 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import Request
 
 import psutil
 import pytest
+from tests.tasks.mlflow_place import Place
 
 from flows.doctor import examine
-from flows.services.processes import ID_VARIABLE, ServiceError, fetch, free_port, start, stop
-from flows.services.servers import (
-    Services,
-    addresses,
-    down,
-    environment,
-    log_errors,
-    status,
-    up,
+from flows.services.addresses import addresses
+from flows.services.processes import (
+    ID_VARIABLE,
+    ServiceError,
+    listening_socket,
+    start_service,
+    stop_services,
 )
-from flows.services.temporary_server import TemporaryPrefectServer, bring_back
+from flows.services.registry import (
+    Services,
+    errors_in_logs,
+    running_prefect_environment,
+    running_services,
+)
+from flows.services.servers import down, up
+from flows.services.temporary_server import TemporaryPrefectServer, replace_server
 from llm.config import RuntimeConfig
+from tasks.direct_http import open_direct
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.flaky(reason="real servers start and end, on a machine that may be busy")
 
 
@@ -41,16 +50,16 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def services(artifacts: Path) -> Iterator[Services]:
-    """All three, over a fresh folder, beside something that has their usual ports."""
+    """All three, for a new folder, while other programs hold their default ports."""
     with contextlib.ExitStack() as others:
         for port in (4200, 5000):
             other = others.enter_context(socket.socket())
             other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):  # then something else has it, which is as good
+            with contextlib.suppress(OSError):  # another program holds it already
                 other.bind(("127.0.0.1", port))
                 other.listen()
         try:
-            yield up(artifacts, say=lambda _: None)
+            yield up(artifacts, notify=lambda _: None)
         finally:
             down(artifacts)
 
@@ -127,27 +136,29 @@ def test_a_second_up_finds_everything_running(services: Services, artifacts: Pat
     with Path(services.prefect.log).open("a") as log:
         log.write("12:00:01.000 | ERROR   | prefect.server.services.scheduler - cannot\n")
     said: list[str] = []
-    assert up(artifacts, say=said.append) == services
-    assert said[0] == "everything is running"
+    assert up(artifacts, notify=said.append) == services
+    assert said[0] == "all services are running"
     assert f"errors in {services.prefect.log}" in said[1]
-    assert status(artifacts) == services
+    assert running_services(artifacts) == services
 
 
 def test_the_environment_points_a_client_at_the_server(services: Services, artifacts: Path) -> None:
-    found = environment(artifacts)
+    found = running_prefect_environment(artifacts)
     assert found["PREFECT_API_URL"] == f"{services.prefect_url}/api"
     assert found["PREFECT_HOME"] == str(artifacts / "prefect")
 
 
-def test_the_pages_are_those_of_up_or_of_the_users_own_mlflow(
+def test_the_addresses_are_those_of_up_or_of_the_users_own_mlflow(
     services: Services, artifacts: Path
 ) -> None:
     found = addresses(RuntimeConfig(), artifacts)
     assert found == {"MLflow": services.mlflow_url, "Prefect": services.prefect_url}
     body = json.dumps({"name": "fromscratch/models"}).encode()
-    made = fetch(f"{services.mlflow_url}/api/2.0/mlflow/experiments/create", body)
-    assert made is not None
-    page = f"#/experiments/{json.loads(made)['experiment_id']}/runs"
+    create = f"{services.mlflow_url}/api/2.0/mlflow/experiments/create"
+    request = Request(create, body, {"Content-Type": "application/json"})
+    with open_direct(request, 10) as response:
+        made = json.loads(response.read())
+    page = f"#/experiments/{made['experiment_id']}/runs"
     page += "?workflowType=machine_learning&compareRunsMode=CHART"
     assert addresses(RuntimeConfig(), artifacts)["MLflow"] == f"{services.mlflow_url}/{page}"
     own = RuntimeConfig(tracking_uri=f"{services.mlflow_url}/")
@@ -160,10 +171,10 @@ def test_a_server_that_died_is_started_again_on_its_port(
 ) -> None:
     os.kill(services.mlflow.pid, signal.SIGKILL)
     wait_until_gone(psutil.Process(services.mlflow.pid))
-    assert status(artifacts) is None
+    assert running_services(artifacts) is None
     said: list[str] = []
-    again = up(artifacts, say=said.append)
-    assert said[0] == "mlflow had ended; starting it again"
+    again = up(artifacts, notify=said.append)
+    assert said[0] == "mlflow had stopped; restarting it"
     assert again.mlflow.port == services.mlflow.port
     assert again.prefect == services.prefect
     assert ask(again.mlflow_url, "/health")[0] == 200
@@ -172,22 +183,42 @@ def test_a_server_that_died_is_started_again_on_its_port(
 def test_a_run_starts_the_server_of_up_again_when_that_died(
     services: Services, artifacts: Path
 ) -> None:
-    before = status(artifacts)
+    before = running_services(artifacts)
     assert before is not None
     os.kill(before.prefect.pid, signal.SIGKILL)
     wait_until_gone(psutil.Process(before.prefect.pid))
-    api_url = environment(artifacts).get("PREFECT_API_URL", f"{before.prefect_url}/api")
-    assert bring_back(artifacts, api_url) is None, "it is nobody's own"
-    now = status(artifacts)
+    api_url = running_prefect_environment(artifacts).get(
+        "PREFECT_API_URL", f"{before.prefect_url}/api"
+    )
+    assert replace_server(artifacts, api_url) is None, "no temporary server"
+    now = running_services(artifacts)
     assert now is not None
     assert now.prefect_url == before.prefect_url
     assert now.worker == before.worker
     assert ask(now.prefect_url, "/api/health") == (200, b"true")
-    assert bring_back(artifacts, api_url) is None
-    assert status(artifacts) == now, "it was there"
+    assert replace_server(artifacts, api_url) is None
+    assert running_services(artifacts) == now, "nothing was restarted"
 
 
-def test_errors_in_a_servers_log_are_found_and_said_by_doctor(
+def test_up_closes_the_mlflow_runs_of_a_killed_process(services: Services, artifacts: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from tests.tasks.mlflow_place import Place, start_model
+place = Place(Path({str(artifacts)!r}))
+start_model(place.start("killed"), place.work)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert list((artifacts / "tracking").glob("*.journal"))
+    up(artifacts, notify=lambda _: None)
+    runs = Place(artifacts).runs("pipelines")
+    assert {run.info.status for run in runs.values()} == {"KILLED"}
+    assert not list((artifacts / "tracking").glob("*.journal"))
+
+
+def test_errors_in_a_servers_log_are_found_and_printed_by_doctor(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "services").mkdir()
@@ -195,29 +226,29 @@ def test_errors_in_a_servers_log_are_found_and_said_by_doctor(
     code += "print('c | WARNING | d\\ne | ERROR | f - a transient server error', flush=True)\n"
     code += "import time; time.sleep(60)"
     command = [sys.executable, "-c", code]
-    service = start("prefect", command, os.environ, tmp_path / "services" / "prefect.log")
+    service = start_service("prefect", command, os.environ, tmp_path / "services" / "prefect.log")
     try:
         record = {"prefect": asdict(service)}
         (tmp_path / "services" / "services.json").write_text(json.dumps(record))
         while "transient" not in Path(service.log).read_text():
             time.sleep(0.05)
-        assert log_errors(tmp_path) == [
+        assert errors_in_logs(tmp_path) == [
             f"1 errors in {service.log}, the last: a | ERROR | b - cannot"
         ]
         examine(tmp_path)
         assert "b - cannot" in capsys.readouterr().out
     finally:
-        stop([service.id])
-    assert log_errors(tmp_path) == [], "it is not running"
+        stop_services([service.id])
+    assert errors_in_logs(tmp_path) == [], "it is not running"
 
 
-def test_down_ends_the_services_and_what_they_started_and_nothing_else(
+def test_down_stops_the_services_and_what_they_started_and_nothing_else(
     services: Services, artifacts: Path
 ) -> None:
-    running = status(artifacts)
+    running = running_services(artifacts)
     assert running is not None
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
-    of_a_worker = subprocess.Popen(  # a training, say: in a session of its own
+    of_a_worker = subprocess.Popen(  # such as a training, which has its own session
         sleeping, env={**os.environ, ID_VARIABLE: running.worker.id}, start_new_session=True
     )
     other = subprocess.Popen(sleeping, env={**os.environ, ID_VARIABLE: "of another folder"})
@@ -234,12 +265,12 @@ def test_down_ends_the_services_and_what_they_started_and_nothing_else(
             process.kill()
             process.wait()
     assert down(artifacts) == []
-    assert status(artifacts) is None
-    assert environment(artifacts) == {}
+    assert running_services(artifacts) is None
+    assert running_prefect_environment(artifacts) == {}
 
 
-def test_a_temporary_server_serves_and_goes(services: Services, artifacts: Path) -> None:
-    down(artifacts)  # the same database, so that this one need not be made
+def test_a_temporary_server_serves_and_stops(services: Services, artifacts: Path) -> None:
+    down(artifacts)  # its database is used again, which saves creating one
     with contextlib.ExitStack() as stack:
         server = TemporaryPrefectServer(artifacts)
         stack.callback(server.stop)
@@ -247,12 +278,12 @@ def test_a_temporary_server_serves_and_goes(services: Services, artifacts: Path)
         url = server.environment["PREFECT_API_URL"].removesuffix("/api")
         assert ask(url, "/api/health") == (200, b"true")
         assert ask(url, "/api/health", Host="evil.example")[0] == 403
-        assert server.environment["PREFECT_UI_URL"] == "http://127.0.0.1:4200", "where `up` will be"
+        assert server.environment["PREFECT_UI_URL"] == "http://127.0.0.1:4200", "the port of `up`"
     with pytest.raises(ConnectionRefusedError):
         ask(url, "/api/health")
 
 
-def test_a_temporary_server_goes_when_its_run_is_killed(tmp_path: Path) -> None:
+def test_a_temporary_server_stops_when_its_run_is_killed(tmp_path: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
@@ -267,19 +298,19 @@ os.kill(os.getpid(), signal.SIGKILL)
         wait_until_gone(psutil.Process(int(done.stdout)))
 
 
-def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+def test_a_server_that_cannot_start_reports_why(tmp_path: Path) -> None:
     (tmp_path / "prefect").mkdir()
     (tmp_path / "prefect" / "prefect.db").write_bytes(b"no database " * 1000)
     with pytest.raises(ServiceError, match="not a database"):
-        up(tmp_path, say=lambda _: None)
+        up(tmp_path, notify=lambda _: None)
     assert down(tmp_path) == []
 
 
-def test_a_process_number_that_was_given_again_is_not_taken_for_a_service(tmp_path: Path) -> None:
+def test_a_reused_process_number_is_not_taken_for_a_service(tmp_path: Path) -> None:
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
-    service = start("prefect", sleeping, os.environ, tmp_path / "log")
+    service = start_service("prefect", sleeping, os.environ, tmp_path / "log")
     assert service.is_alive
-    stop([service.id])
+    stop_services([service.id])
     assert not service.is_alive
     other = subprocess.Popen(sleeping)
     record = {**{name: getattr(service, name) for name in ("name", "port", "id", "log")}}
@@ -294,6 +325,6 @@ def test_importing_services_imports_neither_prefect_nor_mlflow() -> None:
     assert done.stdout.strip() == b"set()"
 
 
-def test_a_port_is_one_servers_before_it_answers() -> None:
-    with free_port(0) as first, free_port(first.getsockname()[1]) as second:
+def test_a_port_is_taken_before_its_server_answers() -> None:
+    with listening_socket(0) as first, listening_socket(first.getsockname()[1]) as second:
         assert second.getsockname()[1] != first.getsockname()[1]

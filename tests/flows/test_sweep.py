@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from flows import cli
+from flows.commands import runs
 from flows.result import RunResult
 from flows.sweep import (
     Member,
@@ -165,7 +166,7 @@ def test_the_command_ends_with_1_when_a_member_failed(
         found = list(outcomes(config, Member(number=1, overrides=()), ()))
         return RunResult(recipe=config.name, outcomes=found, mlflow_run_id="", addresses={})
 
-    monkeypatch.setattr(cli, "_result", result)
+    monkeypatch.setattr(runs, "_execute", result)
     place = f"runtime.artifacts_dir={tmp_path}"
     good = write(tmp_path, "recipe: quickstart\ngrid: {seed: [1, 2]}")
     assert cli.main(["sweep", good, place]) == 0

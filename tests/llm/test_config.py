@@ -81,7 +81,9 @@ def test_one_of_several_sources_is_named_by_its_number(tmp_path: Path) -> None:
     assert found == [(1, 0), (2, 5), (3, 0)]
     assert flatten(resolved)["download.corpus.sources.1.weight"] == 2
     assert flatten(canonical(resolved)).keys() == flatten(resolved).keys()
-    with pytest.raises(ConfigError, match=r"download\.corpus\.url: set beside .*\.sources; move"):
+    with pytest.raises(
+        ConfigError, match=r"download\.corpus\.url: has no effect next to .*\.sources; move"
+    ):
         load_config(path, ["download.corpus.url=http://a"])
 
 
@@ -99,7 +101,7 @@ def test_unknown_recipe_lists_those_there_are() -> None:
 
 def test_recipe_that_is_no_yaml_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [1\n")
-    with pytest.raises(ConfigError, match=r"bad\.yaml: no valid YAML"):
+    with pytest.raises(ConfigError, match=r"bad\.yaml: not valid YAML"):
         load_config(tmp_path / "bad.yaml")
 
 

@@ -1,7 +1,7 @@
-"""Prefect's REST API, asked once and for seconds only.
+"""Minimal client of Prefect's REST API: one request without retries, a timeout of seconds.
 
-Prefect's own client tries again for minutes, which nothing beside a training may wait for, and
-importing it takes two seconds, which `up` and `down` do not.
+Prefect's own client retries for minutes, which would stall the threads that follow a training, and
+takes two seconds to import, which would slow down `up` and `down`.
 """
 
 import http.client
@@ -11,44 +11,49 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any, Literal
 
-CLIENT = "fromscratch"
-TIMEOUT_SECONDS = 10.0
+from tasks.direct_http import open_direct
+
+CSRF_CLIENT = "fromscratch"
+REQUEST_TIMEOUT_SECONDS = 10.0
 FINAL_STATES = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-RUN_KINDS = Literal["flow_runs", "task_runs"]
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+RunKind = Literal["flow_runs", "task_runs"]
 
 
 class PrefectApi:
-    """One server's API. Every method raises OSError where it does not answer or refuses."""
+    """The API of one server. Every method raises OSError if the server fails or refuses."""
 
     def __init__(self, url: str) -> None:
-        """Ask the API at `url`, as PREFECT_API_URL names it."""
+        """Use the API at `url`, in the form of PREFECT_API_URL."""
         self.url = url.rstrip("/")
 
     def get(self, path: str) -> Any:
-        """Read what is at `path`."""
+        """Send a GET request."""
         return self._send("GET", path, None, {})
 
     def post(self, path: str, body: Mapping[str, Any] | list[Any]) -> Any:
-        """Create, search or set."""
+        """Send a POST request: create, filter or set."""
         return self._send("POST", path, body, self._csrf_headers())
 
     def patch(self, path: str, body: Mapping[str, Any]) -> None:
-        """Change what is at `path`."""
+        """Send a PATCH request: update."""
         self._send("PATCH", path, body, self._csrf_headers())
 
     def delete(self, path: str) -> None:
-        """Remove what is at `path`."""
+        """Send a DELETE request."""
         self._send("DELETE", path, None, self._csrf_headers())
 
-    def set_state(self, kind: RUN_KINDS, run_id: str, state: str, message: str) -> None:
-        """Put a run into a state, whatever Prefect's rules say of its last one."""
+    def set_state(self, kind: RunKind, run_id: str, state: str, message: str) -> None:
+        """Set the state of a run, bypassing Prefect's orchestration rules."""
         body = {"state": {"type": state, "message": message}, "force": True}
         self.post(f"{kind}/{run_id}/set_state", body)
 
+    def is_canceled(self, flow_run_id: str) -> bool:
+        """Tell whether someone canceled a flow run."""
+        return state_type(self.get(f"flow_runs/{flow_run_id}")) in ("CANCELLING", "CANCELLED")
+
     def _csrf_headers(self) -> dict[str, str]:
-        token = self.get(f"csrf-token?client={CLIENT}")["token"]
-        return {"Prefect-Csrf-Client": CLIENT, "Prefect-Csrf-Token": token}
+        token = self.get(f"csrf-token?client={CSRF_CLIENT}")["token"]
+        return {"Prefect-Csrf-Client": CSRF_CLIENT, "Prefect-Csrf-Token": token}
 
     def _send(self, method: str, path: str, body: object, headers: Mapping[str, str]) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -59,13 +64,13 @@ class PrefectApi:
             method=method,
         )
         try:
-            with _DIRECT.open(request, timeout=TIMEOUT_SECONDS) as response:
+            with open_direct(request, REQUEST_TIMEOUT_SECONDS) as response:
                 return json.loads(response.read() or b"null")
         except http.client.HTTPException as error:
             raise ConnectionError(f"{self.url}: {type(error).__name__}: {error}") from error
         except urllib.error.HTTPError:
             raise
-        except urllib.error.URLError as error:  # it hides what kind of error it was
+        except urllib.error.URLError as error:  # it wraps the OSError that callers distinguish
             raise (error.reason if isinstance(error.reason, OSError) else error) from error
 
 

@@ -1,7 +1,7 @@
-"""Which flow runs of an artifacts folder are alive: a locked file for each.
+"""Registry of the live flow runs of an artifacts folder: one locked file per run.
 
-The kernel frees the lock when the process ends, however it ends. A run whose lock is free and which
-Prefect still shows as running was killed; nobody else would ever say so.
+The kernel releases the lock when the process ends, however it ends. A run that Prefect shows as
+running although its lock is free was killed, and no one else would report that to Prefect.
 """
 
 import contextlib
@@ -13,27 +13,27 @@ from pathlib import Path
 from typing import IO
 from urllib.error import HTTPError
 
-from flows.prefect_api import FINAL_STATES, PrefectApi, state_type
+from tasks.prefect_api import FINAL_STATES, PrefectApi, state_type
 
-KILLED = "Its process was killed; run it again to go on from where it was."
+KILLED = "The process was killed; run it again to resume."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunningRun:
+class LiveRun:
     """A flow run whose process is alive."""
 
     id: str
     name: str
     pid: int
     is_of_worker: bool
-    """Whether the worker that `up` started runs it, or someone's command line."""
+    """Whether it was started by the worker of `up`, rather than by a command line."""
 
 
-class RunFile:
-    """Says that this process runs a flow run, from now until the process ends."""
+class LiveRunFile:
+    """The lock file that marks this process's flow run as live until the process ends."""
 
-    def __init__(self, artifacts_dir: Path, run: RunningRun) -> None:
-        """Say so in the folder whose server knows the run."""
+    def __init__(self, artifacts_dir: Path, run: LiveRun) -> None:
+        """Create and lock the file of `run`."""
         folder = _folder(artifacts_dir)
         folder.mkdir(parents=True, exist_ok=True)
         new = folder / f".{run.id}"
@@ -41,11 +41,11 @@ class RunFile:
         fcntl.flock(self._file, fcntl.LOCK_EX)
         self._file.write(json.dumps(asdict(run)))
         self._file.flush()
-        new.rename(folder / run.id)  # locked before anyone sees it
-        _held.append(self._file)  # Prefect is told how the run ended after the flow has returned
+        new.rename(folder / run.id)  # locked before it is visible
+        _held.append(self._file)  # Prefect records the final state after the flow has returned
 
-    def ended(self) -> None:
-        """Say that the run has ended. The lock stays: Prefect may not know yet."""
+    def end(self) -> None:
+        """Mark the run as ended. The lock stays: Prefect may not have the final state yet."""
         self._file.seek(0)
         self._file.truncate()
 
@@ -53,27 +53,27 @@ class RunFile:
 _held: list[IO[str]] = []
 
 
-def running_runs(artifacts_dir: Path) -> list[RunningRun]:
-    """Return the runs that are alive, in the order they were started."""
-    found: list[RunningRun] = []
+def live_runs(artifacts_dir: Path) -> list[LiveRun]:
+    """Return the runs whose processes are alive, oldest first."""
+    found: list[LiveRun] = []
     for path in _files(artifacts_dir):
         if not _is_free(path):
-            with contextlib.suppress(ValueError, TypeError):  # it ended, or just begins
-                found.append(RunningRun(**json.loads(path.read_bytes())))
+            with contextlib.suppress(ValueError, TypeError):  # it has ended or is starting
+                found.append(LiveRun(**json.loads(path.read_bytes())))
     return found
 
 
-def has_process(artifacts_dir: Path, run: RunningRun) -> bool:
-    """Tell whether the process of a run is there: until Prefect knows how the run ended, it is."""
+def has_process(artifacts_dir: Path, run: LiveRun) -> bool:
+    """Tell whether a run's process is alive; it is until Prefect has the final state."""
     path = _folder(artifacts_dir) / run.id
     return path.exists() and not _is_free(path)
 
 
 def close_dead_runs(artifacts_dir: Path, api: PrefectApi) -> list[str]:
-    """Tell Prefect that the runs whose processes are gone crashed; return their names.
+    """Set Prefect's state of killed runs to crashed; return their names.
 
     Raises:
-        OSError: Prefect does not answer; the rest is left to the next call.
+        OSError: Prefect does not answer; the remaining runs are left to the next call.
     """
     closed: list[str] = []
     for path in _files(artifacts_dir):
@@ -82,7 +82,7 @@ def close_dead_runs(artifacts_dir: Path, api: PrefectApi) -> list[str]:
         try:
             run = api.get(f"flow_runs/{path.name}")
         except HTTPError as error:
-            if error.code != 404:  # a run that was deleted has no end to tell
+            if error.code != 404:  # the run was deleted in Prefect
                 raise
         else:
             if state_type(run) not in FINAL_STATES:
@@ -93,7 +93,7 @@ def close_dead_runs(artifacts_dir: Path, api: PrefectApi) -> list[str]:
 
 
 def _close(api: PrefectApi, run_id: str) -> None:
-    """Close a run, the tasks that ran in it, and its runs of shards."""
+    """Set a run, its running tasks and its child runs (shards on a cluster) to crashed."""
     of_run = {"flow_runs": {"id": {"any_": [run_id]}}}
     running = {"state": {"type": {"any_": ["RUNNING"]}}}
     for task in api.post("task_runs/filter", {**of_run, "task_runs": running}):
@@ -112,7 +112,7 @@ def _files(artifacts_dir: Path) -> Iterator[Path]:
     folder = _folder(artifacts_dir)
     found: list[tuple[int, Path]] = []
     for path in folder.glob("[!.]*") if folder.is_dir() else ():
-        with contextlib.suppress(FileNotFoundError):  # another that closes dead runs removed it
+        with contextlib.suppress(FileNotFoundError):  # removed by another `close_dead_runs`
             found.append((path.stat().st_mtime_ns, path))
     for _, path in sorted(found):
         yield path
@@ -123,7 +123,5 @@ def _is_free(path: Path) -> bool:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return True
-    except BlockingIOError:
-        return False
-    except FileNotFoundError:
+    except (BlockingIOError, FileNotFoundError):
         return False
