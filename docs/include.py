@@ -1,6 +1,8 @@
-"""Include code in docs/*.md: a block ```python file=llm/model/loss.py symbol=token_losses holds that
-function or class without its docstring. `python docs/include.py` updates all blocks; with `--check`
-it exits with 1 if one is outdated.
+"""Include code of the project in docs/*.md.
+
+A block ```python file=llm/model/loss.py symbol=token_losses holds that function or class without
+its docstring. `python docs/include.py` updates all blocks; with `--check` it exits with 1 if one is
+outdated.
 """
 
 import ast
@@ -17,6 +19,8 @@ BLOCK = re.compile(
 
 def source_of(file: Path, symbol: str) -> str:
     """Return the source of a function, class or `Class.method`, without its docstring."""
+    if not file.is_file():
+        raise SystemExit(f"{file}: does not exist")
     text = file.read_text(encoding="utf-8")
     body: list[ast.stmt] = ast.parse(text).body
     node: ast.stmt | None = None
