@@ -208,7 +208,6 @@ def test_a_run_is_cancelled_interrupted_and_killed_and_goes_on_each_time(
 ) -> None:
     """One training, stopped in three ways. `down` refuses while it runs."""
     settings = (ENDLESS, "seed=7")
-    stopped = {"pretrain": "Cancelled", **dict.fromkeys(AFTER_PRETRAIN, "NotReady")}
     run = start_run(artifacts, *settings)
     run_id = run_of(artifacts, run).id
     until_trained(artifacts, "pretrain", 20)
@@ -223,10 +222,7 @@ def test_a_run_is_cancelled_interrupted_and_killed_and_goes_on_each_time(
     assert "stopped; the same command goes on" in printed_by(run)
     assert run.returncode == 75
     assert until_final(api, run_id)["state"]["name"] == "Cancelled"
-    ended = {
-        name: state.replace("Cached", "Completed") for name, state in tasks_of(api, run_id).items()
-    }
-    assert ended == dict.fromkeys(STAGES, "Completed") | stopped
+    refuse_other_states(tasks_of(api, run_id), {"Completed", "Cached"})
 
     for number in (signal.SIGINT, signal.SIGTERM):
         run, run_id, log = resumed(artifacts, settings)
@@ -234,7 +230,7 @@ def test_a_run_is_cancelled_interrupted_and_killed_and_goes_on_each_time(
         assert run.returncode == 75, printed
         assert "Traceback" not in printed
         assert until_final(api, run_id)["state"]["name"] == "Cancelled"
-        assert tasks_of(api, run_id) == dict.fromkeys(STAGES, "Cached") | stopped
+        refuse_other_states(tasks_of(api, run_id), {"Cached"})
 
     run, run_id, log = resumed(artifacts, settings)
     run.kill()
@@ -246,6 +242,15 @@ def test_a_run_is_cancelled_interrupted_and_killed_and_goes_on_each_time(
     assert tasks_of(api, run_id)["clean corpus"] == "Cached"
     steps = logged_steps(log)
     assert steps == sorted(set(steps)), "no step is done twice"
+
+
+def refuse_other_states(states: dict[str, str], finished: set[str]) -> None:
+    """Check the states of a run that was stopped in its pretraining."""
+    assert states.keys() == STAGES
+    assert states.pop("pretrain") == "Cancelled"
+    # `evaluate` may have been given its turn by the cancelled `finetune` before the run ended
+    assert {states.pop(name) for name in AFTER_PRETRAIN} <= {"NotReady", "Cancelled"}
+    assert set(states.values()) <= finished
 
 
 def resumed(

@@ -140,7 +140,7 @@ def test_an_imported_model_can_be_fine_tuned_and_talked_to(
         pack, {"seq_len": 64}, out="rows", documents=documents, tokenizer=tmp_path / "base"
     )
     optimization = {"num_steps": 3, "warmup_steps": 1, "global_batch_size": 4}
-    chat, _ = run_stage(finetune, optimization, out="chat", base=tmp_path / "base", rows=rows)
+    chat, _ = run_stage(finetune, optimization, out="chat", base=tmp_path / "base", sequences=rows)
     load_both(chat)
     monkeypatch.setattr("sys.stdin", io.StringIO("say 1\nsay 2\n"))
     assert chat_main([str(chat), "--max-new-tokens", "4"]) == 0
