@@ -1,8 +1,8 @@
-"""Keep the code shown in docs/*.md equal to the code that runs.
+"""Include code of the project in docs/*.md.
 
-A block that begins with ```python file=llm/model/loss.py symbol=token_losses holds that function or
-class, without its docstring. `python docs/include.py` brings all blocks up to date; `--check` ends
-with 1 when one is not.
+A block ```python file=llm/model/loss.py symbol=token_losses holds that function or class without
+its docstring. `python docs/include.py` updates all blocks; with `--check` it exits with 1 if one is
+outdated.
 """
 
 import ast
@@ -19,13 +19,15 @@ BLOCK = re.compile(
 
 def source_of(file: Path, symbol: str) -> str:
     """Return the source of a function, class or `Class.method`, without its docstring."""
+    if not file.is_file():
+        raise SystemExit(f"{file}: does not exist")
     text = file.read_text(encoding="utf-8")
     body: list[ast.stmt] = ast.parse(text).body
     node: ast.stmt | None = None
     for name in symbol.split("."):
         node = next((each for each in body if getattr(each, "name", None) == name), None)
         if node is None:
-            raise SystemExit(f"{file}: no {symbol} there")
+            raise SystemExit(f"{file}: has no {symbol}")
         body = getattr(node, "body", [])
     assert node is not None
     lines = text.splitlines()
@@ -39,7 +41,7 @@ def source_of(file: Path, symbol: str) -> str:
 
 
 def updated(text: str) -> str:
-    """Return a page with every included block as the source is now."""
+    """Return a page with every included block taken from the source."""
 
     def block(match: re.Match[str]) -> str:
         code = source_of(ROOT / match["file"], match["symbol"])
@@ -56,7 +58,7 @@ def main() -> int:
         if updated(page.read_text()) != page.read_text()
     ]
     for page in stale:
-        print(f"{page.relative_to(ROOT)}: shows code that is no longer so")
+        print(f"{page.relative_to(ROOT)}: shows outdated code")
         if "--check" not in sys.argv:
             page.write_text(updated(page.read_text()))
     return 1 if stale and "--check" in sys.argv else 0
