@@ -13,7 +13,7 @@ from llm.errors import ArtifactError, ConfigError
 from llm.tokenizer.kinds import TOKENIZER_KINDS
 from llm.tokenizer.load import load_tokenizer
 from llm.tokenizer.report import TokenizerReport, TokenizerSpeed, measure_tokenizer
-from tasks.store import Store
+from tasks.store import ArtifactStore
 from tasks.tracking.tokenizer_plot import draw_lengths
 
 MAX_TEXT_BYTES = 10_000_000
@@ -31,7 +31,7 @@ class MeasuredTokenizer:
     speed: TokenizerSpeed
 
 
-def find_tokenizers(store: Store) -> list[Path]:
+def find_tokenizers(store: ArtifactStore) -> list[Path]:
     """Return the folders of all trained tokenizers, newest first.
 
     Raises:
@@ -47,7 +47,7 @@ def find_tokenizers(store: Store) -> list[Path]:
     return folders
 
 
-def find_text(store: Store) -> Path:
+def find_text(store: ArtifactStore) -> Path:
     """Return the folder of the newest cleaned corpus.
 
     Raises:

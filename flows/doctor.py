@@ -20,7 +20,7 @@ from flows.services.processes import HOST
 from flows.services.registry import DEFAULT_PORTS, errors_in_logs, recorded_services
 from llm.errors import ArtifactError
 from tasks.stages import all_stages
-from tasks.store import Store
+from tasks.store import ArtifactStore
 
 MIN_DISK_BYTES = 5_000_000_000  # twice the artifacts of the quickstart, and the databases
 MIN_MEMORY_BYTES = 4_000_000_000  # the quickstart uses less than 2 GiB, the servers the rest
@@ -110,7 +110,7 @@ def _is_in_use(port: int) -> bool:
 
 
 def _store(artifacts: Path, is_thorough: bool) -> Iterator[Finding]:
-    store = Store(artifacts)
+    store = ArtifactStore(artifacts)
     folders = store.artifacts([stage.name for stage in all_stages()])
     yield Finding(level="ok", text=f"{len(folders)} artifacts in {store.root}")
     num_damaged = len(list((store.root / "damaged").glob("*/REASON.txt")))

@@ -7,7 +7,7 @@ from flows.services.addresses import addresses
 from llm.config import RunConfig
 from tasks.cached import Outcome, cached_outcome
 from tasks.plan import PlannedStep
-from tasks.store import Store
+from tasks.store import ArtifactStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,9 @@ class RunResult:
     """Addresses of the pages of MLflow and Prefect, by name."""
 
 
-def cached_result(config: RunConfig, plan: Sequence[PlannedStep], store: Store) -> RunResult:
+def cached_result(
+    config: RunConfig, plan: Sequence[PlannedStep], store: ArtifactStore
+) -> RunResult:
     """Return the result of a run whose steps are all cached, read from the store."""
     outcomes = [cached_outcome(item, store) for item in plan]
     return RunResult(

@@ -36,7 +36,7 @@ from tasks.cached import Builder, Outcome
 from tasks.plan import Selection, make_plan
 from tasks.preflight import refuse_what_cannot_run
 from tasks.stages import DOWNLOAD, PipelineStep, in_order
-from tasks.store import Store
+from tasks.store import ArtifactStore
 from tasks.tracking.journal import PipelineStarted, ReportFinished
 from tasks.tracking.tracker import Tracker
 
@@ -93,7 +93,7 @@ def pipeline(
 
 def _run(config: RunConfig, selection: Selection) -> RunResult:
     """Plan, check the plan, then build."""
-    store = Store(Path(config.runtime.artifacts_dir))
+    store = ArtifactStore(Path(config.runtime.artifacts_dir))
     plan = make_plan(in_order(language_model(config)), config, store, selection)
     refuse_what_cannot_run(plan, config, store)
     tracker = Tracker(config, store.root)

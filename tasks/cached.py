@@ -18,7 +18,7 @@ from llm.runtime.job import STARTING_MODEL, Job, is_finished
 from tasks.launch import Progress, launch
 from tasks.plan import PlannedStep, Selection, explain, key_parts, reusable, section_of
 from tasks.stages import CLEAN, PACK, PipelineStep, step_name
-from tasks.store import KeyParts, KeyRecord, Store
+from tasks.store import ArtifactStore, KeyParts, KeyRecord
 from tasks.tracking.journal import (
     Dataset,
     ModelFinished,
@@ -79,7 +79,7 @@ class Builder:
     def __init__(
         self,
         config: RunConfig,
-        store: Store,
+        store: ArtifactStore,
         *,
         tracker: Tracker,
         display: Display,
@@ -288,7 +288,7 @@ class Builder:
         )
 
 
-def cached_outcome(item: PlannedStep, store: Store) -> Outcome:
+def cached_outcome(item: PlannedStep, store: ArtifactStore) -> Outcome:
     """Return the outcome of a step that a plan found cached."""
     record = item.record
     if record is None:
@@ -309,7 +309,7 @@ def cached_event(outcome: Outcome) -> StageCached:
 
 def log_cached_run(
     config: RunConfig,
-    store: Store,
+    store: ArtifactStore,
     outcomes: Sequence[Outcome],
     name: str,
     links: Mapping[str, str],

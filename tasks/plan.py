@@ -24,7 +24,7 @@ from tasks.stages import (
     Stage,
     all_stages,
 )
-from tasks.store import KeyParts, KeyRecord, Store, library_versions
+from tasks.store import ArtifactStore, KeyParts, KeyRecord, library_versions
 
 LOCATIONS = ("path", "url")  # not in the key, which has the fingerprint of the source's bytes
 UNKNOWN = ""  # digest of an input that is not built yet
@@ -87,7 +87,7 @@ class PlannedStep:
 
 
 def make_plan(
-    steps: Sequence[PipelineStep], config: RunConfig, store: Store, selection: Selection
+    steps: Sequence[PipelineStep], config: RunConfig, store: ArtifactStore, selection: Selection
 ) -> list[PlannedStep]:
     """Decide for every step whether it is cached or has to be built. Changes nothing on disk.
 
@@ -131,7 +131,7 @@ def source_of(step: PipelineStep, config: RunConfig) -> SourceConfig:
 
 
 def key_parts(
-    step: PipelineStep, config: RunConfig, input_digests: Mapping[str, str], store: Store
+    step: PipelineStep, config: RunConfig, input_digests: Mapping[str, str], store: ArtifactStore
 ) -> KeyParts:
     """Return the key parts of `step`. The input of a download is its source's fingerprint."""
     stage = step.stage
@@ -158,7 +158,7 @@ def key_parts(
     )
 
 
-def explain(parts: KeyParts, store: Store) -> str:
+def explain(parts: KeyParts, store: ArtifactStore) -> str:
     """Return why `parts` is not cached: the differences to the most similar built artifact."""
     record = store.record(parts.stage, parts.key)
     if record is not None:
@@ -199,7 +199,7 @@ def key_differences(before: KeyParts, now: KeyParts) -> Iterator[str]:
         yield f"code changed in {', '.join(changed)}"
 
 
-def reusable(parts: KeyParts, store: Store) -> KeyRecord | None:
+def reusable(parts: KeyParts, store: ArtifactStore) -> KeyRecord | None:
     """Return the newest record that differs from `parts` in code or library versions only."""
     wanted = dataclasses.replace(parts, code={}, libraries={})
     for record in store.records(parts.stage):
@@ -212,7 +212,7 @@ def reusable(parts: KeyParts, store: Store) -> KeyRecord | None:
 def _plan_step(
     step: PipelineStep,
     config: RunConfig,
-    store: Store,
+    store: ArtifactStore,
     selection: Selection,
     planned: Mapping[PipelineStep, PlannedStep],
 ) -> PlannedStep:
@@ -240,14 +240,14 @@ def _plan_step(
     return PlannedStep(step=step, status="build", reason=explain(parts, store))
 
 
-def _first_reason(parts: KeyParts, store: Store) -> str:
+def _first_reason(parts: KeyParts, store: ArtifactStore) -> str:
     """Return why a step with inputs that are not built yet has to be built."""
     unknown = [name for name, content in parts.inputs.items() if content == UNKNOWN]
     reason = explain(parts, store)
     return f"input {', '.join(unknown)} has to be built" if reason == "never built" else reason
 
 
-def _note(record: KeyRecord, store: Store) -> str:
+def _note(record: KeyRecord, store: ArtifactStore) -> str:
     """Return a remark on a cached step, or an empty string."""
     notes = ["declared unchanged by --reuse"] if record.reused_from else []
     manifest = store.folder(record.parts.stage, record.digest) / "manifest.json"

@@ -22,7 +22,7 @@ from llm.tokenizer.kinds import TOKENIZER_KINDS
 from tasks.cluster.runner import missing_runner
 from tasks.plan import PlannedStep, source_of
 from tasks.stages import CLEAN, DOWNLOAD, PACK, TRAIN_TOKENIZER, PipelineStep, all_stages
-from tasks.store import Store
+from tasks.store import ArtifactStore
 
 READERS = {".zst": "backports.zstd", ".tzst": "backports.zstd", ".parquet": "pyarrow"}
 """The library that reads files with a suffix."""
@@ -39,7 +39,9 @@ except ConfigError as error:
 """
 
 
-def refuse_what_cannot_run(plan: Sequence[PlannedStep], config: RunConfig, store: Store) -> None:
+def refuse_what_cannot_run(
+    plan: Sequence[PlannedStep], config: RunConfig, store: ArtifactStore
+) -> None:
     """Raise if this machine cannot build the steps of `plan`.
 
     Raises:
@@ -52,7 +54,9 @@ def refuse_what_cannot_run(plan: Sequence[PlannedStep], config: RunConfig, store
         )
 
 
-def find_problems(plan: Sequence[PlannedStep], config: RunConfig, store: Store) -> list[str]:
+def find_problems(
+    plan: Sequence[PlannedStep], config: RunConfig, store: ArtifactStore
+) -> list[str]:
     """Return every problem that keeps this machine from building `plan`, each with its setting."""
     steps = [item.step for item in plan if item.status == "build"]
     if not steps:
@@ -64,7 +68,7 @@ def find_problems(plan: Sequence[PlannedStep], config: RunConfig, store: Store) 
     ]
 
 
-def _folder_problems(config: RunConfig, store: Store) -> Iterator[str]:
+def _folder_problems(config: RunConfig, store: ArtifactStore) -> Iterator[str]:
     parts = [store.root / name for name in ("staging", "keys", "locks", "stamps")]
     for path in (store.root, *(part for part in parts if part.is_dir())):
         existing = next(folder for folder in (path, *path.parents) if folder.exists())

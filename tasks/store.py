@@ -76,7 +76,7 @@ class KeyRecord:
     """Ids of the MLflow and Prefect runs that built it."""
 
 
-class Store:
+class ArtifactStore:
     """The artifact store in one folder."""
 
     def __init__(self, root: Path) -> None:

@@ -10,7 +10,7 @@ from llm.config import RunConfig, load_config
 from tasks.cached import Builder, Outcome
 from tasks.launch import Progress
 from tasks.stages import PipelineStep, in_order
-from tasks.store import Store
+from tasks.store import ArtifactStore
 from tasks.tracking.journal import Event
 
 SETTINGS = (
@@ -130,7 +130,7 @@ def build(
     recipe = Path(__file__).parent / "tasks" / "defaults.yaml"
     config = load_config(recipe, [*SETTINGS, *overrides, f"runtime.artifacts_dir={artifacts}"])
     options = {"tracker": SilentTracker(), "display": SilentDisplay()} | options
-    builder = Builder(config, Store(artifacts), **options)
+    builder = Builder(config, ArtifactStore(artifacts), **options)
     outcomes: dict[str, Outcome] = {}
     for step in needed_for(last, config):
         outcomes[step.name] = builder.build(step)

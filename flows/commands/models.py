@@ -9,7 +9,7 @@ from flows.commands.options import add_artifacts_option
 from llm.errors import ArtifactError
 from llm.inference.chat import add_options, chat_with_options
 from llm.models import MODELS, chat_models
-from tasks.store import Store
+from tasks.store import ArtifactStore
 
 
 def add_model_commands(commands: Any) -> None:
@@ -106,7 +106,7 @@ def _model_folder(options: argparse.Namespace) -> Path:
 
 
 def _newest_chat_model(artifacts: Path) -> Path:
-    store = Store(artifacts)
+    store = ArtifactStore(artifacts)
     for record in store.records(*(model.stage for model in chat_models())):
         folder = store.folder(record.parts.stage, record.digest)
         if folder.is_dir():
@@ -121,7 +121,7 @@ def _tokenizers(options: argparse.Namespace) -> int:
     from flows import compare_tokenizers as comparing
     from flows.display import print_tokenizers
 
-    store = Store(options.artifacts)
+    store = ArtifactStore(options.artifacts)
     texts = comparing.read_texts(options.text or comparing.find_text(store))
     folders = options.folders or comparing.find_tokenizers(store)
     measured = comparing.measure_tokenizers(comparing.name_tokenizers(folders), texts)

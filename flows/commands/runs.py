@@ -22,7 +22,7 @@ from llm.errors import Interrupted
 from tasks.plan import PlannedStep, Selection, make_plan
 from tasks.preflight import find_problems, refuse_what_cannot_run
 from tasks.stages import all_stages, in_order
-from tasks.store import Store
+from tasks.store import ArtifactStore
 
 if TYPE_CHECKING:
     from flows.result import RunResult
@@ -82,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
         force=tuple(options.force),
         reuse=tuple(options.reuse),
     )
-    store = Store(Path(config.runtime.artifacts_dir))
+    store = ArtifactStore(Path(config.runtime.artifacts_dir))
     plan = make_plan(in_order(language_model(config)), config, store, selection)
     if options.plan:
         return _show_plan(config, plan, find_problems(plan, config, store), options.json)
@@ -108,7 +108,7 @@ def _sweep(options: argparse.Namespace) -> int:
             name=f"{short_name(member)} {config.name}",
             sweep=Path(options.name).stem,
         )
-        store = Store(Path(config.runtime.artifacts_dir))
+        store = ArtifactStore(Path(config.runtime.artifacts_dir))
         plan = make_plan(in_order(language_model(config)), config, store, request.selection)
         return _execute(request, config, plan, store).outcomes
 
@@ -121,7 +121,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _execute(
-    request: RunRequest, config: RunConfig, plan: Sequence[PlannedStep], store: Store
+    request: RunRequest, config: RunConfig, plan: Sequence[PlannedStep], store: ArtifactStore
 ) -> "RunResult":
     """Run the flow, unless every step of the plan is cached."""
     from flows.result import cached_result
@@ -138,7 +138,7 @@ def _execute(
     return _run_flow(request, store)
 
 
-def _run_flow(request: RunRequest, store: Store) -> "RunResult":
+def _run_flow(request: RunRequest, store: ArtifactStore) -> "RunResult":
     """Run the Prefect flow, on the running server or on a temporary one."""
     # Prefect's log lines would break the live display; its server still receives them
     signal.signal(signal.SIGTERM, _interrupt)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tasks.stages import step_name
-from tasks.store import Store
+from tasks.store import ArtifactStore
 from tasks.tracking.client import (
     DIGEST_TAG,
     KEY_TAG,
@@ -88,7 +88,7 @@ class PipelineRuns:
         self._mlflow.set_tags(run_id, {**texts, DIGEST_TAG: event.digest})
         log_funnel(self._mlflow, run_id, title, event.summary)
         if event.stage == "train_tokenizer" and event.digest:
-            folder = Store(self._artifacts_dir).folder(event.stage, event.digest)
+            folder = ArtifactStore(self._artifacts_dir).folder(event.stage, event.digest)
             log_tokenizer_report(self._mlflow, run_id, folder)
         self._book.end(name, event.status, at_ms)
 

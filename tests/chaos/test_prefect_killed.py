@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tasks.stages import all_stages
-from tasks.store import Store
+from tasks.store import ArtifactStore
 from tests.chaos.killed_runs import command, left_over, stage_process, stages, working_in
 from tests.flows.orchestrated import start_run, until_trained
 
@@ -60,5 +60,7 @@ def processes_of_training(run: "subprocess.Popen[str]", artifacts: Path) -> set[
 
 def finished_stages(artifacts: Path) -> set[str]:
     """Return the stages whose artifacts are kept, by the records of their keys."""
-    records = [record for stage in all_stages() for record in Store(artifacts).records(stage.name)]
+    records = [
+        record for stage in all_stages() for record in ArtifactStore(artifacts).records(stage.name)
+    ]
     return {f"{record.parts.stage} {record.parts.role}".strip() for record in records}

@@ -13,7 +13,7 @@ from llm.config import ModelConfig
 from llm.model.transformer import Transformer
 from llm.model.weights import save_model
 from llm.tokenizer.characters import CharacterTokenizer
-from tasks.store import KeyParts, KeyRecord, Store
+from tasks.store import ArtifactStore, KeyParts, KeyRecord
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_chat_prints_the_folder_of_the_newest_model_without_a_terminal(
     )
     folder = tmp_path / "finetune" / "abc"
     folder.mkdir(parents=True)
-    Store(tmp_path).remember(
+    ArtifactStore(tmp_path).remember(
         KeyRecord(key=parts.key, parts=parts, digest="abc", seconds=1.0, made_at="now")
     )
     taken: list[Path] = []

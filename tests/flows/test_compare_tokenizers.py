@@ -12,12 +12,14 @@ from llm.artifact import ArtifactWriter
 from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.tokenizer.characters import ByteTokenizer, CharacterTokenizer
-from tasks.store import KeyParts, KeyRecord, Store
+from tasks.store import ArtifactStore, KeyParts, KeyRecord
 
 TEXT = "one two é\n" * 100
 
 
-def publish(store: Store, stage: str, name: str, files: dict[str, bytes], **parts: object) -> Path:
+def publish(
+    store: ArtifactStore, stage: str, name: str, files: dict[str, bytes], **parts: object
+) -> Path:
     """Put an artifact into the store as a run does."""
     writer = ArtifactWriter(store.root.parent / f"{stage} {name}")
     for file, data in files.items():
@@ -41,9 +43,9 @@ def publish(store: Store, stage: str, name: str, files: dict[str, bytes], **part
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def store(tmp_path: Path) -> ArtifactStore:
     """A corpus, chats, and two tokenizers."""
-    store = Store(tmp_path / "artifacts")
+    store = ArtifactStore(tmp_path / "artifacts")
     made: dict[str, Tokenizer] = {"bytes": ByteTokenizer(), "bpe": ByteLevelBPE.train([TEXT], 270)}
     for kind, tokenizer in made.items():
         publish(store, "train_tokenizer", kind, tokenizer.to_files(), settings={"kind": kind})
@@ -62,7 +64,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_all_that_were_made_are_compared_on_the_newest_corpus(
-    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: ArtifactStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "report"
     assert main(["tokenizers", "--artifacts", str(store.root), "--to", str(target)]) == 0

@@ -5,17 +5,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tests.tasks.mlflow_place import SAMPLES, Place, finish_model, start_model, write_points
 
 from flows.pipeline import language_model
 from flows.sweep import Member, Sweep, comparison, run_sweep
+from llm.artifact import Json
 from llm.config import FinetuneConfig, RunConfig, load_config
 from llm.errors import ConfigError
 from llm.models import MODELS, PipelineModel, chat_models
 from tasks.cached import Outcome
 from tasks.plan import Selection, make_plan
 from tasks.stages import in_order
-from tasks.store import Store
+from tasks.store import ArtifactStore
+from tasks.tracking.journal import ReportFinished
+from tests.tasks.tracked_folder import (
+    SAMPLES,
+    TrackedFolder,
+    finish_model,
+    start_model,
+    write_points,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +50,7 @@ def test_the_stages_after_pretrain_are_the_recipe_s(align: PipelineModel, tmp_pa
     *_, finetune, made, report = steps
     assert made.inputs == {"base": finetune, "sequences": finetune.inputs["sequences"]}
     assert [report.inputs[name].name for name in ("base", "chat", "aligned")] == names[-4:-1]
-    plan = make_plan(steps, config, Store(tmp_path), Selection(start_from="align"))
+    plan = make_plan(steps, config, ArtifactStore(tmp_path), Selection(start_from="align"))
     assert [item.status for item in plan] == ["build"] * len(steps)
 
     alone = in_order(language_model(load_config("quickstart", ["stages_after_pretrain=[]"])))
@@ -59,8 +67,8 @@ def test_other_stages_after_pretrain_are_refused(align: PipelineModel, stages: s
 
 
 def test_an_added_model_is_tracked_like_the_others(align: PipelineModel, tmp_path: Path) -> None:
-    place = Place(tmp_path)
-    tracker = place.start()
+    tracked = TrackedFolder(tmp_path)
+    tracker = tracked.start()
     for stage in ("pretrain", "finetune", "align"):
         work = tmp_path / f"{stage}-work"
         start_model(tracker, work, stage)
@@ -71,16 +79,17 @@ def test_an_added_model_is_tracked_like_the_others(align: PipelineModel, tmp_pat
     for name in ("report.md", "report.json"):
         (report / name).write_text("")
     (report / "samples.json").write_text(json.dumps([{**one, "aligned": "!"} for one in SAMPLES]))
-    tracker.report_finished(report, {"chat/exact_match": 0.5, "aligned/exact_match": 0.75})
+    metrics: dict[str, Json] = {"chat/exact_match": 0.5, "aligned/exact_match": 0.75}
+    tracker.log(ReportFinished(folder=str(report), metrics=metrics))
     tracker.close()
-    runs = place.runs("models")
+    runs = tracked.runs("models")
     chat, aligned = runs["chat lr=1 3.2M tiny"], runs["aligned lr=1 3.2M tiny"]
     assert aligned.data.metrics["eval/exact_match"] == 0.75
     assert "chat/exact_match" not in aligned.data.metrics
     [start] = aligned.inputs.model_inputs
     assert start.model_id == chat.outputs.model_outputs[0].model_id
     [made] = aligned.outputs.model_outputs
-    assert place.client.get_logged_model(made.model_id).model_type == "aligned"
+    assert tracked.client.get_logged_model(made.model_id).model_type == "aligned"
 
 
 def test_an_added_model_has_a_column_in_sweeps_and_answers_in_chat(align: PipelineModel) -> None:

@@ -17,7 +17,6 @@ from urllib.request import Request
 
 import psutil
 import pytest
-from tests.tasks.mlflow_place import Place
 
 from flows.doctor import examine
 from flows.services.addresses import addresses
@@ -38,6 +37,7 @@ from flows.services.servers import down, up
 from flows.services.temporary_server import TemporaryPrefectServer, replace_server
 from llm.config import RuntimeConfig
 from tasks.direct_http import open_direct
+from tests.tasks.tracked_folder import TrackedFolder
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.flaky(reason="real servers start and end, on a machine that may be busy")
@@ -204,16 +204,16 @@ def test_up_closes_the_mlflow_runs_of_a_killed_process(services: Services, artif
     code = f"""
 import os, signal
 from pathlib import Path
-from tests.tasks.mlflow_place import Place, start_model
-place = Place(Path({str(artifacts)!r}))
-start_model(place.start("killed"), place.work)
+from tests.tasks.tracked_folder import TrackedFolder, start_model
+tracked = TrackedFolder(Path({str(artifacts)!r}))
+start_model(tracked.start("killed"), tracked.work)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60)
     assert killed.returncode == -signal.SIGKILL
     assert list((artifacts / "tracking").glob("*.journal"))
     up(artifacts, notify=lambda _: None)
-    runs = Place(artifacts).runs("pipelines")
+    runs = TrackedFolder(artifacts).runs("pipelines")
     assert {run.info.status for run in runs.values()} == {"KILLED"}
     assert not list((artifacts / "tracking").glob("*.journal"))
 

@@ -24,7 +24,7 @@ from llm.tokenizer.load import load_tokenizer
 from llm.train_tokenizer import train_tokenizer
 from tasks.plan import key_parts
 from tasks.stages import TRAIN_TOKENIZER, PipelineStep
-from tasks.store import Store
+from tasks.store import ArtifactStore
 
 MakeDocuments = Callable[..., Path]
 RunStage = Callable[..., tuple[Path, Mapping[str, Json]]]
@@ -105,7 +105,7 @@ def test_a_kind_added_to_the_table_can_be_set_and_its_library_is_in_the_key(
 ) -> None:
     config = load_config("quickstart", [f"train_tokenizer.kind={words}"])
     step = PipelineStep(stage=TRAIN_TOKENIZER)
-    libraries = key_parts(step, config, {}, Store(tmp_path)).libraries
+    libraries = key_parts(step, config, {}, ArtifactStore(tmp_path)).libraries
     assert {"tokenizers", "yaml"} <= libraries.keys()
 
 

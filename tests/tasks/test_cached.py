@@ -10,7 +10,7 @@ import pytest
 from llm.artifact import read_manifest
 from llm.errors import DataError, Interrupted
 from tasks.cached import log_cached_run
-from tasks.store import Store
+from tasks.store import ArtifactStore
 from tasks.tracking.journal import StageFinished
 from tests import tiny
 from tests.tasks.tracked_folder import TrackedFolder, finish_model, start_model, write_points
@@ -92,7 +92,7 @@ def test_finished_child_of_a_killed_parent_is_published_without_another_run(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "publish", killed)
+        patch.setattr(ArtifactStore, "publish", killed)
         with pytest.raises(KeyboardInterrupt):
             tiny.build(tmp_path, sources, "download corpus")
     monkeypatch.setattr("tasks.cached.launch", killed)
@@ -139,7 +139,7 @@ def test_wholly_cached_member_of_a_sweep_is_logged_and_tagged(tracked: TrackedFo
         stage="pretrain", role="", key="k", digest=digest, status="cached", reason="", seconds=0.0,
         path="",
     )  # fmt: skip
-    store = Store(tracked.path)
+    store = ArtifactStore(tracked.path)
     log_cached_run(tracked.config, store, [outcome], "1 seed=1 tiny", {"sweep": "seeds"})
     member = tracked.runs("pipelines")["1 seed=1 tiny"]
     tagged = [member, tracked.runs("models")["base 3.2M alone"]]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm.errors import DiskFullError
-from tasks.store import Store
+from tasks.store import ArtifactStore
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def test_full_disk_in_any_stage_is_one_line_and_what_is_done_stays(
         stage = step.split()[0]
         display = tiny.SilentDisplay()
         full.setenv("FULL_STAGE", stage)
-        before = set(Store(artifacts).artifacts([stage]))
+        before = set(ArtifactStore(artifacts).artifacts([stage]))
         with pytest.raises(DiskFullError) as caught:
             tiny.build(artifacts, overrides, step, display=display)
         message = str(caught.value)
@@ -79,12 +79,12 @@ def test_full_disk_in_any_stage_is_one_line_and_what_is_done_stays(
         if not last_byte:
             assert "free" in message and ("needed" in message or "checkpoint of" in message)
         assert not [line for line in display.shown if "again" in line], "it was started again"
-        assert set(Store(artifacts).artifacts([stage])) == before
+        assert set(ArtifactStore(artifacts).artifacts([stage])) == before
         assert not list(artifacts.glob("staging/*/out/manifest.json"))
         full.setenv("FULL_STAGE", "")
         assert tiny.build(artifacts, overrides, step)[step].status == "built"
-    for folder in Store(artifacts).artifacts([step.split()[0] for step in steps]):
-        Store(artifacts).verify(folder, is_thorough=True)
+    for folder in ArtifactStore(artifacts).artifacts([step.split()[0] for step in steps]):
+        ArtifactStore(artifacts).verify(folder, is_thorough=True)
 
 
 SCRIPT = """

@@ -12,13 +12,13 @@ from llm.errors import ArtifactError, ConfigError, DataError
 from tasks import plan as plan_module
 from tasks.plan import PlannedStep, Selection, key_parts, make_plan
 from tasks.stages import all_stages, in_order
-from tasks.store import KeyRecord, Store
+from tasks.store import ArtifactStore, KeyRecord
 
 RECIPE = Path(__file__).with_name("defaults.yaml")
 CHAT = '{"instruction": "Who?", "input": "", "output": "The one who asked."}'
 
 
-def build_all(config: RunConfig, store: Store) -> None:
+def build_all(config: RunConfig, store: ArtifactStore) -> None:
     """Fill the store as a run would; the bytes are the input digests and settings."""
     digests: dict[Any, str] = {}
     for step in in_order(language_model(config)):
@@ -55,15 +55,15 @@ def overrides(source: Path) -> list[str]:
 
 
 @pytest.fixture
-def store(tmp_path: Path, overrides: list[str]) -> Store:
+def store(tmp_path: Path, overrides: list[str]) -> ArtifactStore:
     """A store in which everything is built."""
-    store = Store(tmp_path / "artifacts")
+    store = ArtifactStore(tmp_path / "artifacts")
     build_all(load_config(RECIPE, overrides), store)
     return store
 
 
 def planned(
-    store: Store, overrides: list[str], selection: Selection | None = None
+    store: ArtifactStore, overrides: list[str], selection: Selection | None = None
 ) -> list[PlannedStep]:
     """The plan of the quickstart recipe with these overrides."""
     config = load_config(RECIPE, overrides)
@@ -83,7 +83,7 @@ def reason(plan: list[PlannedStep], name: str) -> str:
 def test_each_of_several_sources_is_a_download_of_its_own_and_weights_count_for_pack_alone(
     tmp_path: Path,
 ) -> None:
-    store = Store(tmp_path / "artifacts")
+    store = ArtifactStore(tmp_path / "artifacts")
 
     def digests(*more: str) -> dict[str, str]:
         config = load_config("quickstart", [*named, *more])
@@ -110,13 +110,13 @@ def test_each_of_several_sources_is_a_download_of_its_own_and_weights_count_for_
 
 
 def test_empty_store_builds_everything(tmp_path: Path, overrides: list[str]) -> None:
-    plan = planned(Store(tmp_path / "empty"), overrides)
+    plan = planned(ArtifactStore(tmp_path / "empty"), overrides)
     assert len(to_build(plan)) == len(plan) == 10
     assert reason(plan, "download corpus") == "never built"
     assert not (tmp_path / "empty" / "keys").exists()
 
 
-def test_unchanged_run_builds_nothing(store: Store, overrides: list[str]) -> None:
+def test_unchanged_run_builds_nothing(store: ArtifactStore, overrides: list[str]) -> None:
     assert to_build(planned(store, overrides)) == []
 
 
@@ -148,7 +148,7 @@ def test_unchanged_run_builds_nothing(store: Store, overrides: list[str]) -> Non
     ],
 )
 def test_a_changed_setting_rebuilds_exactly_what_depends_on_it(
-    store: Store, overrides: list[str], override: str, rebuilt: list[str], why: str
+    store: ArtifactStore, overrides: list[str], override: str, rebuilt: list[str], why: str
 ) -> None:
     base = ["finetune.warmup_steps=1"] if "finetune" in override else []
     if base:
@@ -160,7 +160,7 @@ def test_a_changed_setting_rebuilds_exactly_what_depends_on_it(
 
 
 def test_a_changed_byte_of_text_rebuilds_what_is_made_from_it(
-    store: Store, overrides: list[str], source: Path
+    store: ArtifactStore, overrides: list[str], source: Path
 ) -> None:
     (source / "corpus.txt").write_text("some texT\n")
     built = to_build(planned(store, overrides))
@@ -172,7 +172,10 @@ def test_a_changed_byte_of_text_rebuilds_what_is_made_from_it(
 def test_other_chats_rebuild_the_corpus_only_where_it_is_read_for_what_they_hold_out(
     tmp_path: Path, overrides: list[str], source: Path, action: str, is_rebuilt: bool
 ) -> None:
-    store, chosen = Store(tmp_path / action), [*overrides, f"clean.decontamination.action={action}"]
+    store, chosen = (
+        ArtifactStore(tmp_path / action),
+        [*overrides, f"clean.decontamination.action={action}"],
+    )
     build_all(load_config(RECIPE, chosen), store)
     assert to_build(planned(store, chosen)) == []
     (source / "chats.json").write_text(CHAT)
@@ -189,7 +192,7 @@ def test_prompts_that_are_measured_with_are_kept_out_of_training_where_that_is_a
 ) -> None:
     long = "evaluate.prompts=[one two three four five six seven eight nine ten eleven twelve more]"
     for action in ("none", "drop"):
-        store = Store(tmp_path / action)
+        store = ArtifactStore(tmp_path / action)
         chosen = [*overrides, f"clean.decontamination.action={action}"]
         build_all(load_config(RECIPE, chosen), store)
         assert to_build(planned(store, [*chosen, "evaluate.prompts=[Short]"])) == ["evaluate"]
@@ -199,7 +202,7 @@ def test_prompts_that_are_measured_with_are_kept_out_of_training_where_that_is_a
 
 
 def test_a_moved_source_rebuilds_nothing(
-    store: Store, overrides: list[str], source: Path, tmp_path: Path
+    store: ArtifactStore, overrides: list[str], source: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     (source / "corpus.txt").rename(tmp_path / "elsewhere" / "corpus.txt")
@@ -207,7 +210,9 @@ def test_a_moved_source_rebuilds_nothing(
     assert to_build(planned(store, moved)) == []
 
 
-def test_a_deleted_output_rebuilds_it_and_says_so(store: Store, overrides: list[str]) -> None:
+def test_a_deleted_output_rebuilds_it_and_says_so(
+    store: ArtifactStore, overrides: list[str]
+) -> None:
     plan = planned(store, overrides)
     digest = next(item.digest for item in plan if item.step.name == "train_tokenizer")
     store.folder("train_tokenizer", digest).rename(store.root / "gone")
@@ -216,7 +221,9 @@ def test_a_deleted_output_rebuilds_it_and_says_so(store: Store, overrides: list[
     assert "deleted" in reason(plan, "train_tokenizer")
 
 
-def test_a_flipped_bit_rebuilds_it_and_says_where(store: Store, overrides: list[str]) -> None:
+def test_a_flipped_bit_rebuilds_it_and_says_where(
+    store: ArtifactStore, overrides: list[str]
+) -> None:
     plan = planned(store, overrides)
     digest = next(item.digest for item in plan if item.step.name == "clean corpus")
     path = store.folder("clean", digest) / "bytes.json"
@@ -237,7 +244,7 @@ def test_a_flipped_bit_rebuilds_it_and_says_where(store: Store, overrides: list[
     ],
 )
 def test_changed_code_rebuilds_the_stages_that_use_it(
-    store: Store,
+    store: ArtifactStore,
     overrides: list[str],
     monkeypatch: pytest.MonkeyPatch,
     module: str,
@@ -259,16 +266,16 @@ def test_changed_code_rebuilds_the_stages_that_use_it(
 
 
 def test_only_takes_one_stage_and_refuses_when_its_inputs_are_missing(
-    store: Store, overrides: list[str], tmp_path: Path
+    store: ArtifactStore, overrides: list[str], tmp_path: Path
 ) -> None:
     plan = planned(store, [*overrides, "finetune.num_steps=600"], Selection(only="finetune"))
     assert to_build(plan) == ["finetune"]
     assert plan[-1].step.name == "finetune"
     with pytest.raises(ArtifactError, match="--only finetune: its inputs are not all built"):
-        planned(Store(tmp_path / "empty"), overrides, Selection(only="finetune"))
+        planned(ArtifactStore(tmp_path / "empty"), overrides, Selection(only="finetune"))
 
 
-def test_from_builds_a_stage_and_all_after_it(store: Store, overrides: list[str]) -> None:
+def test_from_builds_a_stage_and_all_after_it(store: ArtifactStore, overrides: list[str]) -> None:
     built = to_build(planned(store, overrides, Selection(start_from="pretrain")))
     assert built == ["pretrain", "finetune", "evaluate"]
 
@@ -276,7 +283,7 @@ def test_from_builds_a_stage_and_all_after_it(store: Store, overrides: list[str]
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_is_planned_without_a_network(recipe: str, tmp_path: Path) -> None:
     config = load_config(recipe)
-    plan = make_plan(in_order(language_model(config)), config, Store(tmp_path), Selection())
+    plan = make_plan(in_order(language_model(config)), config, ArtifactStore(tmp_path), Selection())
     assert len(to_build(plan)) == len(plan)
     assert not list(tmp_path.glob("*/*"))
 
@@ -286,7 +293,7 @@ def test_unknown_stage_lists_the_stages() -> None:
         Selection(only="train")
 
 
-def test_missing_file_names_the_setting(store: Store, overrides: list[str]) -> None:
+def test_missing_file_names_the_setting(store: ArtifactStore, overrides: list[str]) -> None:
     with pytest.raises(DataError, match=r"download\.corpus\.path"):
         planned(store, [*overrides, "download.corpus.path=nowhere.txt"])
 

@@ -14,7 +14,7 @@ from tasks import preflight
 from tasks.plan import Selection, make_plan
 from tasks.preflight import find_problems
 from tasks.stages import in_order
-from tasks.store import Store
+from tasks.store import ArtifactStore
 from tests import tiny
 
 RECIPE = str(Path(__file__).with_name("defaults.yaml"))
@@ -41,7 +41,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 def problems(overrides: list[str]) -> list[str]:
     """Plan a run and look for what keeps it from being built."""
     config = load_config(RECIPE, overrides)
-    store = Store(Path(config.runtime.artifacts_dir))
+    store = ArtifactStore(Path(config.runtime.artifacts_dir))
     plan = make_plan(in_order(language_model(config)), config, store, Selection())
     return find_problems(plan, config, store)
 
@@ -126,7 +126,7 @@ def test_nothing_is_needed_of_what_is_cached(
         RECIPE,
         [*settings, *overrides, "clean.near_duplicates.unit=none", "runtime.shard_runner=dask"],
     )
-    store = Store(Path(config.runtime.artifacts_dir))
+    store = ArtifactStore(Path(config.runtime.artifacts_dir))
     plan = make_plan(in_order(language_model(config)), config, store, Selection())
     cached = [item for item in plan if item.status == "cached"]
     assert cached and not find_problems(cached, config, store)

@@ -13,7 +13,7 @@ import pytest
 
 from llm.artifact import ArtifactWriter
 from llm.errors import ArtifactError
-from tasks.store import KeyParts, KeyRecord, Store
+from tasks.store import ArtifactStore, KeyParts, KeyRecord
 
 
 def parts(stage: str = "pack", **settings: int) -> KeyParts:
@@ -23,7 +23,7 @@ def parts(stage: str = "pack", **settings: int) -> KeyParts:
     )
 
 
-def publish(store: Store, key_parts: KeyParts, **files: bytes) -> Path:
+def publish(store: ArtifactStore, key_parts: KeyParts, **files: bytes) -> Path:
     """Put an artifact with these files into the store under a key."""
     out = store.staging(key_parts) / "out"
     writer = ArtifactWriter(out)
@@ -40,19 +40,19 @@ def publish(store: Store, key_parts: KeyParts, **files: bytes) -> Path:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def store(tmp_path: Path) -> ArtifactStore:
     """An empty store."""
-    return Store(tmp_path / "artifacts")
+    return ArtifactStore(tmp_path / "artifacts")
 
 
-def test_published_artifact_is_found_again_by_its_key(store: Store) -> None:
+def test_published_artifact_is_found_again_by_its_key(store: ArtifactStore) -> None:
     folder = publish(store, parts(a=1), x=b"hello")
     found = store.find(parts(a=1))
     assert found is not None and found[1].path == folder
     assert store.find(parts(a=2)) is None
 
 
-def test_same_bytes_under_two_keys_lie_there_once(store: Store) -> None:
+def test_same_bytes_under_two_keys_lie_there_once(store: ArtifactStore) -> None:
     assert publish(store, parts(a=1), x=b"1") == publish(store, parts(a=2), x=b"1")
     assert len(store.artifacts(["pack"])) == 1
 
@@ -68,10 +68,10 @@ def _publish_at_once(root: Path, number: int, barrier: Barrier) -> None:
         return rename(path, target)
 
     Path.rename = meet_and_rename  # type: ignore[method-assign]
-    publish(Store(root), parts(a=number), x=b"1")
+    publish(ArtifactStore(root), parts(a=number), x=b"1")
 
 
-def test_same_bytes_published_by_two_processes_at_once_lie_there_once(store: Store) -> None:
+def test_same_bytes_published_by_two_processes_at_once_lie_there_once(store: ArtifactStore) -> None:
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(2)
     processes = [
@@ -88,21 +88,21 @@ def test_same_bytes_published_by_two_processes_at_once_lie_there_once(store: Sto
 
 
 def test_damage_that_two_see_at_once_is_set_aside_once_and_what_was_made_again_stays(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = publish(store, parts(a=1), x=b"hello")
     (folder / "x").write_bytes(b"jello")
-    verify = Store.verify
+    verify = ArtifactStore.verify
 
-    def verify_while_another_makes_it_again(self: Store, path: Path) -> None:
+    def verify_while_another_makes_it_again(self: ArtifactStore, path: Path) -> None:
         try:
             verify(self, path)
         except ArtifactError:
-            monkeypatch.setattr(Store, "verify", verify)
+            monkeypatch.setattr(ArtifactStore, "verify", verify)
             publish(store, parts(a=2), x=b"hello")
             raise
 
-    monkeypatch.setattr(Store, "verify", verify_while_another_makes_it_again)
+    monkeypatch.setattr(ArtifactStore, "verify", verify_while_another_makes_it_again)
     assert store.find(parts(a=1)) is None
     assert len(list((store.root / "damaged").iterdir())) == 1
     assert (folder / "x").read_bytes() == b"hello"
@@ -110,7 +110,7 @@ def test_damage_that_two_see_at_once_is_set_aside_once_and_what_was_made_again_s
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_any_damage_is_found_and_set_aside_with_its_reason(store: Store, seed: int) -> None:
+def test_any_damage_is_found_and_set_aside_with_its_reason(store: ArtifactStore, seed: int) -> None:
     rng = random.Random(seed)
     folder = publish(store, parts(), x=rng.randbytes(5000), y=rng.randbytes(50))
     path = folder / rng.choice(["x", "y", "manifest.json"])
@@ -134,7 +134,7 @@ def test_any_damage_is_found_and_set_aside_with_its_reason(store: Store, seed: i
     assert (aside / "REASON.txt").read_text().strip()
 
 
-def test_a_file_with_its_old_stamp_is_not_read_again_unless_asked(store: Store) -> None:
+def test_a_file_with_its_old_stamp_is_not_read_again_unless_asked(store: ArtifactStore) -> None:
     folder = publish(store, parts(), x=b"hello")
     status = (folder / "x").stat()
     with (folder / "x").open("r+b") as file:
@@ -144,7 +144,7 @@ def test_a_file_with_its_old_stamp_is_not_read_again_unless_asked(store: Store) 
         store.verify(folder)
 
 
-def test_thorough_verification_reads_everything(store: Store, tmp_path: Path) -> None:
+def test_thorough_verification_reads_everything(store: ArtifactStore, tmp_path: Path) -> None:
     folder = publish(store, parts(), x=b"hello")
     with (folder / "x").open("r+b") as file:
         file.write(b"j")
@@ -154,21 +154,23 @@ def test_thorough_verification_reads_everything(store: Store, tmp_path: Path) ->
         store.verify(folder, is_thorough=True)
 
 
-def test_a_copied_store_is_hashed_once_and_then_hits(store: Store, tmp_path: Path) -> None:
+def test_a_copied_store_is_hashed_once_and_then_hits(store: ArtifactStore, tmp_path: Path) -> None:
     publish(store, parts(), x=b"hello")
     store.root.rename(tmp_path / "moved")
-    moved = Store(tmp_path / "moved")
+    moved = ArtifactStore(tmp_path / "moved")
     assert moved.find(parts()) is not None
 
 
-def test_unreadable_record_counts_as_none(store: Store) -> None:
+def test_unreadable_record_counts_as_none(store: ArtifactStore) -> None:
     publish(store, parts(), x=b"1")
     (store.root / "keys" / "pack" / f"{parts().key}.json").write_text("{")
     assert store.find(parts()) is None
     assert store.records("pack") == []
 
 
-def test_sweep_removes_the_staging_of_what_is_published_and_nothing_else(store: Store) -> None:
+def test_sweep_removes_the_staging_of_what_is_published_and_nothing_else(
+    store: ArtifactStore,
+) -> None:
     publish(store, parts(a=1), x=b"1")
     unfinished = store.staging(parts(a=2))
     (unfinished / "work").mkdir(parents=True)
@@ -178,12 +180,12 @@ def test_sweep_removes_the_staging_of_what_is_published_and_nothing_else(store: 
 
 
 def _hold(root: Path, ready: object) -> None:
-    with Store(root).lock("x"):
+    with ArtifactStore(root).lock("x"):
         ready.set()  # type: ignore[attr-defined]
         time.sleep(60)
 
 
-def test_lock_of_a_killed_holder_is_free_at_once(store: Store) -> None:
+def test_lock_of_a_killed_holder_is_free_at_once(store: ArtifactStore) -> None:
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
     holder = context.Process(target=_hold, args=(store.root, ready))
@@ -199,7 +201,7 @@ def test_lock_of_a_killed_holder_is_free_at_once(store: Store) -> None:
 
 
 @pytest.fixture
-def linked(store: Store, tmp_path: Path) -> Path:
+def linked(store: ArtifactStore, tmp_path: Path) -> Path:
     """A published artifact of two files whose folder is a relative link to another disk."""
     folder = publish(store, parts(), **{"train/0.tokens.bin": b"0" * 99, "x": b"1"})
     folder.rename(tmp_path / "disk")
@@ -208,7 +210,7 @@ def linked(store: Store, tmp_path: Path) -> Path:
 
 
 def test_linked_artifact_folder_is_a_hit_and_its_damage_is_found(
-    store: Store, linked: Path, tmp_path: Path
+    store: ArtifactStore, linked: Path, tmp_path: Path
 ) -> None:
     found = store.find(parts())
     assert found is not None and found[1].path == linked
@@ -221,7 +223,7 @@ def test_linked_artifact_folder_is_a_hit_and_its_damage_is_found(
 
 
 def test_link_to_an_unmounted_disk_is_an_error_and_not_built_again(
-    store: Store, linked: Path, tmp_path: Path
+    store: ArtifactStore, linked: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "disk").rename(tmp_path / "unmounted")
     with pytest.raises(ArtifactError, match="mount its disk"):
@@ -231,7 +233,7 @@ def test_link_to_an_unmounted_disk_is_an_error_and_not_built_again(
     assert store.find(parts()) is not None
 
 
-def test_artifact_built_again_replaces_a_deleted_link(store: Store, linked: Path) -> None:
+def test_artifact_built_again_replaces_a_deleted_link(store: ArtifactStore, linked: Path) -> None:
     linked.unlink()
     assert store.find(parts()) is None
     folder = publish(store, parts(), **{"train/0.tokens.bin": b"0" * 99, "x": b"1"})
