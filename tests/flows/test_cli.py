@@ -79,7 +79,7 @@ def test_every_option_has_its_help(command: str, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("function", "command", "code", "said"),
     [
-        ("talk_as_asked", ["chat", "MODEL"], 130, "stopped\n"),
+        ("chat_with_options", ["chat", "MODEL"], 130, "stopped\n"),
         ("_run_flow", ["run", "quickstart"], 75, "stopped; the same command goes on from where"),
     ],
 )
@@ -114,7 +114,7 @@ def test_chat_that_took_the_newest_model_says_which_where_no_terminal_shows_it(
         KeyRecord(key=parts.key, parts=parts, digest="abc", seconds=1.0, made_at="now")
     )
     taken: list[Path] = []
-    monkeypatch.setattr("flows.cli.talk_as_asked", lambda folder, options: taken.append(folder))
+    monkeypatch.setattr("flows.cli.chat_with_options", lambda folder, options: taken.append(folder))
     assert main(["chat", "--artifacts", str(tmp_path)]) == 0
     assert taken == [folder]
     assert capsys.readouterr().err == f"model: {folder}\n"
@@ -126,7 +126,7 @@ def test_full_disk_is_a_line_whatever_the_command(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/a/file")
 
-    monkeypatch.setattr("flows.cli.talk_as_asked", full)
+    monkeypatch.setattr("flows.cli.chat_with_options", full)
     assert main(["chat", str(model)]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: /a/file: no space left on the disk: found")
