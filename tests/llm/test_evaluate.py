@@ -324,13 +324,13 @@ def test_it_runs_as_a_process_of_its_own(inputs: dict[str, Path], tmp_path: Path
 def test_a_leak_is_reported_and_the_stage_goes_on(
     inputs: dict[str, Path], run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = Transformer.read
+    hidden_states = Transformer.hidden_states
 
     def leaky(self: Transformer, *arguments: object, **named: object) -> torch.Tensor:
-        x = read(self, *arguments, **named)  # type: ignore[arg-type]
+        x = hidden_states(self, *arguments, **named)  # type: ignore[arg-type]
         return x + 0.1 * x.mean(dim=1, keepdim=True)
 
-    monkeypatch.setattr(Transformer, "read", leaky)
+    monkeypatch.setattr(Transformer, "hidden_states", leaky)
     folder, summary = run_stage(evaluate, SETTINGS, **inputs)
     assert summary["leak/passed"] == 0.0
     assert "LEAK TEST FAILED" in (folder / "report.md").read_text()

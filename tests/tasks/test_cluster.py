@@ -35,7 +35,7 @@ import os, signal, time
 import llm.runtime.shards
 from llm.errors import ConfigError, DataError
 from llm.runtime.job import run_job
-from llm.runtime.shards import Shard, run_shards
+from llm.runtime.shards import Shard, do_shards
 
 def part(job, writer):
     number = str(job.shard["number"])
@@ -59,7 +59,7 @@ def numbers(job, writer):
         seconds = float(job.settings["seconds between looks"])
         llm.runtime.shards.CLUSTER_POLL_SECONDS = seconds
     shards = [Shard(name=f"part-{k}", settings={"number": k}, size=1) for k in range(NUM_SHARDS)]
-    for shard in run_shards(job, part, shards, "parts"):
+    for shard in do_shards(job, part, shards, "parts"):
         shard.adopt(writer, {"number.txt": f"{shard.summary['number']}.txt"})
     return {}
 
