@@ -40,7 +40,7 @@ def test_export_writes_a_folder_and_prints_its_path(
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
-        (["export", "MODEL", "--to", "MODEL"], 2, "already there"),
+        (["export", "MODEL", "--to", "MODEL"], 2, "exists; name a new folder"),
         (["export", "MODEL", "--to", "NEW", "--dtype", "float16"], 2, "dtype: found 'float16'"),
         (["export", "MODEL", "--to", "NEW", "--format", "gguf"], 2, "found characters"),
         (
@@ -48,11 +48,11 @@ def test_export_writes_a_folder_and_prints_its_path(
             1,
             "nowhere: no such folder; expected the folder of a",
         ),
-        (["export", "EMPTY", "--to", "NEW"], 1, "model.json: not there; expected the folder"),
+        (["export", "EMPTY", "--to", "NEW"], 1, "model.json: not found; expected a model folder"),
         (["chat", "NOWHERE"], 1, "nowhere: no such folder; expected the folder of a model"),
         (["export", "--to", "NEW", "--artifacts", "NOWHERE"], 1, "no chat model; build one"),
         (["import", "NOWHERE", "--to", "NEW"], 1, "tokenizer.json: not there"),
-        (["import", "MODEL", "--to", "MODEL"], 2, "already there"),
+        (["import", "MODEL", "--to", "MODEL"], 2, "exists; name a new folder"),
     ],
 )
 def test_an_invalid_command_prints_one_line_and_writes_nothing(
@@ -72,7 +72,7 @@ def test_an_invalid_command_prints_one_line_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("command", ["chat", "export", "tokenizers", "spread", "doctor", "up"])
+@pytest.mark.parametrize("command", ["chat", "export", "tokenizers", "doctor", "up"])
 def test_every_option_has_its_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])
