@@ -4,14 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 RECIPE ?= quickstart
+QUICK := -m "not (slow or distributed)" -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: run test lint bare-llm up down chat doctor clean
+.PHONY: run test test-all lint bare-llm up down chat doctor clean
 
 run: $(VENV)/installed  ## install, then run the quickstart recipe (offline)
 	$(BIN)/fromscratch run $(RECIPE) $(ARGS)
 
-test: $(VENV)/installed-test  ## run the tests
-	$(BIN)/pytest $(ARGS)
+test: $(VENV)/installed-test  ## run the quick tests: those of a change, in minutes
+	$(BIN)/pytest $(QUICK) $(ARGS)
+
+test-all: test  ## run the quick tests, then those that take minutes each, one after another
+	$(BIN)/pytest -m "slow or distributed" $(ARGS)
 
 lint: $(VENV)/installed-test  ## check format, style and types
 	$(BIN)/ruff format --check .

@@ -8,6 +8,8 @@ import pytest
 from flows.services.temporary_server import TemporaryPrefectServer
 from tests.flows.orchestrated import printed_by, start_run
 
+pytestmark = pytest.mark.slow
+
 # Processes of FAILING_PART of FAILING_STAGE raise the error named by FAILING_WITH.
 SITECUSTOMIZE = """
 import os

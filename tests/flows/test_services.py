@@ -40,7 +40,10 @@ from tasks.direct_http import open_direct
 from tests.tasks.tracked_folder import TrackedFolder
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.flaky(reason="real servers start and end, on a machine that may be busy")
+pytestmark = [
+    pytest.mark.flaky(reason="real servers start and end, on a machine that may be busy"),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture(scope="module")

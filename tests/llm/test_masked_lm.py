@@ -136,6 +136,7 @@ def test_the_measures_of_a_split_equal_sums_by_hand(
     assert float(learned.detach().mean()) == pytest.approx(nats / count, rel=1e-5), "as in training"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "chats"])
 def test_pseudo_perplexity_masks_each_token_of_a_row_in_turn(
     kind: str, tmp_path: Path, tokenizer: Tokenizer, corpus: list[str]

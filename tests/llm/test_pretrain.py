@@ -145,6 +145,7 @@ def test_sigkill_at_any_moment_gives_the_bits_of_an_undisturbed_run(
     assert summary(tmp_path) == summary(undisturbed[optimizer])
 
 
+@pytest.mark.slow
 def test_kills_inside_saves_give_the_bits_of_an_undisturbed_run(
     tmp_path: Path,
     inputs: dict[str, Path],

@@ -191,6 +191,7 @@ def _docstrings(name: str) -> list[str]:
     return [docstring for node in owners if (docstring := ast.get_docstring(node))]
 
 
+@pytest.mark.slow
 def test_the_corpus_is_the_same_twice(documents: list[str]) -> None:
     assert list(corpus_documents()) == documents
 

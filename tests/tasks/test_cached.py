@@ -66,6 +66,7 @@ def test_first_hit_after_a_build_hashes_nothing(
     assert {outcome.status for outcome in again.values()} == {"cached"}
 
 
+@pytest.mark.slow
 def test_another_folder_gives_the_same_digests(
     built: tuple[Path, dict[str, tiny.Outcome]], sources: list[str], tmp_path: Path
 ) -> None:
@@ -148,6 +149,7 @@ def test_wholly_cached_member_of_a_sweep_is_logged_and_tagged(tracked: TrackedFo
     assert member.info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_stopped_run_goes_on_from_its_checkpoint_with_the_same_digest(
     sources: list[str], tmp_path: Path
 ) -> None:

@@ -28,6 +28,8 @@ from tasks.cluster.worker import ShardKilledError, run_shard
 from tasks.launch import launch
 from tests.tiny import build, write_sources
 
+pytestmark = pytest.mark.slow
+
 NUM_SHARDS = 4
 # `python -m llm.numbers`: what each shard does is said in the settings, by its number
 STAGE = """

@@ -12,6 +12,8 @@ from llm.errors import DiskFullError
 from tasks.store import ArtifactStore
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 LONG = pytest.mark.skipif("FROMSCRATCH_LONG" not in os.environ, reason="FROMSCRATCH_LONG=1 asks")
 DATA = ("download corpus", "clean corpus", "train_tokenizer", "pack corpus")

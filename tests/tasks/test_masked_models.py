@@ -3,9 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tasks.tracking.journal import ReportFinished
 from tests import tiny
 from tests.tasks.tracked_folder import TrackedFolder
+
+pytestmark = pytest.mark.slow
 
 FIGURES = {
     *(f"{prefix}masked_{figure}" for prefix in ("", "answer_") for figure in ("loss", "accuracy")),

@@ -21,6 +21,8 @@ from llm.tokenizer.load import load_tokenizer
 from tasks.tracking.journal import ModelFinished
 from tests.tasks.tracked_folder import SUMMARY, TrackedFolder, start_model, write_points
 
+pytestmark = pytest.mark.slow
+
 ASK = """
 import json, sys, mlflow, pandas
 model = mlflow.pyfunc.load_model(sys.argv[1])

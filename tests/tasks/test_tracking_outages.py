@@ -24,9 +24,10 @@ from tests.tasks.tracked_folder import (
     write_points,
 )
 
-pytestmark = pytest.mark.flaky(
-    reason="real servers that stop answering, on a machine that may be busy"
-)
+pytestmark = [
+    pytest.mark.flaky(reason="real servers that stop answering, on a machine that may be busy"),
+    pytest.mark.slow,
+]
 
 
 class Line:
