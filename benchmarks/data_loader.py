@@ -29,7 +29,9 @@ def measure_loader(options: argparse.Namespace, folder: Path) -> Iterator[Figure
     num_tokens = options.megabytes * 1_000_000 // 2  # uint16
     for num_shards in (12, 256):
         sequences = _write_sequences(folder / str(num_shards), num_tokens // num_shards, num_shards)
-        sequences.read(np.arange(sequences.num_rows))  # opens every shard and fills the page cache
+        sequences.read(
+            np.arange(sequences.num_sequences)
+        )  # opens every shard and fills the page cache
         for document_mask in (False, True):
             rates = [_rate(sequences, document_mask) for _ in range(options.repeats)]
             documents = " with document ids" if document_mask else ""

@@ -52,7 +52,7 @@ def measure_pack(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
         target="<= 10 s",
     )
     rows = PackedSequences(folder / "rows", "train")
-    num_positions = rows.num_rows * (SEQ_LEN + 1)
+    num_positions = rows.num_sequences * (SEQ_LEN + 1)
     yield Figure(
         measure="  positions used, without those that repeat a token",
         value=f"{100 * (1 - rows.info.num_padding_tokens / num_positions):.3f} %,"
@@ -60,8 +60,8 @@ def measure_pack(options: argparse.Namespace, folder: Path) -> Iterator[Figure]:
         target=">= 99.5 %",
     )
     histogram = np.zeros(VOCAB_SIZE, dtype=np.int64)
-    for start in range(0, rows.num_rows, DOCUMENTS_AT_ONCE):
-        some = rows.read(np.arange(start, min(start + DOCUMENTS_AT_ONCE, rows.num_rows)))
+    for start in range(0, rows.num_sequences, DOCUMENTS_AT_ONCE):
+        some = rows.read(np.arange(start, min(start + DOCUMENTS_AT_ONCE, rows.num_sequences)))
         histogram += np.bincount(some.tokens[some.mask], minlength=VOCAB_SIZE)
     histogram[BOS] = NUM_DOCUMENTS  # the first of a sequence is not a target
     lost = np.abs(histogram - np.bincount(stream, minlength=VOCAB_SIZE)).sum()

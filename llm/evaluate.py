@@ -51,7 +51,7 @@ def evaluate(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     data = _open_data(job, config, manifests)
     tasks = {name: task for name, task in TASKS.items() if task.predicts == data.predicts}
     per_model = sum(task.num_units(data) for task in tasks.values())
-    advance = _progress(job, data.text.sequences.num_rows + len(names) * per_model)
+    advance = _progress(job, data.text.sequences.num_sequences + len(names) * per_model)
     baselines = measure_baselines(_text_bytes(data, advance))
     if baselines.num_bytes != data.text.sequences.info.num_bytes:
         raise ArtifactError(
@@ -176,8 +176,8 @@ def _load(folder: Path, device: torch.device, data: EvaluationData) -> Transform
 def _text_bytes(data: EvaluationData, advance: Callable[[int], None]) -> Iterator[bytes]:
     """Yield the exact bytes of the validation text: those of every target, in order."""
     sequences = data.text.sequences
-    for start in range(0, sequences.num_rows, SEQUENCES_PER_READ):
-        indices = np.arange(start, min(start + SEQUENCES_PER_READ, sequences.num_rows))
+    for start in range(0, sequences.num_sequences, SEQUENCES_PER_READ):
+        indices = np.arange(start, min(start + SEQUENCES_PER_READ, sequences.num_sequences))
         arrays = sequences.read(indices)
         yield data.tokenizer.decode_bytes(arrays.tokens[arrays.mask].tolist())
         advance(len(indices))

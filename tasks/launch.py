@@ -5,12 +5,9 @@ follows its progress, stops the whole group on request, restarts a child that a 
 turns a failure into one error with the child's traceback and the command that reproduces it.
 """
 
-import contextlib
 import fcntl
 import json
-import os
 import shlex
-import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -29,10 +26,10 @@ from llm.runtime.job import (
     is_finished,
     write_job,
 )
+from llm.runtime.termination import SECONDS_TO_SAVE, end_processes
 from tasks.cluster.runner import ShardRunner
 
 CHILD_POLL_SECONDS = 0.05
-SECONDS_TO_SAVE = 60.0  # for a stopped child to save a checkpoint before it is killed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,27 +142,11 @@ def _run(
                 watch.poll()
                 runner.poll()
             if should_stop() or watch.is_stalled:
-                return _End(is_stalled=watch.is_stalled, code=_end(child))
+                end_processes([child], SECONDS_TO_SAVE, with_groups=True)
+                return _End(is_stalled=watch.is_stalled, code=child.wait())
     finally:
-        _end(child)
+        end_processes([child], SECONDS_TO_SAVE, with_groups=True)
         runner.close()
-
-
-def _end(child: subprocess.Popen[bytes]) -> int:
-    """Stop the child's group: SIGTERM, time to save, then SIGKILL."""
-    if child.poll() is None:
-        _signal_group(child.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=SECONDS_TO_SAVE)
-    _signal_group(child.pid, signal.SIGKILL)
-    return child.wait()
-
-
-def _signal_group(group: int, number: signal.Signals) -> None:
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return
 
 
 class _Watch:

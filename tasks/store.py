@@ -26,6 +26,7 @@ from llm.artifact import (
     Json,
     digest,
     file_sha256,
+    file_stamp,
     fsync_folder,
     load_artifact,
     make_folder,
@@ -169,7 +170,7 @@ class ArtifactStore:
         for record in (*manifest.files, *manifest.logs):
             path = folder / record.path
             try:
-                stamp = _stamp(path)
+                stamp = file_stamp(path)
             except OSError as error:
                 raise ArtifactError(f"{path}: missing ({error.strerror})") from error
             if stamp[0] != record.size_bytes:
@@ -254,7 +255,7 @@ class ArtifactStore:
         path = self._stamps_path(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         records = (*manifest.files, *manifest.logs)
-        write_json_atomically(path, {r.path: _stamp(folder / r.path) for r in records})
+        write_json_atomically(path, {r.path: file_stamp(folder / r.path) for r in records})
 
 
 def library_versions(libraries: Sequence[str]) -> dict[str, str]:
@@ -283,11 +284,6 @@ def _exists(folder: Path) -> bool:
             " the link to have the artifact built again"
         )
     return folder.is_dir()
-
-
-def _stamp(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _read_record(path: Path) -> KeyRecord | None:

@@ -1,1 +1,1 @@
-"""From sources to rows: where raw data comes from, how it is read, split, rendered and packed."""
+"""Data: from raw sources to packed sequences of tokens."""

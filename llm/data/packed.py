@@ -181,7 +181,7 @@ class PackedSequences:
             raise ArtifactError(f"{folder}: no split {split}; there are {', '.join(splits)}")
         infos = splits[split]
         self.info = add_counts(infos)
-        self.num_rows, self.seq_len = self.info.num_rows, self.layout.seq_len
+        self.num_sequences, self.seq_len = self.info.num_rows, self.layout.seq_len
         self._first_sequences = starts([info.counts.num_rows for info in infos])
         self._first_documents = starts([info.counts.num_documents for info in infos])
         self._shards = [
@@ -196,8 +196,10 @@ class PackedSequences:
             ArtifactError: a file of a shard is missing, or not what `pack.json` says.
         """
         indices = np.asarray(indices, dtype=np.int64)
-        if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_rows:
-            raise IndexError(f"sequences {indices.min()} to {indices.max()} of {self.num_rows}")
+        if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_sequences:
+            raise IndexError(
+                f"sequences {indices.min()} to {indices.max()} of {self.num_sequences}"
+            )
         shape = len(indices), self.seq_len + 1
         arrays = PackedArrays(
             tokens=np.empty(shape, dtype=np.int64),
@@ -278,13 +280,13 @@ class _Shard:
 
 
 def sequence_order(
-    seed: int, epoch: int, indices: npt.ArrayLike, num_rows: int
+    seed: int, epoch: int, indices: npt.ArrayLike, num_sequences: int
 ) -> npt.NDArray[np.int64]:
-    """Return the sequences at `indices` (0 .. num_rows - 1) of an epoch's order.
+    """Return the sequences at `indices` (0 .. num_sequences - 1) of an epoch's order.
 
     A function of its arguments alone: no state to save, the same on any number of processes.
     """
-    return permute(indices, num_rows, derive_seed(seed, "row order", epoch))
+    return permute(indices, num_sequences, derive_seed(seed, "row order", epoch))
 
 
 def _read_pack_json(folder: Path) -> tuple[PackedLayout, dict[str, list[PackedShard]]]:

@@ -75,8 +75,8 @@ def score_documents(
     """
     scores = DocumentScores(sequences.info.num_documents)
     batch_size = max(1, LOGITS_PER_BATCH // (sequences.seq_len * len(token_bytes)))
-    for start in range(0, sequences.num_rows, batch_size):
-        indices = np.arange(start, min(start + batch_size, sequences.num_rows))
+    for start in range(0, sequences.num_sequences, batch_size):
+        indices = np.arange(start, min(start + batch_size, sequences.num_sequences))
         arrays = sequences.read(indices)
         targets = arrays.tokens[:, 1:]  # (B, T + 1) -> (B, T)
         num_bytes = token_bytes[targets]

@@ -79,8 +79,8 @@ def read_instructions(sequences: PackedSequences, tokenizer: Tokenizer, limit: i
 def read_whole_documents(sequences: PackedSequences) -> Iterator[tuple[int, list[int]]]:
     """Yield ordinal and ids, bos first, of every document that lies in a single sequence."""
     cut = set(sequences.cut_documents().tolist())
-    for start in range(0, sequences.num_rows, SEQUENCES_PER_READ):
-        indices = np.arange(start, min(start + SEQUENCES_PER_READ, sequences.num_rows))
+    for start in range(0, sequences.num_sequences, SEQUENCES_PER_READ):
+        indices = np.arange(start, min(start + SEQUENCES_PER_READ, sequences.num_sequences))
         tokens, _, documents = sequences.read(indices)
         for row, owners in zip(tokens, documents, strict=True):
             ends = np.flatnonzero(np.diff(owners, append=-1)) + 1

@@ -133,8 +133,8 @@ def find_leaks(
         raise ConfigError(f"model.is_causal: found false. {NOT_APPLICABLE}")
     device = next(model.parameters()).device
     generator = np.random.default_rng(seed)
-    count = min(NUM_SEQUENCES, sequences.num_rows)
-    chosen = np.sort(generator.choice(sequences.num_rows, count, replace=False))
+    count = min(NUM_SEQUENCES, sequences.num_sequences)
+    chosen = np.sort(generator.choice(sequences.num_sequences, count, replace=False))
     arrays = sequences.read(chosen)
     length = min(sequences.seq_len, LOGITS_PER_SEQUENCE // model.vocab_size)
     texts = [

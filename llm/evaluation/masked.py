@@ -70,8 +70,8 @@ def measure_filled_in(
     num_documents = sequences.info.num_documents
     nats, num_right, num_tokens = (np.zeros(num_documents) for _ in range(3))
     batch_size = max(1, TOKENS_PER_BATCH // sequences.seq_len)
-    for start in range(0, sequences.num_rows, batch_size):
-        indices = np.arange(start, min(start + batch_size, sequences.num_rows))
+    for start in range(0, sequences.num_sequences, batch_size):
+        indices = np.arange(start, min(start + batch_size, sequences.num_sequences))
         arrays = sequences.read(indices)
         inputs, targets = masking.hide(arrays.tokens[:, :-1], arrays.mask[:, :-1], indices)
         ids = arrays.attention_ids(document_mask)[:, :-1]  # (B, T + 1) -> (B, T)
@@ -100,7 +100,9 @@ def measure_filled_in(
 def num_pseudo_sequences(sequences: PackedSequences) -> int:
     """Return how many sequences the pseudo-perplexity is measured on: as many as affordable."""
     affordable = PSEUDO_TOKENS // sequences.seq_len**2
-    return min(sequences.num_rows, max(MIN_PSEUDO_SEQUENCES, min(MAX_PSEUDO_SEQUENCES, affordable)))
+    return min(
+        sequences.num_sequences, max(MIN_PSEUDO_SEQUENCES, min(MAX_PSEUDO_SEQUENCES, affordable))
+    )
 
 
 @torch.inference_mode()
@@ -122,7 +124,7 @@ def pseudo_perplexity(
     device = next(model.parameters()).device
     count = num_pseudo_sequences(sequences)
     generator = np.random.default_rng(masking.seed)
-    chosen = np.sort(generator.choice(sequences.num_rows, count, replace=False))
+    chosen = np.sort(generator.choice(sequences.num_sequences, count, replace=False))
     arrays = sequences.read(chosen)
     attention_ids = arrays.attention_ids(document_mask)
     nats, num_tokens = np.zeros(count), np.zeros(count)

@@ -222,10 +222,10 @@ def _pseudo_perplexity(evaluated: Evaluated, data: EvaluationData) -> TaskResult
 
 TASKS: dict[str, EvaluationTask] = {
     "bits_per_byte": EvaluationTask(
-        measure=_bits_per_byte, num_units=lambda data: data.text.sequences.num_rows
+        measure=_bits_per_byte, num_units=lambda data: data.text.sequences.num_sequences
     ),
     "answer_loss": EvaluationTask(
-        measure=_answer_loss, num_units=lambda data: data.chats.sequences.num_rows
+        measure=_answer_loss, num_units=lambda data: data.chats.sequences.num_sequences
     ),
     "instructions": EvaluationTask(
         measure=_instructions,
@@ -237,13 +237,13 @@ TASKS: dict[str, EvaluationTask] = {
     "masked_text": EvaluationTask(
         measure=lambda evaluated, data: _fill_in(evaluated, data, data.text, ""),
         predicts="masked_tokens",
-        num_units=lambda data: data.text.sequences.num_rows,
+        num_units=lambda data: data.text.sequences.num_sequences,
         notes=lambda data: iter(masked.NOTES),
     ),
     "masked_answers": EvaluationTask(
         measure=lambda evaluated, data: _fill_in(evaluated, data, data.chats, "answer_"),
         predicts="masked_tokens",
-        num_units=lambda data: data.chats.sequences.num_rows,
+        num_units=lambda data: data.chats.sequences.num_sequences,
     ),
     "pseudo_perplexity": EvaluationTask(
         measure=_pseudo_perplexity,

@@ -61,7 +61,7 @@ def batches_of_steps(
             steps = np.arange(start, min(start + steps_at_once, config.num_steps))
             # global numbers: which process reads a sequence never changes what is in it
             samples = (steps[:, None] * config.global_batch_size + indices).ravel()
-            arrays = sequences.read(sample_sequences(seed, samples, sequences.num_rows))
+            arrays = sequences.read(sample_sequences(seed, samples, sequences.num_sequences))
             batch = objective.make_batch(arrays, samples)
             by_step = (len(steps), num_read)
             batch.targets.unflatten(0, by_step)[:, len(share) :] = IGNORED

@@ -217,7 +217,7 @@ class _Worker:
         num_tokens = config.global_batch_size * training.sequences.seq_len
         state.tokens += num_tokens
         num_read = state.step * config.global_batch_size
-        state.epoch, state.row = divmod(num_read, training.sequences.num_rows)
+        state.epoch, state.row = divmod(num_read, training.sequences.num_sequences)
         done_at = time.perf_counter()
         # the device began when it got the step, or after the step before: in flight they overlap
         began_at, self._last_done_at = max(step.started_at, self._last_done_at), done_at

@@ -315,9 +315,9 @@ def _open_sequences(
                 f"vocab_size: found {found} in the {what}, expected the model's {model.vocab_size}"
             )
     for name, split in zip(("train", "validation"), splits, strict=True):
-        if not split.num_rows or not split.info.num_target_tokens:
+        if not split.num_sequences or not split.info.num_target_tokens:
             problems.append(
-                f"{name}: found {split.num_rows} sequences with {split.info.num_target_tokens}"
+                f"{name}: found {split.num_sequences} sequences with {split.info.num_target_tokens}"
                 " target tokens, expected some; give more data or change clean.validation_fraction"
             )
     if problems:

@@ -50,7 +50,7 @@ def validate(
     device = accelerator.device
     bytes_of = torch.from_numpy(token_bytes).to(device)  # (V,)
     # the first ones are a fair sample, since packing has shuffled the documents
-    mine = np.arange(min(num_sequences, sequences.num_rows))[
+    mine = np.arange(min(num_sequences, sequences.num_sequences))[
         accelerator.process_index :: accelerator.num_processes
     ]
     # fp64 on the device: read once at the end, not after each batch

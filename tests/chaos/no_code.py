@@ -218,7 +218,7 @@ def good_things(folder: Path) -> dict[str, Loaded]:
     def read_rows(here: Path) -> None:
         for split in ("train", "validation"):
             rows = PackedSequences(here, split)
-            rows.read([0, rows.num_rows - 1])
+            rows.read([0, rows.num_sequences - 1])
 
     def read_documents(here: Path) -> None:
         file = DocumentReader(here, "train")

@@ -103,7 +103,7 @@ def nothing_lost(folder: Path, name: str, data: bytes) -> None:
 
 
 def _bytes_in(rows: PackedSequences, tokenizer: Tokenizer) -> int:
-    read = rows.read(range(rows.num_rows))
+    read = rows.read(range(rows.num_sequences))
     return sum(len(tokenizer.decode_bytes(row.tolist())) for row in read.tokens)
 
 

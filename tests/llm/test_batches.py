@@ -22,7 +22,7 @@ class NumberedSequences:
     seq_len = 4
 
     def __init__(self, num_rows: int) -> None:
-        self.num_rows = num_rows
+        self.num_sequences = num_rows
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> PackedArrays:
         """Return sequences as `PackedSequences` does."""

@@ -112,7 +112,7 @@ def test_every_text_token_is_scored_once_in_its_context_for_its_document(
     nats, num_bytes = np.zeros(len(texts)), np.zeros(len(texts), dtype=int)
     document = -1
     stream = b""
-    for index in range(rows.num_rows):
+    for index in range(rows.num_sequences):
         row = rows.read([index]).tokens[0].tolist()
         document += index == 0  # the first row begins with a bos that is no target
         begins = 0  # where the document goes on, or begins, in this row

@@ -279,7 +279,7 @@ def test_text_is_scored_as_the_base_model_was_trained(
             parameter *= 5  # so that the attention mask matters
     write_model(inputs["base"], model, tokenizer, document_mask)
     rows = PackedSequences(inputs["text_sequences"], "validation")
-    tokens, _, documents = map(torch.from_numpy, rows.read(np.arange(rows.num_rows)))
+    tokens, _, documents = map(torch.from_numpy, rows.read(np.arange(rows.num_sequences)))
     with torch.no_grad():
         logits = model(tokens[:, :-1], documents[:, :-1] if document_mask else None)
     sizes = torch.from_numpy(tokenizer.token_bytes)[tokens[:, 1:]]

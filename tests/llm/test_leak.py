@@ -69,7 +69,7 @@ def train(
 ) -> Transformer:
     """Train on targets `shift` tokens after their inputs; 1 is right."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    tokens = torch.from_numpy(rows.read(range(min(16, rows.num_rows))).tokens)
+    tokens = torch.from_numpy(rows.read(range(min(16, rows.num_sequences))).tokens)
     for _ in range(num_steps):
         targets = tokens[:, shift : shift + SEQ_LEN]
         loss = token_losses(model(tokens[:, :SEQ_LEN]), targets).mean()

@@ -127,7 +127,9 @@ def test_a_training_equals_one_written_with_plain_torch(
         betas=(0.9, 0.95),
     )
     for number, step in enumerate(steps):
-        arrays = sequences.read(sample_sequences(3, np.arange(8) + number * 8, sequences.num_rows))
+        arrays = sequences.read(
+            sample_sequences(3, np.arange(8) + number * 8, sequences.num_sequences)
+        )
         tokens, mask = torch.from_numpy(arrays.tokens), torch.from_numpy(arrays.mask)
         logits = reference(tokens[:, :-1])
         loss = F.cross_entropy(logits[mask[:, 1:]], tokens[:, 1:][mask[:, 1:]])
@@ -191,7 +193,7 @@ def test_a_masked_training_equals_one_written_with_plain_torch(
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.0)
     first = next(run(model, sequences, micro_batch_size=3, objective=objective))
     samples = np.arange(8)
-    arrays = sequences.read(sample_sequences(3, samples, sequences.num_rows))
+    arrays = sequences.read(sample_sequences(3, samples, sequences.num_sequences))
     tokens = arrays.tokens[:, :-1]
     inputs, targets = objective.masking.hide(tokens, arrays.mask[:, :-1], samples)
     is_target = targets != -100
@@ -262,7 +264,7 @@ def test_dropout_drops_the_same_after_a_resume_and_other_things_in_other_steps(t
     losses += [step.loss for step in rest]
     assert losses == whole
     assert all(map(torch.equal, model.parameters(), resumed.parameters()))
-    still = replace(CONFIG, learning_rate=1e-30, global_batch_size=sequences.num_rows)
+    still = replace(CONFIG, learning_rate=1e-30, global_batch_size=sequences.num_sequences)
     every_row = [step.loss for step in run(tiny_model(dropout=0.3), sequences, still, 100)]
     assert len(set(every_row)) == len(every_row), (
         "the same sequences and weights, dropped differently"
@@ -403,7 +405,7 @@ def test_the_state_counts_steps_tokens_epochs_and_rows(text: Path) -> None:
     state = TrainState()
     for step in run(tiny_model(), sequences, state=state):
         assert (state.step, state.tokens) == (step.step, step.step * 8 * SEQ_LEN)
-        assert state.epoch * sequences.num_rows + state.row == step.step * 8
+        assert state.epoch * sequences.num_sequences + state.row == step.step * 8
         assert state.loss == step.loss
 
 

@@ -113,7 +113,7 @@ def test_the_measures_of_a_split_equal_sums_by_hand(
         advance=lambda count: None,
     )
     nats = right = count = 0.0
-    for row in range(rows.num_rows):
+    for row in range(rows.num_sequences):
         arrays = rows.read([row])
         inputs, targets = hidden.hide(arrays.tokens[:, :-1], arrays.mask[:, :-1], np.array([row]))
         is_text = inputs[0] != rows.layout.pad_id
@@ -131,7 +131,9 @@ def test_the_measures_of_a_split_equal_sums_by_hand(
     assert found.accuracy.value == pytest.approx(right / count, rel=1e-5)
     assert found.loss.standard_error is not None
     objective = MaskedTokens(document_mask=document_mask, masking=hidden)
-    batch = objective.make_batch(rows.read(np.arange(rows.num_rows)), np.arange(rows.num_rows))
+    batch = objective.make_batch(
+        rows.read(np.arange(rows.num_sequences)), np.arange(rows.num_sequences)
+    )
     learned, _ = fill_in(model, batch.inputs, batch.targets, batch.document_ids)
     assert float(learned.detach().mean()) == pytest.approx(nats / count, rel=1e-5), "as in training"
 
@@ -153,9 +155,9 @@ def test_pseudo_perplexity_masks_each_token_of_a_row_in_turn(
     found = pseudo_perplexity(
         model, rows, hidden, document_mask=False, precision="fp32", advance=done.append
     )
-    assert len(done) == rows.num_rows == num_pseudo_sequences(rows) == found.num_examples
+    assert len(done) == rows.num_sequences == num_pseudo_sequences(rows) == found.num_examples
     costs: list[float] = []
-    for row in range(rows.num_rows):
+    for row in range(rows.num_sequences):
         arrays = rows.read([row])
         tokens = torch.from_numpy(arrays.tokens[0, :-1])
         tokens = tokens[tokens != rows.layout.pad_id]

@@ -160,7 +160,7 @@ def test_a_preference_objective_trains_in_the_loop_as_it_is(
     expected = tiny_model()
     optimizer = make_optimizer(expected, CONFIG)
     for number, step in enumerate(steps[:2]):
-        indices = sample_sequences(3, np.arange(8) + 8 * number, sequences.num_rows)
+        indices = sample_sequences(3, np.arange(8) + 8 * number, sequences.num_sequences)
         tokens = torch.from_numpy(sequences.read(indices).tokens)
         inputs, targets = (part.unflatten(1, (2, -1)) for part in (tokens[:, :-1], tokens[:, 1:]))
         halves = [(inputs[:, half], targets[:, half]) for half in range(2)]
@@ -188,8 +188,8 @@ def test_a_policy_gradient_objective_raises_what_is_rewarded(folder: Path) -> No
     # the same sums in another order; positive and negative rewards cancel
     assert whole.loss == pytest.approx(parts.loss, rel=1e-4, abs=1e-4)
     run(model, sequences, objective, 3)
-    arrays = sequences.read(np.arange(sequences.num_rows))
-    batch = objective.make_batch(arrays, np.arange(sequences.num_rows))
+    arrays = sequences.read(np.arange(sequences.num_sequences))
+    batch = objective.make_batch(arrays, np.arange(sequences.num_sequences))
     pair = (batch.inputs, batch.targets)
     gains = (sequence_log_probs(model, pair) - sequence_log_probs(before, pair)).detach()
     rewards = batch.extras["rewards"]

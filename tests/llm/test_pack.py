@@ -44,7 +44,7 @@ def contents_of_documents(folder: Path, split: str) -> dict[str, list[int]]:
         for place in range(0, len(data), 16)
     ]
     contents: dict[str, list[int]] = {}
-    all_tokens, _, all_ordinals = map(np.ndarray.tolist, rows.read(np.arange(rows.num_rows)))
+    all_tokens, _, all_ordinals = map(np.ndarray.tolist, rows.read(np.arange(rows.num_sequences)))
     for tokens, ordinals in zip(all_tokens, all_ordinals, strict=True):
         for position, token in enumerate(tokens):
             found = contents.setdefault(ids[ordinals[position]], [])
@@ -78,7 +78,7 @@ def test_every_document_is_restored_from_the_sequences(
         assert (rows.info.num_tokens, rows.info.num_documents) == (num_tokens, len(texts))
         assert rows.info.num_bytes == sum(len(text.encode()) for text in texts)
         assert rows.info.num_target_tokens == num_tokens - 1
-        assert summary[f"{split}_rows"] == rows.num_rows
+        assert summary[f"{split}_rows"] == rows.num_sequences
     assert not list(out.glob("*/*.mask.bin"))
 
 
@@ -97,7 +97,7 @@ def test_every_chat_is_restored_with_its_mask(
     in_one_row = [ids for ids, _ in rendered if len(ids) <= 65]
     contents = contents_of_documents(out, "train").values()
     assert sorted(ids for ids in contents if len(ids) <= 65) == sorted(in_one_row)
-    tokens, mask, _ = rows.read(np.arange(rows.num_rows))
+    tokens, mask, _ = rows.read(np.arange(rows.num_sequences))
     assert mask.sum() == sum(sum(each) for _, each in rendered)
     expected = sorted(
         token
@@ -188,7 +188,7 @@ def test_training_text_of_exactly_one_sequence_is_enough(
     assert len(tokenizer.encode_batch([text])[0]) == 32
     inputs = {"documents": make_documents([text], ["x"]), "tokenizer": tokenizer_folder}
     out, _ = run_stage(pack, {"seq_len": 32}, **inputs)
-    assert PackedSequences(out, "train").num_rows == 1
+    assert PackedSequences(out, "train").num_sequences == 1
     with pytest.raises(DataError, match="33 tokens, less than one sequence"):
         run_stage(pack, {"seq_len": 33}, out="longer", **inputs)
 
@@ -261,7 +261,7 @@ def test_real_instructions_fill_97_of_100_positions(
         pack, {"seq_len": 256}, documents=documents, tokenizer=tokenizer_folder
     )
     rows = PackedSequences(out, "train")
-    assert rows.info.num_padding_tokens <= 0.03 * rows.num_rows * 257
+    assert rows.info.num_padding_tokens <= 0.03 * rows.num_sequences * 257
     assert summary["train_cut_documents"] == 0
 
 

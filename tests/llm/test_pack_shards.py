@@ -97,7 +97,7 @@ def test_each_shard_has_consecutive_shuffled_documents(
         PackedSequences(out, "train"),
         run_stage(pack, {"seq_len": 256}, out="whole", **inputs)[1],
     )
-    assert summary["train_rows"] == rows.num_rows
+    assert summary["train_rows"] == rows.num_sequences
     for name in ("documents", "tokens", "bytes"):
         assert summary[f"train_{name}"] == whole[f"train_{name}"]
     assert summary["train_cut_documents"] == 0 < int(str(whole["train_cut_documents"]))

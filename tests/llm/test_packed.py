@@ -76,7 +76,7 @@ def test_text_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert tokens.tolist() == [ROWS[1], ROWS[0], ROWS[1]]
     assert mask.tolist()[:2] == [[False, True, True, True, False], [False] + [True] * 4]
     assert documents.tolist()[:2] == [[1, 1, 2, 2, PADDING_ID], [0, 0, 0, 1, 1]]
-    assert (rows.num_rows, rows.seq_len) == (2, 4)
+    assert (rows.num_sequences, rows.seq_len) == (2, 4)
     assert rows.cut_documents().tolist() == [1]
     assert rows.read([]).tokens.shape == (0, 5)
 

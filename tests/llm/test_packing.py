@@ -68,7 +68,7 @@ def check_nothing_is_lost(
     rows: PackedSequences, documents: Sequence[EncodedDocument], segments: Segments
 ) -> None:
     """Walk all positions: all tokens are there, each a target at most once."""
-    arrays = rows.read(np.arange(rows.num_rows))
+    arrays = rows.read(np.arange(rows.num_sequences))
     times_learned = [np.zeros(len(document.tokens), dtype=int) for document in documents]
     is_there = [np.zeros(len(document.tokens), dtype=bool) for document in documents]
     is_filled = np.zeros(arrays.tokens.shape, dtype=bool)
@@ -99,7 +99,7 @@ def check_nothing_is_lost(
     assert info.num_bytes == TOKEN_BYTES[learned_tokens].sum()
     assert info.num_padding_tokens == (~is_filled).sum()
     assert info.num_padding_tokens + info.num_tokens + info.num_pieces - info.num_documents == (
-        rows.num_rows * (rows.seq_len + 1)
+        rows.num_sequences * (rows.seq_len + 1)
     )
 
 
@@ -199,14 +199,14 @@ def test_a_document_of_full_sequences_gets_no_empty_sequence(
 ) -> None:
     documents = make_documents([4 * 8 + 1], is_chats=is_chats)
     rows = write_documents(tmp_path / "out", documents, name, seq_len=8)
-    assert (rows.num_rows, rows.info.num_padding_tokens) == (4, 0)
+    assert (rows.num_sequences, rows.info.num_padding_tokens) == (4, 0)
     assert rows.info.num_cut_documents == 1
 
 
 def test_chats_that_fill_a_sequence_exactly_share_it(tmp_path: Path) -> None:
     documents = make_documents([9, 5, 4], is_chats=True)
     rows = write_documents(tmp_path / "out", documents, "best-fit", seq_len=8)
-    assert (rows.num_rows, rows.info.num_padding_tokens) == (2, 0)
+    assert (rows.num_sequences, rows.info.num_padding_tokens) == (2, 0)
     assert rows.info.num_cut_documents == 0
 
 
