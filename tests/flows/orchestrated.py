@@ -115,7 +115,8 @@ def tasks_of(api: PrefectApi, run_id: str) -> dict[str, str]:
     states: dict[str, str] = {}
     for task in found:
         # a task that never started still has the name that Prefect generated: `evaluate-56c`
-        states[re.sub(r"-[0-9a-f]{3}$", "", task["name"])] = task["state"]["name"]
+        name = re.sub(r"-[0-9a-f]{3}$", "", task["name"])
+        states[name] = task["state"]["name"] if task["state"] else ""
     return states
 
 

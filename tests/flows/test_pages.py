@@ -31,7 +31,7 @@ from tests.flows.orchestrated import (
     until_final,
 )
 
-ADAMW = "pretrain.optimizer=adamw"
+MUON = "pretrain.optimizer=muon"  # the default is adamw
 
 pytestmark = [
     pytest.mark.browser,
@@ -103,10 +103,14 @@ def by_page(browser: Browser, services: Services, api: PrefectApi, first: str) -
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Custom run").click()
     page.get_by_role("button", name="Add item").click()
-    empty = [box for box in page.locator("textarea").all() if not box.input_value()]
-    empty[0].fill(ADAMW)  # the next ones are `only` and `start_from`
-    page.get_by_role("button", name="Submit").click()
-    return newest_run(api, "tiny")
+
+    def empty_boxes() -> list[Any]:
+        return [box for box in page.locator("textarea").all() if not box.input_value()]
+
+    # the new item, `only` and `start_from`: the form is drawn piece by piece
+    new, _, _ = until(lambda: boxes if len(boxes := empty_boxes()) == 3 else [], "the new item")
+    new.fill(MUON)
+    return started_by(page, page.get_by_role("button", name="Submit"))
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +119,11 @@ def both(api: PrefectApi, by_page: str) -> None:
     assert until_final(api, by_page)["state"]["name"] == "Completed"
 
 
-def newest_run(api: PrefectApi, deployment: str) -> str:
-    """Wait for a flow run of a deployment, and return its id."""
-    wanted = {"deployments": {"name": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_DESC"}
-    return until(lambda: api.post("flow_runs/filter", wanted), f"a run of {deployment}")[0]["id"]
+def started_by(page: Any, button: Any) -> str:
+    """Press a button that starts a flow run, and return the run's id."""
+    with page.expect_response(lambda response: response.url.endswith("create_flow_run")) as sent:
+        button.click()
+    return sent.value.json()["id"]
 
 
 def models_page(services: Services, artifacts: Path) -> str:
@@ -159,22 +164,6 @@ def test_the_address_a_run_prints_shows_the_run(browser: Browser, first: str) ->
     page.get_by_text("Completed", exact=True).first.wait_for()
 
 
-def test_prefects_page_cancels_a_run(browser: Browser, services: Services, api: PrefectApi) -> None:
-    page = browser.open(services.prefect_url)
-    page.get_by_role("link", name="Deployments").click()
-    page.get_by_role("link", name="endless").first.click()
-    page.get_by_role("button", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Quick run").click()
-    run_id = newest_run(api, "endless")
-    until(lambda: tasks_of(api, run_id).get("pretrain") == "Running", "a training")
-    page = browser.open(f"{services.prefect_url}/v2/runs/flow-run/{run_id}")
-    page.get_by_role("button", name="Open menu").first.click()
-    page.get_by_role("menuitem", name="Cancel").click()
-    page.get_by_role("button", name="Cancel Flow Run").click()
-    assert until_final(api, run_id)["state"]["name"] == "Cancelled"
-    page.get_by_text("Cancelled", exact=True).first.wait_for()
-
-
 def test_mlflow_opens_on_model_training_without_banners(
     browser: Browser, services: Services, artifacts: Path, both: None
 ) -> None:
@@ -209,7 +198,7 @@ def test_compare_shows_the_settings_that_differ(
     switches = page.get_by_text("Show diff only")
     switches.first.click()
     table = page.locator("table").filter(has_text="pretrain.optimizer").first
-    table.get_by_text("adamw", exact=True).wait_for()
+    table.get_by_text("muon", exact=True).wait_for()
     page.get_by_text("pretrain.num_steps", exact=True).wait_for(state="detached")
 
 
@@ -231,3 +220,19 @@ def test_no_page_can_be_shown_inside_another(browser: Browser, services: Service
         frame = page.frames[1]
         assert not frame.get_by_text("Dashboard").or_(frame.get_by_text("MLflow")).count()
         assert frame.url.startswith("chrome-error:")
+
+
+def test_prefects_page_cancels_a_run(browser: Browser, services: Services, api: PrefectApi) -> None:
+    """The last test: its model would be a fifth in the list of runs."""
+    page = browser.open(services.prefect_url)
+    page.get_by_role("link", name="Deployments").click()
+    page.get_by_role("link", name="endless").first.click()
+    page.get_by_role("button", name="Run", exact=True).click()
+    run_id = started_by(page, page.get_by_role("menuitem", name="Quick run"))
+    until(lambda: tasks_of(api, run_id).get("pretrain") == "Running", "a training")
+    page = browser.open(f"{services.prefect_url}/v2/runs/flow-run/{run_id}")
+    page.get_by_role("button", name="Open menu").first.click()
+    page.get_by_role("menuitem", name="Cancel").click()
+    page.get_by_role("button", name="Cancel Flow Run").click()
+    assert until_final(api, run_id)["state"]["name"] == "Cancelled"
+    page.get_by_text("Cancelled", exact=True).first.wait_for()
