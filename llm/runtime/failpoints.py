@@ -9,6 +9,7 @@ variable a failpoint returns its value and does nothing else.
 | Action | Effect |
 |---|---|
 | kill | SIGKILL to this process |
+| stop | SIGSTOP to this process, until a SIGCONT |
 | raise:ENOSPC | an OSError with that errno, here: disk full |
 | torn | the second half of the bytes to be written is silently lost |
 | nan, inf | the number becomes that |
@@ -63,6 +64,9 @@ def failpoint(name: str, value: Value = None) -> Value:
 def _act(action: str, value: Any) -> Any:
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if action == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return value
     if action.startswith("raise:"):
         number = getattr(errno, action.removeprefix("raise:"))
         raise OSError(number, os.strerror(number))
@@ -74,13 +78,13 @@ def _parse(part: str) -> _Plan | None:
     point, equals, action = part.partition("=")
     point, _, rank = point.partition("@")
     name, _, count = point.partition(":")
-    is_known = action in ("kill", "torn", "nan", "inf") or (
+    is_known = action in ("kill", "stop", "torn", "nan", "inf") or (
         action.startswith("raise:") and hasattr(errno, action.removeprefix("raise:"))
     )
     if not equals or not is_known:
         raise ValueError(
             f"{VARIABLE}: found {part!r}, expected name[:count][@rank]=action with an action of"
-            " kill, raise:ENOSPC, torn, nan or inf"
+            " kill, stop, raise:ENOSPC, torn, nan or inf"
         )
     is_here = not rank or rank == os.environ.get("RANK", "0")
     return _Plan(name, int(count or 1), action) if is_here else None

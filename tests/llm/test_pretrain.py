@@ -184,16 +184,23 @@ def num_lines(path: Path) -> int:
     ],
 )
 def test_a_polite_stop_saves_the_step_it_is_in_and_says_so(
-    number: signal.Signals, tmp_path: Path, inputs: dict[str, Path], undisturbed: dict[str, Path]
+    number: signal.Signals,
+    tmp_path: Path,
+    inputs: dict[str, Path],
+    undisturbed: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = tiny_pretrain()
     job = write_job_file(tmp_path, "pretrain", settings, inputs, checkpoint_every_steps=100)
+    monkeypatch.setenv(failpoints.VARIABLE, "training.loss:4=stop")  # it waits for the signals
     process = start(job, "pretrain")
-    while num_lines(tmp_path / "work" / "metrics.jsonl") < 3:
-        time.sleep(0.001)
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.01)
     process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
     process.send_signal(number)  # a second one does no harm
     _, errors = process.communicate(timeout=60)
+    monkeypatch.delenv(failpoints.VARIABLE)
     assert process.returncode == EXIT_INTERRUPTED, errors
     assert "can go on from here" in errors
     lines = points(tmp_path)
