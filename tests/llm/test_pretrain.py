@@ -194,7 +194,7 @@ def test_a_polite_stop_saves_the_step_it_is_in_and_says_so(
     job = write_job_file(tmp_path, "pretrain", settings, inputs, checkpoint_every_steps=100)
     monkeypatch.setenv(failpoints.VARIABLE, "training.loss:4=stop")  # it waits for the signals
     process = start(job, "pretrain")
-    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+    while not is_stopped(process.pid):
         time.sleep(0.01)
     process.send_signal(number)
     process.send_signal(signal.SIGCONT)
@@ -397,14 +397,20 @@ def test_another_number_of_processes_goes_on_from_the_same_checkpoint(
 
 @pytest.mark.distributed
 def test_a_stop_of_the_launcher_makes_both_ranks_save_and_end(
-    tmp_path: Path, inputs: dict[str, Path], undisturbed: dict[str, Path]
+    tmp_path: Path,
+    inputs: dict[str, Path],
+    undisturbed: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job = write_job_file(tmp_path, "pretrain", tiny_pretrain(), inputs, num_processes=2)
+    monkeypatch.setenv(failpoints.VARIABLE, "training.loss:4@1=stop")  # it waits for the signal
     process = start(job, "pretrain")
-    while num_lines(tmp_path / "work" / "metrics.jsonl") < 3:
-        time.sleep(0.001)
+    while len(ranks := rank_pids(process)) < 2 or not is_stopped(ranks[1]):
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
+    os.kill(ranks[1], signal.SIGCONT)
     _, errors = process.communicate(timeout=60)
+    monkeypatch.delenv(failpoints.VARIABLE)
     assert process.returncode == EXIT_INTERRUPTED, errors
     assert steps_saved(tmp_path)
     assert group_is_gone(process)
@@ -522,6 +528,11 @@ def rank_pids(process: subprocess.Popen[str]) -> list[int]:
             if variable.startswith(b"RANK="):
                 ranks[int(variable[5:])] = int(child)
     return [ranks[rank] for rank in sorted(ranks)]
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether SIGSTOP has stopped a process."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def group_is_gone(process: subprocess.Popen[str]) -> bool:
