@@ -23,9 +23,8 @@ from flows.services.servers import (
     restart_prefect,
     server_command,
 )
+from llm.runtime.termination import end_processes
 from tasks.direct_http import fetch_or_none
-
-TERMINATE_TIMEOUT_SECONDS = 5.0
 
 
 class TemporaryPrefectServer:
@@ -83,12 +82,7 @@ class TemporaryPrefectServer:
         for name in ("prefect.flow_runs", "prefect.task_runs"):
             for handler in logging.getLogger(name).handlers:
                 handler.flush()
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=TERMINATE_TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end_processes([self._process])
         if self._process.stdin is not None:
             self._process.stdin.close()
 

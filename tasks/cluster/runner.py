@@ -9,11 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import tasks
 from llm.config import RuntimeConfig
 from llm.errors import ConfigError, FromscratchError, StageError
 from llm.runtime.failures import error_from_json, error_to_json, how_it_ended
-from llm.runtime.job import Job
+from llm.runtime.job import Job, child_environment
 from llm.runtime.shards import WANTED, read_wanted
 
 CLUSTER_ERROR = "cluster_error.json"
@@ -84,13 +83,10 @@ class ShardRunner:
     def _start(self) -> subprocess.Popen[bytes]:
         from prefect.runtime import task_run  # already imported by the flow that builds the stage
 
-        source = str(Path(tasks.__file__).parents[1])
         environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            **child_environment(),
             "PYTHONUNBUFFERED": "1",
             "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
-            "FROMSCRATCH_PARENT_PID": str(os.getpid()),
             "FROMSCRATCH_TASK_RUN_ID": str(task_run.id or ""),
             "RAY_USAGE_STATS_ENABLED": "0",
         }
