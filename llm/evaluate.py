@@ -110,14 +110,14 @@ def _open_data(
         )
 
     def split(input_name: str, kind: str) -> EvaluationSplit:
-        trained_on_it = [
+        trained_on_it = (
             manifests[model.name].settings
             for model in MODELS.values()
             if model.data == kind and model.name in manifests
-        ]
+        )
         return EvaluationSplit(
             sequences=PackedSequences(Path(job.inputs[input_name]), "validation"),
-            document_mask=any(s.get("document_mask") is True for s in trained_on_it[:1]),
+            document_mask=next(trained_on_it, {}).get("document_mask") is True,
         )
 
     text, chats = split("text_sequences", "text"), split("chat_sequences", "chats")
