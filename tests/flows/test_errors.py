@@ -1,11 +1,9 @@
 """An error in any process of a run reaches the command line: message, type and exit code."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from flows.services.temporary_server import TemporaryPrefectServer
 from tests.flows.orchestrated import printed_by, start_run
 
 pytestmark = pytest.mark.slow
@@ -32,17 +30,6 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("errors") / "artifacts"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A Prefect server; yield the environment of its clients."""
-    server = TemporaryPrefectServer(tmp_path_factory.mktemp("prefect"))
-    try:
-        server.wait_ready()
-        yield server.environment
-    finally:
-        server.stop()
-
-
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("stage", "part", "kind", "code"),
@@ -54,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     ],
 )
 def test_error_of_any_process_is_one_line_with_its_exit_code(
-    stage: str, part: str, kind: str, code: int, artifacts: Path, server: dict[str, str]
+    stage: str, part: str, kind: str, code: int, artifacts: Path, prefect_server: dict[str, str]
 ) -> None:
     (artifacts.parent / "sitecustomize.py").write_text(SITECUSTOMIZE)
     failing = {"FAILING_STAGE": stage, "FAILING_PART": part, "FAILING_WITH": kind}
@@ -64,7 +51,7 @@ def test_error_of_any_process_is_one_line_with_its_exit_code(
         "runtime.shard_workers=2",
         "runtime.num_processes=2",
         "runtime.device=cpu",
-        **server,
+        **prefect_server,
         **failing,
         PYTHONPATH=str(artifacts.parent),
     )

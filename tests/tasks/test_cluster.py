@@ -10,13 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from flows.services.temporary_server import TemporaryPrefectServer
 from llm.config import RuntimeConfig
 from llm.errors import ConfigError, DataError, Interrupted, StageError
 from llm.runtime.job import Job, is_finished, write_job
@@ -92,17 +91,6 @@ def numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Jo
         )
 
     return make
-
-
-@pytest.fixture(scope="module")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A Prefect server; yield the environment that leads to it."""
-    server = TemporaryPrefectServer(tmp_path_factory.mktemp("prefect"))
-    try:
-        server.wait_ready()
-        yield server.environment
-    finally:
-        server.stop()
 
 
 @pytest.fixture(params=["dask", "ray"])
