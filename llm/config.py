@@ -97,13 +97,25 @@ class MixtureConfig(SourceConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NamedMixtureConfig(MixtureConfig):
+    """A further dataset."""
+
+    name: str
+    """Begins with corpus-, chats- or preferences-, which says what it holds: `chats-math`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DownloadConfig:
-    """The raw data: text for pretraining, chats for fine-tuning."""
+    """The raw data: text for pretraining, chats and preference pairs for the stages after it."""
 
     corpus: MixtureConfig = field(default_factory=MixtureConfig)
     """Documents of plain text."""
     chats: MixtureConfig = field(default_factory=MixtureConfig)
     """Conversations: records with `messages`, or with `instruction`, `input` and `output`."""
+    preferences: MixtureConfig = field(default_factory=MixtureConfig)
+    """Preference pairs: a prompt with a chosen and a rejected answer."""
+    more: tuple[NamedMixtureConfig, ...] = ()
+    """Further datasets, named by the setting `data` of the stages that train on them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -326,6 +338,8 @@ class PackConfig:
     """Of text. concatenate: one stream, cut every seq_len tokens; best_fit: documents that fit a
     sequence are not cut, and sequences may end in padding. Chats are always packed by best_fit.
     """
+    long_chats: Literal["drop", "truncate_left", "truncate_right"] = "truncate_right"
+    """Chats longer than a sequence: drop them, or cut off their beginning or their end."""
     shard_bytes: Positive = 64 << 20
     """Size of the documents packed together, by one process that holds all their tokens in memory.
     More means fewer, larger files, and less padding.
@@ -434,6 +448,16 @@ class OptimizationConfig:
     """Share of the tokens that are masked, for a model that is not causal."""
     document_mask: bool = False
     """Restrict attention to a token's own document; off: also to earlier ones in the sequence."""
+    averaging: Literal["none", "ema", "snapshots"] = "none"
+    """Weights of the finished model. none: those of the last step; ema: exponential moving average
+    over the steps; snapshots: mean of the last `averaged_snapshots` snapshots.
+    """
+    ema_decay: Annotated[float, Range(above=0, below=1)] = 0.999
+    """ema: the share of the average that stays at each step."""
+    averaged_snapshots: Positive = 5
+    """snapshots: how many are averaged."""
+    snapshot_every_steps: Positive = 10
+    """snapshots: steps between two, counted back from the last step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -445,8 +469,147 @@ class PretrainConfig(OptimizationConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FinetuneConfig(OptimizationConfig):
-    """From a base model and packed chats to a chat model; only the answers are targets."""
+class LoraConfig:
+    """Low-rank adaptation: W + alpha / rank * B A with W frozen (Hu et al. 2021,
+    arXiv:2106.09685).
+    """
+
+    rank: Count = 0
+    """Rows of A; 0: train all weights, without an adapter."""
+    alpha: PositiveFloat = 16.0
+    """The product B A is scaled by alpha / rank."""
+    dropout: Annotated[float, Range(minimum=0, below=1)] = 0.0
+    """Share of an adapter's inputs zeroed in training."""
+    targets: tuple[str, ...] = ("query", "key", "value", "output", "gate", "up", "down")
+    """Layers of the blocks that get an adapter, by name; a model may lack gate."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BestConfig:
+    """Keep the weights of the lowest validation loss instead of the last ones."""
+
+    every_steps: Count = 0
+    """Steps between validations that decide; 0: keep the last weights."""
+    num_sequences: Positive = 256
+    """Validation sequences measured each time."""
+    patience: Count = 0
+    """Stop training after this many validations without a new best; 0: never."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuningConfig(OptimizationConfig):
+    """Settings of all stages that continue to train a model."""
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Train a low-rank adapter instead of all weights."""
+    best: BestConfig = field(default_factory=BestConfig)
+    """Selection of the best weights, and early stopping."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneConfig(TuningConfig):
+    """From a model and packed chats, or text, to a model of these."""
+
+    data: str = "chats"
+    """The dataset: corpus, chats, or a name in `download.more`."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Targets in chats: the assistant's messages, or every token."""
+    replay_fraction: Annotated[float, Range(minimum=0, below=1)] = 0.0
+    """Share of the sequences of each step that are pretraining text, against forgetting."""
+    neftune_alpha: NonNegativeFloat = 0.0
+    """Uniform noise on embeddings, of this size over sqrt(T d_model) (NEFTune, Jain et al. 2023,
+    arXiv:2310.05914); 0: none. 5 is usual.
+    """
+    new_token_embeddings: Literal["keep", "mean"] = "keep"
+    """mean: control tokens that pretraining never saw start as the mean of all embeddings."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NamedFinetuneConfig(FinetuneConfig):
+    """One of several fine-tuning stages."""
+
+    name: str
+    """Of its model: prefix of its metrics and of its run in MLflow."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneStages(FinetuneConfig):
+    """One fine-tuning stage, or several."""
+
+    stages: tuple[NamedFinetuneConfig, ...] = ()
+    """Several in a row, each from the model before; all settings beside this must be left out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DpoConfig:
+    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290)."""
+
+    beta: PositiveFloat = 0.1
+    """How strongly the model is held to the reference."""
+    label_smoothing: Annotated[float, Range(minimum=0, below=0.5)] = 0.0
+    """Assumed share of pairs whose sides are swapped (conservative DPO)."""
+    is_length_normalized: bool = False
+    """Compare mean instead of summed log-probabilities of the answers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GrpoConfig:
+    """Group relative policy optimization with verifiable rewards (Shao et al. 2024,
+    arXiv:2402.03300).
+    """
+
+    group_size: Annotated[int, Range(minimum=2)] = 8
+    """Answers sampled to each prompt; must divide global_batch_size, which counts answers."""
+    max_new_tokens: Positive = 64
+    """Maximum length of an answer in tokens."""
+    temperature: PositiveFloat = 1.0
+    """Of sampling."""
+    rewards: tuple[str, ...] = ("exact_match",)
+    """Reward functions, added up: exact_match, number, json, format, regex:PATTERN, or
+    MODULE:FUNCTION of your own. `2*NAME` counts twice.
+    """
+    clip: Annotated[float, Range(above=0, below=1)] = 0.2
+    """The ratio of new to old probability is clipped to 1 - clip and 1 + clip."""
+    kl_coefficient: NonNegativeFloat = 0.0
+    """Weight of the KL divergence from the starting model; 0 does not compute it."""
+    divides_by_spread: bool = True
+    """Divide advantages by the standard deviation of their group's rewards."""
+    updates_per_sampling: Positive = 1
+    """Optimizer steps on the same answers before new ones are sampled."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlignConfig(TuningConfig):
+    """From a chat model to one that prefers better answers, by preference pairs or by rewards."""
+
+    method: Literal["dpo", "grpo"] = "dpo"
+    """dpo: learn from pairs of a chosen and a rejected answer; grpo: sample answers and reinforce
+    those of higher reward.
+    """
+    data: str = ""
+    """The dataset; empty: preferences for dpo, chats for grpo, which takes each chat's last answer
+    as the reference.
+    """
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    """Settings of dpo."""
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    """Settings of grpo."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NamedAlignConfig(AlignConfig):
+    """One of several alignment stages."""
+
+    name: str
+    """Of its model: prefix of its metrics and of its run in MLflow."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlignStages(AlignConfig):
+    """One alignment stage, or several."""
+
+    stages: tuple[NamedAlignConfig, ...] = ()
+    """Several in a row, each from the model before; all settings beside this must be left out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -545,8 +708,10 @@ class RunConfig:
     """Rows."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     """Base model."""
-    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    finetune: FinetuneStages = field(default_factory=FinetuneStages)
     """Chat model."""
+    align: AlignStages = field(default_factory=AlignStages)
+    """Aligned model."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """Report."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
