@@ -35,7 +35,10 @@ def test_override_beats_recipe_beats_default(tmp_path: Path) -> None:
     ("override", "expected"),
     [
         ("pretrain.stpes=3", "pretrain.stpes: unknown, did you mean pretrain.num_steps?"),
-        ("num_steps=3", "did you mean pretrain.num_steps or finetune.num_steps?"),
+        (
+            "num_steps=3",
+            "did you mean pretrain.num_steps or finetune.num_steps or align.num_steps?",
+        ),
         ("pretrain.d_model=8", "did you mean pretrain.model.d_model?"),
         ("pretrian.num_steps=3", "pretrian: unknown, did you mean pretrain?"),
         ("pack.seq_len=abc", "pack.seq_len: found 'abc', expected a whole number"),
