@@ -6,7 +6,6 @@ decides its meaning, and that code is in the stage's code digest.
 """
 
 import dataclasses
-import os
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from llm.data.raw.formats import content_of
 from llm.depth import DepthContext, expand_depth, take_depth
 from llm.errors import ConfigError
 from llm.models import MODELS, Training, dataset_of, trainings
+from llm.recipes import find_recipe, merge, read_recipe
 from llm.settings import (
     Count,
     Fraction,
@@ -38,7 +38,6 @@ from llm.tokenizer.kinds import TOKENIZER_KINDS
 Section = TypeVar("Section")
 DATASET_NAME = re.compile(r"(corpus|chats|preferences)-[a-z0-9-]+")
 MODEL_NAME = re.compile(r"[a-z][a-z0-9-]*")
-CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -735,14 +734,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: lists every problem with its dotted key and the allowed values.
     """
     path = find_recipe(recipe)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5,000 digits
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{path}: expected `section: {{key: value}}`, found {type(tree).__name__}"
-        )
+    tree = read_recipe(path)
     problems: list[str] = []
     tree.setdefault("name", path.stem)
     presets.clear_overridden(tree, overrides)
@@ -776,31 +768,6 @@ def read_section(cls: type[Section], settings: Mapping[str, object]) -> Section:
     if section is None:
         raise ConfigError(f"{cls.__name__}: " + "; ".join(problems))
     return typing.cast(Section, section)
-
-
-def find_recipe(recipe: str | Path) -> Path:
-    """Return the file of a recipe given by name or by path.
-
-    Raises:
-        ConfigError: there is no such recipe.
-    """
-    text = str(recipe)
-    if text.endswith((".yaml", ".yml")) or os.sep in text:
-        if Path(text).is_file():
-            return Path(text)
-        raise ConfigError(f"{text}: no such recipe file")
-    for folder in CONFIG_FOLDERS:
-        if (folder / f"{text}.yaml").is_file():
-            return folder / f"{text}.yaml"
-    names = recipe_names()
-    raise ConfigError(
-        f"{text}: unknown recipe{did_you_mean(text, names)}; known: {', '.join(names)}"
-    )
-
-
-def recipe_names() -> list[str]:
-    """Return the names of the recipes in configs/, sorted."""
-    return sorted({path.stem for folder in CONFIG_FOLDERS for path in folder.glob("*.yaml")})
 
 
 def flatten(tree: object, prefix: str = "") -> dict[str, object]:
@@ -910,15 +877,9 @@ def _share_settings(tree: dict[str, object]) -> None:
         if isinstance(stages, Mapping):  # overridden: {"0": ..., "1": ...}
             stages = list(typing.cast(Mapping[str, object], stages).values())
         if isinstance(stages, list):
-            section["stages"] = [_merged(shared, own) for own in stages]
-
-
-def _merged(shared: object, own: object) -> object:
-    """Return nested mappings in which `own` replaces what it sets."""
-    if not isinstance(shared, Mapping) or not isinstance(own, Mapping):
-        return own
-    below = {key: _merged(shared.get(key), value) for key, value in own.items()}
-    return {**typing.cast(Mapping[str, object], shared), **below}
+            section["stages"] = [
+                merge(shared, own) if isinstance(own, Mapping) else own for own in stages
+            ]
 
 
 def _depth_context(config: RunConfig) -> DepthContext:
