@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from llm.config import OptimizationConfig
+from llm.config import FinetuneConfig, OptimizationConfig
 from llm.data.packed import PackedArrays, PackedSequences
 from llm.model.loss import IGNORED, ModelWithLoss
 from llm.model.masked_lm import Masking, fill_in
@@ -155,11 +155,14 @@ class NextToken(_TokenLoss):
     """Causal language modeling: each position's target is the token after it."""
 
     document_mask: bool
+    has_all_targets: bool = False
+    """In chats, learn what users and systems say too."""
 
     def make_batch(self, arrays: PackedArrays, samples: npt.NDArray[np.int64]) -> Batch:
         """Shift the sequences by one position."""
         # the mask excludes padding and, in chats, everything the assistant did not say
-        targets = np.where(arrays.mask[:, 1:], arrays.tokens[:, 1:], IGNORED)
+        mask = arrays.all_targets() if self.has_all_targets else arrays.mask
+        targets = np.where(mask[:, 1:], arrays.tokens[:, 1:], IGNORED)
         documents = torch.from_numpy(arrays.document_ids[:, :-1])  # (B, T+1) -> (B, T)
         return Batch(
             inputs=torch.from_numpy(arrays.tokens[:, :-1]),  # (B, T+1) -> (B, T)
@@ -189,12 +192,15 @@ class MaskedTokens(_TokenLoss):
 
     document_mask: bool
     masking: Masking
+    has_all_targets: bool = False
+    """In chats, mask what users and systems say too."""
 
     def make_batch(self, arrays: PackedArrays, samples: npt.NDArray[np.int64]) -> Batch:
         """Hide some of the tokens that the packed mask marks."""
         # the mask marks the answers of chats, and of text all but the first token of a sequence,
         # which is also the last of the sequence before: no token is a target twice
-        inputs, targets = self.masking.hide(arrays.tokens[:, :-1], arrays.mask[:, :-1], samples)
+        mask = arrays.all_targets() if self.has_all_targets else arrays.mask
+        inputs, targets = self.masking.hide(arrays.tokens[:, :-1], mask[:, :-1], samples)
         # attention looks both ways, so ids are always needed: they keep it away from padding
         ids = arrays.attention_ids(self.document_mask)[:, :-1]  # (B, T+1) -> (B, T)
         return Batch(
@@ -217,15 +223,18 @@ class MaskedTokens(_TokenLoss):
 def language_modeling(start: TrainingStart) -> Objective:
     """Return next-token prediction for a causal model, masked tokens for a bidirectional one."""
     config, tokenizer = start.config, start.tokenizer
+    has_all_targets = isinstance(config, FinetuneConfig) and config.loss_on == "all"
     if start.model.model.config.is_causal:
-        return NextToken(document_mask=config.document_mask)
+        return NextToken(document_mask=config.document_mask, has_all_targets=has_all_targets)
     masking = Masking(
         seed=start.seed,
         fraction=config.masked_fraction,
         mask_id=tokenizer.mask_id,
         is_text=tokenizer.token_bytes > 0,  # control tokens stand for no bytes
     )
-    return MaskedTokens(document_mask=config.document_mask, masking=masking)
+    return MaskedTokens(
+        document_mask=config.document_mask, masking=masking, has_all_targets=has_all_targets
+    )
 
 
 def sums(values: Tensor, counts: Tensor) -> Tensor:

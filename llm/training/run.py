@@ -83,6 +83,7 @@ def train(
         # a log: times differ from run to run, so it is not part of the artifact's digest
         writer.write_bytes(METRICS_FILE, (job.work / METRICS_FILE).read_bytes(), is_log=True)
     return {
+        "content": run.content,
         "num_parameters": model.num_parameters(),
         "num_steps": state.step,
         "num_tokens": state.tokens,
@@ -140,6 +141,7 @@ class _Run:
             write_num_parameters(job.work, model.num_parameters())
         self.tokenizer = load_tokenizer(tokenizer_folder)
         sequences, self._validation_sequences = _open_sequences(job, model, self.tokenizer)
+        self.content = sequences.layout.content
         self.flops_per_token = flops_per_token(model)
         self.peak = peak_flops(device, config.precision)
         is_gpu = device.type == "cuda"

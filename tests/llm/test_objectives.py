@@ -137,3 +137,21 @@ def test_a_target_is_the_next_token_and_padding_is_none(
     assert np.array_equal(batch.targets.numpy()[mask], arrays.tokens[:, 1:][mask])
     assert (batch.targets.numpy()[~mask] == -100).all()
     assert (batch.targets != -100).sum() == mask.sum() > 0
+
+
+def test_loss_on_all_learns_every_token_of_chats_but_the_first_and_no_other_of_text(
+    tmp_path: Path, tokenizer: ByteLevelBPE, corpus: list[str]
+) -> None:
+    chats = PackedSequences(write_chat_sequences(tmp_path / "chats", tokenizer, 60), "train")
+    text = PackedSequences(write_text_sequences(tmp_path / "text", tokenizer, corpus[:40]), "train")
+    some = np.arange(8)
+    objectives = [
+        NextToken(document_mask=False, has_all_targets=has_all) for has_all in (False, True)
+    ]
+    answers, all_tokens = (each.make_batch(chats.read(some), some) for each in objectives)
+    next_tokens = chats.read(some).tokens[:, 1:]
+    is_learned = next_tokens != tokenizer.pad_id  # each sequence holds one chat
+    assert all_tokens.targets.tolist() == np.where(is_learned, next_tokens, IGNORED).tolist()
+    assert (answers.targets != IGNORED).sum() < is_learned.sum()
+    of_text = [each.make_batch(text.read(some), some).targets.tolist() for each in objectives]
+    assert of_text[0] == of_text[1]
