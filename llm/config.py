@@ -523,8 +523,8 @@ class FinetuneConfig(TuningConfig):
     arXiv:2310.05914); 0: none. 5 is usual.
     """
     new_token_embeddings: Literal["keep", "mean"] = "keep"
-    """mean: all control tokens but `<|bos|>`, which text does not hold, start as the mean of the
-    embeddings of text tokens. For the first stage on chats: later ones would lose what they learned.
+    """mean: all control tokens but `<|bos|>`, which are in no text, start as the mean of the
+    embeddings of text tokens. For the first stage on chats: a later one would forget them.
     """
 
 

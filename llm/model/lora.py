@@ -76,7 +76,7 @@ def merge_adapters(model: Transformer) -> None:
     model.requires_grad_(True)
 
 
-def adapted_layers(model: Transformer) -> dict[str, Adapter]:
+def adapters_of(model: Transformer) -> dict[str, Adapter]:
     """Return the adapters by the name of their layer, as `blocks.0.attention.query`."""
     return {
         name: layer.adapter
@@ -139,7 +139,7 @@ def load_adapter(folder: Path, model: Transformer) -> None:
 def _weights_of_adapters(model: Transformer) -> dict[str, Tensor]:
     return {
         f"{layer}.{name}": weight.detach()
-        for layer, adapter in adapted_layers(model).items()
+        for layer, adapter in adapters_of(model).items()
         for name, weight in adapter.named_parameters()
     }
 
