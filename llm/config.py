@@ -484,7 +484,9 @@ class LoraConfig:
     dropout: Annotated[float, Range(minimum=0, below=1)] = 0.0
     """Share of an adapter's inputs zeroed in training."""
     targets: tuple[str, ...] = ("query", "key", "value", "output", "gate", "up", "down")
-    """Layers of the blocks that get an adapter, by name; a model may lack gate."""
+    """Layers of the blocks that get an adapter, by name. The default stands for all of them: gate
+    is left out where the MLP has none. Named explicitly, a layer must exist.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -524,7 +526,9 @@ class FinetuneConfig(TuningConfig):
     arXiv:2310.05914); 0: none. 5 is usual.
     """
     new_token_embeddings: Literal["keep", "mean"] = "keep"
-    """mean: control tokens that pretraining never saw start as the mean of all embeddings."""
+    """mean: all control tokens but `<|bos|>`, which are in no text, start as the mean of the
+    embeddings of text tokens. For the first stage on chats: a later one would forget them.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -842,6 +846,33 @@ def model_problems(model: ModelConfig, prefix: str) -> list[str]:
             f" {prefix}.sliding_window is 0 and every layer attends to all positions"
         )
     return problems
+
+
+def lora_problems(model: ModelConfig, lora: LoraConfig, prefix: str) -> list[str]:
+    """Return why an adapter does not fit a model, each with its dotted key; none if rank is 0."""
+    layers = ["query", "key", "value", "output", "gate", "up", "down"]
+    if not lora.rank or lora.targets == LoraConfig().targets:
+        return []
+    if model.mlp not in ("swiglu", "geglu"):
+        layers.remove("gate")
+    unknown = [target for target in lora.targets if target not in layers]
+    if lora.targets and not unknown:
+        return []
+    return [
+        f"{prefix}.targets: found {', '.join(unknown) or 'none'}, expected some of"
+        f" {', '.join(layers)}, the linear layers of this model's blocks"
+    ]
+
+
+def finetune_problems(finetune: FinetuneConfig, prefix: str) -> list[str]:
+    """Return the problems between settings of a fine-tuning stage, each with its dotted key."""
+    if finetune.lora.rank and finetune.new_token_embeddings == "mean":
+        return [
+            f"{prefix}.new_token_embeddings: found mean, expected keep with {prefix}.lora.rank ="
+            f" {finetune.lora.rank}: embeddings are then not trained, and new tokens would stay"
+            " equal"
+        ]
+    return []
 
 
 def _apply_override(tree: dict[str, object], override: str, problems: list[str]) -> None:
