@@ -979,7 +979,7 @@ def _training_problems(config: RunConfig) -> list[str]:
                 f"{training.dotted}.data: found {dataset!r}, expected one of {', '.join(datasets)}"
                 f"{did_you_mean(dataset, datasets)}"
             )
-        elif (needed := _needed_content(training)) and content_of(dataset) not in needed:
+        elif content_of(dataset) not in (needed := _needed_content(training)):
             problems.append(
                 f"{training.dotted}.data: found {dataset}, which holds {content_of(dataset)};"
                 f" expected {' or '.join(needed)}"
@@ -989,9 +989,9 @@ def _training_problems(config: RunConfig) -> list[str]:
 
 def _needed_content(training: Training) -> tuple[str, ...]:
     """Return what the dataset of a training may hold."""
-    if training.stage == "finetune":
+    if not isinstance(training.settings, AlignConfig):
         return ("text", "chats")
-    return ("preferences",) if getattr(training.settings, "method", "") == "dpo" else ("chats",)
+    return ("preferences",) if training.settings.method == "dpo" else ("chats",)
 
 
 def _mixture_problems(mixture: MixtureConfig, dotted: str) -> list[str]:
