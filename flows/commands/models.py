@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.options import add_artifacts_option
+from llm.artifact import read_manifest
 from llm.errors import ArtifactError
 from llm.inference.chat import add_options, chat_with_options
-from llm.models import MODELS, chat_models
+from llm.models import MODELS
 from tasks.store import ArtifactStore
 
 
@@ -129,9 +130,9 @@ def _model_folder(options: argparse.Namespace) -> Path:
 
 def _newest_chat_model(artifacts: Path) -> Path:
     store = ArtifactStore(artifacts)
-    for record in store.records(*(model.stage for model in chat_models())):
+    for record in store.records(*MODELS):
         folder = store.folder(record.parts.stage, record.digest)
-        if folder.is_dir():
+        if folder.is_dir() and read_manifest(folder).summary.get("content") != "text":
             return folder
     raise ArtifactError(
         f"{store.root}: no chat model; build one with `fromscratch run quickstart`, or name the"
