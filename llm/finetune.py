@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from llm.artifact import ArtifactWriter, Json
 from llm.config import FinetuneConfig, finetune_problems, read_section
 from llm.errors import ConfigError
@@ -27,7 +25,7 @@ def finetune(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     base = Path(job.inputs[STARTING_MODEL])
     model, tokenizer = load_model(base), load_tokenizer(base)
     if config.new_token_embeddings == "mean":
-        text_tokens = np.flatnonzero(tokenizer.token_bytes).tolist()
+        text_tokens = tokenizer.token_bytes.nonzero()[0].tolist()
         set_to_mean(model, untrained_tokens(tokenizer), text_tokens)
     if config.neftune_alpha:
         noise = EmbeddingNoise(
