@@ -1,6 +1,6 @@
 """Cleaned documents on disk: written once by `clean`, read in any order, not held in memory.
 
-documents.json               text or chats, and the shards of each split in their order
+documents.json               text, chats or preferences, and the shards of each split in their order
 train/00000.jsonl            one document per line; a shard without documents has no file
 train/00000.offsets.bin      the byte offset of each line, and the file's length
 train/00000.sources.bin      with several sources, the number of each document's source
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -34,21 +34,28 @@ OFFSET, SOURCE = struct.Struct("<Q"), struct.Struct("<I")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """A text, or the messages of a chat."""
+    """A text, the messages of a chat, or a preference pair."""
 
     id: bytes
     """16 bytes."""
     text: str = ""
     messages: tuple[Message, ...] = ()
+    """Of a preference pair: of its prompt."""
+    chosen: str = ""
+    """Of a preference pair: the answer to prefer."""
+    rejected: str = ""
     kind: str = ""
-    """Of a chat, such as a task's name, if its source has one; metrics are grouped by it."""
+    """Of a chat or a pair, such as a task's name, if its source has one; and groups metrics."""
     size_bytes: int
     """Length of its line in the file."""
 
     @property
     def texts(self) -> list[str]:
-        """The text, or that of each message."""
-        return [message["content"] for message in self.messages] if self.messages else [self.text]
+        """The text; that of each message; of a pair, of its answers too."""
+        if not self.messages:
+            return [self.text]
+        answers = [self.chosen, self.rejected] if self.chosen else []
+        return [message["content"] for message in self.messages] + answers
 
 
 class DocumentsWriter(Closing):
@@ -175,7 +182,7 @@ class DocumentReader:
 
 
 def read_content(folder: Path) -> Content:
-    """Return whether the documents in `folder` are `text` or `chats`.
+    """Return whether the documents in `folder` are `text`, `chats` or `preferences`.
 
     Raises:
         ArtifactError: `documents.json` is missing or damaged.
@@ -199,8 +206,10 @@ def _read_documents_json(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: not there; run clean again") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ArtifactError(f"{path}: damaged ({error!r}); run clean again") from error
-    if content not in ("text", "chats"):
-        raise ArtifactError(f"{path}: content is {content!r}, expected text or chats")
+    if content not in get_args(Content):
+        raise ArtifactError(
+            f"{path}: content is {content!r}, expected one of {', '.join(get_args(Content))}"
+        )
     return found
 
 
@@ -227,10 +236,15 @@ def _parse(line: bytes, content: Content) -> Document:
         for message in record["messages"]
     )
     if not messages:
-        raise ValueError("a chat without messages")
+        raise ValueError("without messages")
+    chosen = rejected = ""
+    if content == "preferences":
+        chosen, rejected = _string(record["chosen"]), _string(record["rejected"])
     return Document(
         id=identifier,
         messages=messages,
+        chosen=chosen,
+        rejected=rejected,
         kind=_string(record.get("kind", "")),
         size_bytes=len(line),
     )
