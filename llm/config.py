@@ -18,6 +18,7 @@ import yaml
 from llm import presets
 from llm.data.chat import CHAT_FORMATS
 from llm.data.raw.formats import content_of
+from llm.data.raw.record_formats import FORMAT_NAMES
 from llm.depth import DepthContext, expand_depth, take_depth
 from llm.errors import ConfigError
 from llm.models import MODELS, Training, dataset_of, trainings
@@ -70,6 +71,10 @@ class SourceConfig:
     """
     text_key: str = "text"
     """Corpus records (json, jsonl, hub): the key that holds the text."""
+    format: Annotated[str, OneOf(FORMAT_NAMES)] = "auto"
+    """Chats and preferences: which keys of a record hold what. auto: each record is of the first
+    format whose keys it has; another name: records without its keys are dropped and counted.
+    """
     max_documents: Count = 0
     """stdlib and hub: maximum number of documents; 0 takes all, and whole files of the hub."""
 
@@ -114,7 +119,7 @@ class DownloadConfig:
     corpus: MixtureConfig = field(default_factory=MixtureConfig)
     """Documents of plain text."""
     chats: MixtureConfig = field(default_factory=MixtureConfig)
-    """Conversations: records with `messages`, or with `instruction`, `input` and `output`."""
+    """Conversations, in one of the formats of llm/data/raw/record_formats.py."""
     preferences: MixtureConfig = field(default_factory=MixtureConfig)
     """Preference pairs: a prompt with a chosen and a rejected answer."""
     more: tuple[NamedMixtureConfig, ...] = ()
@@ -262,6 +267,10 @@ class CleanConfig:
     """
     reading: ReadingConfig = field(default_factory=ReadingConfig)
     """Limits for compressed files and archives."""
+    tool_turns: Literal["drop", "as_text"] = "drop"
+    """Chats with tools. drop: they are dropped and counted; as_text: a call becomes text of the
+    assistant, in JSON, and its result a message of the user.
+    """
     text_document_bytes: Positive = 32_768
     """Plain text files are cut at blank lines into documents of about this many bytes."""
     line_ends: Literal["as_is", "lf"] = "as_is"
@@ -273,7 +282,7 @@ class CleanConfig:
     masks_ip_addresses: bool = False
     """Replace public IP addresses, version 4 or 6, by [ip]."""
     filters: Literal["none", "gopher", "c4", "gopher+c4"] = "none"
-    """Quality filters, each rule counted by itself. Chats are not filtered."""
+    """Quality filters, each rule counted by itself. Chats and preferences are not filtered."""
     c4: C4Config = field(default_factory=C4Config)
     """Thresholds of C4's rules, which run first because they change the text."""
     gopher: GopherConfig = field(default_factory=GopherConfig)
