@@ -246,7 +246,7 @@ class _Worker:
             loss_scale=metrics.get("loss_scale"),
             update_norm=metrics.get("update_norm"),
             weight_norm=metrics.get("weight_norm"),
-            metrics={name: metrics[name] for name in step.means} | self._metrics_of(step.sums),
+            metrics={**{name: metrics[name] for name in step.means}, **self._metrics_of(step.sums)},
             seconds=done_at - began_at,
         )
 
@@ -263,9 +263,7 @@ class _Worker:
         if self._device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _accumulate_gradient(
-        self, batches: Sequence[Batch], num_targets: int
-    ) -> dict[str, Tensor]:
+    def _accumulate_gradient(self, batches: Sequence[Batch], num_targets: int) -> dict[str, Tensor]:
         """Accumulate the gradient of the mean loss over all micro-batches and processes; return
         that loss, and the means of the objective's other sums.
         """
