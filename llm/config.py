@@ -6,7 +6,6 @@ decides its meaning, and that code is in the stage's code digest.
 """
 
 import dataclasses
-import os
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from llm.data.raw.formats import content_of
 from llm.depth import DepthContext, expand_depth, take_depth
 from llm.errors import ConfigError
 from llm.models import MODELS, Training, dataset_of, trainings
+from llm.recipes import find_recipe, merge, read_recipe
 from llm.settings import (
     Count,
     Fraction,
@@ -38,7 +38,6 @@ from llm.tokenizer.kinds import TOKENIZER_KINDS
 Section = TypeVar("Section")
 DATASET_NAME = re.compile(r"(corpus|chats|preferences)-[a-z0-9-]+")
 MODEL_NAME = re.compile(r"[a-z][a-z0-9-]*")
-CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -485,7 +484,9 @@ class LoraConfig:
     dropout: Annotated[float, Range(minimum=0, below=1)] = 0.0
     """Share of an adapter's inputs zeroed in training."""
     targets: tuple[str, ...] = ("query", "key", "value", "output", "gate", "up", "down")
-    """Layers of the blocks that get an adapter, by name; a model may lack gate."""
+    """Layers of the blocks that get an adapter, by name. The default stands for all of them: gate
+    is left out where the MLP has none. Named explicitly, a layer must exist.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -525,7 +526,9 @@ class FinetuneConfig(TuningConfig):
     arXiv:2310.05914); 0: none. 5 is usual.
     """
     new_token_embeddings: Literal["keep", "mean"] = "keep"
-    """mean: control tokens that pretraining never saw start as the mean of all embeddings."""
+    """mean: all control tokens but `<|bos|>`, which are in no text, start as the mean of the
+    embeddings of text tokens. For the first stage on chats: a later one would forget them.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -735,14 +738,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: lists every problem with its dotted key and the allowed values.
     """
     path = find_recipe(recipe)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5,000 digits
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{path}: expected `section: {{key: value}}`, found {type(tree).__name__}"
-        )
+    tree = read_recipe(path)
     problems: list[str] = []
     tree.setdefault("name", path.stem)
     presets.clear_overridden(tree, overrides)
@@ -776,31 +772,6 @@ def read_section(cls: type[Section], settings: Mapping[str, object]) -> Section:
     if section is None:
         raise ConfigError(f"{cls.__name__}: " + "; ".join(problems))
     return typing.cast(Section, section)
-
-
-def find_recipe(recipe: str | Path) -> Path:
-    """Return the file of a recipe given by name or by path.
-
-    Raises:
-        ConfigError: there is no such recipe.
-    """
-    text = str(recipe)
-    if text.endswith((".yaml", ".yml")) or os.sep in text:
-        if Path(text).is_file():
-            return Path(text)
-        raise ConfigError(f"{text}: no such recipe file")
-    for folder in CONFIG_FOLDERS:
-        if (folder / f"{text}.yaml").is_file():
-            return folder / f"{text}.yaml"
-    names = recipe_names()
-    raise ConfigError(
-        f"{text}: unknown recipe{did_you_mean(text, names)}; known: {', '.join(names)}"
-    )
-
-
-def recipe_names() -> list[str]:
-    """Return the names of the recipes in configs/, sorted."""
-    return sorted({path.stem for folder in CONFIG_FOLDERS for path in folder.glob("*.yaml")})
 
 
 def flatten(tree: object, prefix: str = "") -> dict[str, object]:
@@ -877,6 +848,33 @@ def model_problems(model: ModelConfig, prefix: str) -> list[str]:
     return problems
 
 
+def lora_problems(model: ModelConfig, lora: LoraConfig, prefix: str) -> list[str]:
+    """Return why an adapter does not fit a model, each with its dotted key; none if rank is 0."""
+    layers = ["query", "key", "value", "output", "gate", "up", "down"]
+    if not lora.rank or lora.targets == LoraConfig().targets:
+        return []
+    if model.mlp not in ("swiglu", "geglu"):
+        layers.remove("gate")
+    unknown = [target for target in lora.targets if target not in layers]
+    if lora.targets and not unknown:
+        return []
+    return [
+        f"{prefix}.targets: found {', '.join(unknown) or 'none'}, expected some of"
+        f" {', '.join(layers)}, the linear layers of this model's blocks"
+    ]
+
+
+def finetune_problems(finetune: FinetuneConfig, prefix: str) -> list[str]:
+    """Return the problems between settings of a fine-tuning stage, each with its dotted key."""
+    if finetune.lora.rank and finetune.new_token_embeddings == "mean":
+        return [
+            f"{prefix}.new_token_embeddings: found mean, expected keep with {prefix}.lora.rank ="
+            f" {finetune.lora.rank}: embeddings are then not trained, and new tokens would stay"
+            " equal"
+        ]
+    return []
+
+
 def _apply_override(tree: dict[str, object], override: str, problems: list[str]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
@@ -910,15 +908,9 @@ def _share_settings(tree: dict[str, object]) -> None:
         if isinstance(stages, Mapping):  # overridden: {"0": ..., "1": ...}
             stages = list(typing.cast(Mapping[str, object], stages).values())
         if isinstance(stages, list):
-            section["stages"] = [_merged(shared, own) for own in stages]
-
-
-def _merged(shared: object, own: object) -> object:
-    """Return nested mappings in which `own` replaces what it sets."""
-    if not isinstance(shared, Mapping) or not isinstance(own, Mapping):
-        return own
-    below = {key: _merged(shared.get(key), value) for key, value in own.items()}
-    return {**typing.cast(Mapping[str, object], shared), **below}
+            section["stages"] = [
+                merge(shared, own) if isinstance(own, Mapping) else own for own in stages
+            ]
 
 
 def _depth_context(config: RunConfig) -> DepthContext:
@@ -987,7 +979,7 @@ def _training_problems(config: RunConfig) -> list[str]:
                 f"{training.dotted}.data: found {dataset!r}, expected one of {', '.join(datasets)}"
                 f"{did_you_mean(dataset, datasets)}"
             )
-        elif (needed := _needed_content(training)) and content_of(dataset) not in needed:
+        elif content_of(dataset) not in (needed := _needed_content(training)):
             problems.append(
                 f"{training.dotted}.data: found {dataset}, which holds {content_of(dataset)};"
                 f" expected {' or '.join(needed)}"
@@ -997,9 +989,9 @@ def _training_problems(config: RunConfig) -> list[str]:
 
 def _needed_content(training: Training) -> tuple[str, ...]:
     """Return what the dataset of a training may hold."""
-    if training.stage == "finetune":
+    if not isinstance(training.settings, AlignConfig):
         return ("text", "chats")
-    return ("preferences",) if getattr(training.settings, "method", "") == "dpo" else ("chats",)
+    return ("preferences",) if training.settings.method == "dpo" else ("chats",)
 
 
 def _mixture_problems(mixture: MixtureConfig, dotted: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The commands on finished artifacts: `tokenizers`, `chat`, `export` and `import`."""
+"""The commands on finished artifacts: `tokenizers`, `chat`, `export`, `merge` and `import`."""
 
 import argparse
 import sys
@@ -21,9 +21,14 @@ def add_model_commands(commands: Any) -> None:
     add_options(chat)
     add_artifacts_option(chat)
     chat.set_defaults(command=_chat)
-    export = commands.add_parser("export", help="export a model to transformers or llama.cpp")
+    export = commands.add_parser("export", help="export a model to transformers, llama.cpp or PEFT")
     export.add_argument("model", nargs="?", default="", help="its folder; default: the newest one")
-    export.add_argument("--format", choices=("hf", "gguf"), default="hf", help="default: hf")
+    export.add_argument(
+        "--format",
+        choices=("hf", "gguf", "peft"),
+        default="hf",
+        help="peft: the adapter of a LoRA training alone; default: hf",
+    )
     export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
     export.add_argument(
         "--dtype",
@@ -33,6 +38,13 @@ def add_model_commands(commands: Any) -> None:
     )
     add_artifacts_option(export)
     export.set_defaults(command=_export)
+    merging = commands.add_parser("merge", help="merge a LoRA adapter into its base model")
+    merging.add_argument(
+        "base", type=Path, help="folder of the model that its training started from"
+    )
+    merging.add_argument("adapter", type=Path, help="folder of the model trained with it")
+    merging.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    merging.set_defaults(command=_merge)
     importing = commands.add_parser("import", help="import a model from transformers")
     importing.add_argument("folder", type=Path, help="as written by `save_pretrained`")
     importing.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
@@ -74,9 +86,19 @@ def _export(options: argparse.Namespace) -> int:
     folder = _model_folder(options)
     if options.format == "gguf":
         from llm.exchange.gguf import export_gguf as export
+    elif options.format == "peft":
+        from llm.exchange.adapters import export_adapter as export
     else:
         from llm.exchange.folders import export_model as export
     export(folder, options.to, dtype=options.dtype)
+    print(options.to)
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from llm.exchange.adapters import merge_adapter
+
+    merge_adapter(options.base, options.adapter, options.to)
     print(options.to)
     return 0
 

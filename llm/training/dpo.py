@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from llm.artifact import ArtifactWriter, Json, write_bytes_atomically
 from llm.config import AlignConfig, DpoConfig
-from llm.data.packed import PADDING_ID, PackedArrays, PackedSequences
+from llm.data.packed import PackedArrays, PackedSequences
 from llm.errors import ConfigError, DataError, Interrupted
 from llm.model.loss import IGNORED, ModelWithLoss
 from llm.model.precision import autocast, fp32_products
@@ -199,17 +199,9 @@ def _read_references(path: Path, shape: tuple[int, int]) -> Tensor | None:
     return torch.from_numpy(np.frombuffer(data, dtype="<f4").astype(np.float32)).view(shape)
 
 
-def half_ids(arrays: PackedArrays, bos_id: int) -> npt.NDArray[np.int64]:
-    """Return the half of each token, (B, T+1): 2n is the chosen side of pair n of its sequence,
-    2n + 1 the rejected; PADDING_ID for padding.
-    """
-    ids = np.cumsum(arrays.tokens == bos_id, axis=1) - 1  # each half begins with bos
-    return np.where(arrays.document_ids == PADDING_ID, PADDING_ID, ids)
-
-
 def pair_batch(arrays: PackedArrays, bos_id: int) -> Batch:
     """Make a batch of pairs, as numbered in the split: extras `pairs` (B, M), absent ones -1."""
-    halves = half_ids(arrays, bos_id)  # (B, T+1)
+    halves = arrays.half_ids(bos_id)  # (B, T+1)
     pairs = np.full((len(halves), int(halves.max()) // 2 + 1), -1, dtype=np.int64)  # (B, M)
     sequences, positions = np.nonzero((arrays.tokens == bos_id) & (halves % 2 == 0))
     of_sequence = halves[sequences, positions] // 2

@@ -16,16 +16,17 @@ from accelerate import Accelerator
 from torch.utils.checkpoint import checkpoint
 
 from llm.artifact import ArtifactWriter, Json
-from llm.config import OptimizationConfig, RuntimeConfig
+from llm.config import OptimizationConfig, RuntimeConfig, TuningConfig
 from llm.data.packed import PackedSequences
 from llm.errors import DataError, Interrupted
+from llm.model.lora import add_adapters, merge_adapters, save_adapter
 from llm.model.loss import ModelWithLoss
 from llm.model.precision import fp32_products
 from llm.model.transformer import Transformer
-from llm.model.weights import save_model
+from llm.model.weights import save_model, trained_weights_of
 from llm.monitoring.metrics import METRICS_FILE, MetricsWriter, write_num_parameters
 from llm.monitoring.throughput import TERA, flops_per_token, peak_flops, peak_memory_bytes
-from llm.runtime.job import Job
+from llm.runtime.job import STARTING_MODEL, Job
 from llm.seeds import derive_seed
 from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.load import load_tokenizer
@@ -77,6 +78,11 @@ def train(
         run.accelerator.wait_for_everyone()
         raise Interrupted(f"{job.stage} was asked to stop after step {state.step}")
     assert validation is not None, "the last step is followed by a validation"
+    num_trained = sum(weight.numel() for weight in trained_weights_of(model).values())
+    if run.lora:
+        if run.is_writer:
+            save_adapter(writer, model, run.lora, Path(job.inputs[STARTING_MODEL]))
+        merge_adapters(model)  # evaluation, chat and export then read a model like any other
     if run.is_writer:
         # with its tokenizer, so that a model folder is usable by itself
         save_model(writer, model, run.tokenizer.to_files())
@@ -85,6 +91,7 @@ def train(
     return {
         "content": run.content,
         "num_parameters": model.num_parameters(),
+        "num_trained_parameters": num_trained,
         "num_steps": state.step,
         "num_tokens": state.tokens,
         "num_skipped_steps": state.skipped_steps,
@@ -139,6 +146,10 @@ class _Run:
         if self.is_writer:
             # early: the tracker puts it into the name of the running model
             write_num_parameters(job.work, model.num_parameters())
+        self.lora = config.lora if isinstance(config, TuningConfig) and config.lora.rank else None
+        if self.lora:  # before objective and optimizer, which see the adapted model
+            seed = derive_seed(job.seed, job.stage, "lora")
+            add_adapters(model, self.lora, seed, f"{job.stage}.lora")
         self.tokenizer = load_tokenizer(tokenizer_folder)
         sequences, self._validation_sequences = _open_sequences(job, model, self.tokenizer)
         self.content = sequences.layout.content
@@ -289,7 +300,7 @@ def _place(model: Transformer, device: torch.device, runtime: RuntimeConfig) -> 
     # a third more work, the second forward pass; a layer then keeps one tensor instead of 14
     if runtime.activation_checkpointing:
         # without dropout there is no random state that the second forward pass must repeat
-        has_dropout = model.config.dropout > 0
+        has_dropout = any(isinstance(part, torch.nn.Dropout) for part in model.modules())
         for block in model.blocks:
             # use_reentrant=False is the variant that torch recommends, and that DDP supports
             block.forward = partial(

@@ -1,6 +1,7 @@
 """The pipeline is made from the recipe and the table of models, which all else reads."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,7 @@ def test_three_models_are_tracked_beside_each_other(tmp_path: Path) -> None:
 
 
 def test_each_model_of_the_recipe_has_a_column_in_sweeps() -> None:
-    def run(config: RunConfig, member: Member, overrides: list[str]) -> list[Outcome]:
+    def run(config: RunConfig, member: Member, overrides: Sequence[str]) -> list[Outcome]:
         summary = {"base/bits_per_byte": 2.0, "aligned/bits_per_byte": 2.5}
         return [
             Outcome(
