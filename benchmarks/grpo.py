@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--base", type=Path, default=None)
     parser.add_argument("settings", nargs="*")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     settings = [*SETTINGS, f"align.num_steps={options.steps}", *options.settings]
     config = load_config("quickstart", settings).align
     section = {name: value for name, value in asdict(config).items() if name != "stages"}

@@ -35,21 +35,25 @@ def generate(
     prompts: Sequence[Sequence[int]],
     options: GenerationOptions,
     seeds: Sequence[int] | None = None,
+    sequences_per_batch: int = SEQUENCES_PER_BATCH,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, without the stop that ended it.
 
     A completion ends at the latest where the model's context does: its last token is predicted from
     `model.seq_len` tokens, as in training. What is sampled depends on the seed and on the prompt's
     index, or on its own one of `seeds`, not on the other prompts. Equal prompts are read once. On a
-    CPU the weights are repacked first; a caller that generates often passes a `packed` model.
+    CPU the weights are repacked first; a caller that generates often passes a `packed` model. Short
+    answers to many prompts are faster in larger batches, whose cache takes more memory.
 
     Raises:
         DataError: a prompt is empty, longer than the context, or has ids outside the vocabulary.
         ConfigError: a stop is a text.
     """
     results: list[list[int]] = [[] for _ in prompts]
-    for index, token in stream(model, prompts, options, seeds):
-        results[index].append(token)
+    criteria = [id_stopping_criterion(options) for _ in prompts]
+    found = _stream(model, prompts, options, criteria, seeds, sequences_per_batch)
+    for index, ids in found:
+        results[index].extend(ids)
     return results
 
 
@@ -57,7 +61,6 @@ def stream(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     options: GenerationOptions,
-    seeds: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Yield (prompt index, new token) as tokens are made.
 
@@ -65,7 +68,7 @@ def stream(
         DataError, ConfigError: as `generate`.
     """
     criteria = [id_stopping_criterion(options) for _ in prompts]
-    for index, ids in _stream(model, prompts, options, criteria, seeds):
+    for index, ids in _stream(model, prompts, options, criteria):
         yield from ((index, token) for token in ids)
 
 
@@ -192,6 +195,7 @@ def _stream(
     options: GenerationOptions,
     criteria: Sequence[StoppingCriterion[Output]],
     seeds: Sequence[int] | None = None,
+    sequences_per_batch: int = SEQUENCES_PER_BATCH,
 ) -> Iterator[tuple[int, Output]]:
     """Yield (prompt index, output) as each prompt's stopping criterion releases it."""
     _check_prompts(model, prompts)
@@ -200,8 +204,8 @@ def _stream(
     model = packed(model)
     # prompts of similar length together, so that little is padding
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(prompts) if options.max_new_tokens else 0, SEQUENCES_PER_BATCH):
-        indices = by_length[start : start + SEQUENCES_PER_BATCH]
+    for start in range(0, len(prompts) if options.max_new_tokens else 0, sequences_per_batch):
+        indices = by_length[start : start + sequences_per_batch]
         sequences = [
             _start(model, index, prompts[index], options, seeds[index]) for index in indices
         ]

@@ -30,6 +30,8 @@ from llm.tokenizer.base import Tokenizer
 from llm.training.rewards import Answer, Reward, judge, total
 
 SEQUENCES_PER_READ = 64
+# sampled at once: short answers took 40 % less time than in batches of 64, 512 no less than 256
+SEQUENCES_PER_BATCH = 256
 SPREAD_EPSILON = 1e-4  # as in TRL: groups of almost equal rewards get no huge advantages
 
 
@@ -125,7 +127,7 @@ class Sampler:
             derive_seed(seed, "answer", index, nth) for index in numbers for nth in range(size)
         ]
         repeated = [prompt for prompt in prompts for _ in range(size)]
-        sampled = iter(generate(model, repeated, options, seeds))
+        sampled = iter(generate(model, repeated, options, seeds, SEQUENCES_PER_BATCH))
         groups: list[Group] = []
         failures: list[StageError] = []
         for (index, number), prompt in zip(numbers.items(), prompts, strict=True):
