@@ -32,6 +32,7 @@ from llm.settings import (
     did_you_mean,
 )
 from llm.tokenizer.kinds import TOKENIZER_KINDS
+from llm.training.shares import replayed_per_step
 
 Section = TypeVar("Section")
 CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
@@ -857,6 +858,34 @@ def model_problems(model: ModelConfig, prefix: str) -> list[str]:
             f"{prefix}.full_attention_every: found {model.full_attention_every}, expected 0 where"
             f" {prefix}.sliding_window is 0 and every layer attends to all positions"
         )
+    return problems
+
+
+def tuning_problems(section: OptimizationConfig, prefix: str) -> list[str]:
+    """Return the inconsistencies between the settings of a training stage."""
+    problems: list[str] = []
+    if isinstance(section, TuningConfig):
+        best = section.best
+        if best.every_steps and section.averaging == "snapshots":
+            problems.append(
+                f"{prefix}.averaging: found snapshots, expected none or ema with"
+                f" {prefix}.best.every_steps > 0: snapshots count back from the last step, and the"
+                " best weights are earlier ones"
+            )
+        if best.patience and not best.every_steps:
+            problems.append(
+                f"{prefix}.best.patience: found {best.patience}, expected 0 where"
+                f" {prefix}.best.every_steps is 0 and no validation decides"
+            )
+    if isinstance(section, FinetuneConfig) and section.replay_fraction:
+        total = section.global_batch_size
+        replayed = replayed_per_step(section.replay_fraction, total)
+        if not 0 < replayed < total:
+            problems.append(
+                f"{prefix}.replay_fraction: found {section.replay_fraction}, which is {replayed} of"
+                f" {prefix}.global_batch_size = {total} sequences, expected at least one of each"
+                " kind in every step"
+            )
     return problems
 
 

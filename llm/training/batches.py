@@ -16,6 +16,7 @@ from llm.data.packed import PackedSequences, sequence_order
 from llm.model.loss import IGNORED
 from llm.runtime.prefetch import prefetch
 from llm.training.objectives import Batch, Objective
+from llm.training.shares import share_of
 
 READ_TOKENS = 1 << 17  # 2 to 3 MB: small steps share the fixed cost of a read
 READS_AHEAD = 2  # one is being copied to the device while the next is read
@@ -79,22 +80,6 @@ def batches_of_steps(
                     micro_batches=[batch.sequences(start, micro_batch_size) for start in starts],
                     num_targets=num_targets,
                 )
-
-
-def share_of(num_sequences: int, process: int, num_processes: int) -> range:
-    """Return the sequences of a step that a process trains on. The last share is a largest one."""
-    # shares differ by one at most; boundaries rounded down give the longer ones to the last
-    return range(
-        process * num_sequences // num_processes, (process + 1) * num_sequences // num_processes
-    )
-
-
-def even_size(num_sequences: int, limit: int) -> int:
-    """Return a micro-batch size, at most `limit`, that leaves the last micro-batch nearly full."""
-    # Only sizes over half of the limit: a smaller one would double the number of passes. A divisor
-    # of num_sequences wastes nothing and wins; among equals the largest.
-    limit = min(limit, num_sequences)
-    return min(range(limit // 2 + 1, limit + 1), key=lambda size: (-num_sequences % size, -size))
 
 
 def sample_sequences(

@@ -24,6 +24,7 @@ from llm.runtime.failpoints import failpoint
 from llm.seeds import derive_seed
 from llm.training.async_metrics import AsyncMetrics, StepInFlight
 from llm.training.batches import StepBatches, batches_of_steps
+from llm.training.kept_weights import KeptWeights
 from llm.training.loss_scale import INITIAL_LOSS_SCALE, LossScale, StepGuard
 from llm.training.objectives import Batch, Objective
 from llm.training.optimizers import Optimizer
@@ -63,6 +64,10 @@ class TrainState:
     """fp16: the factor of the loss."""
     loss_scale_steps: int = 0
     """fp16: steps since `loss_scale` last changed."""
+    best_step: int = 0
+    """Step of the best weights so far; 0: none yet."""
+    best_loss: float | None = None
+    """Their validation loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +111,8 @@ class TrainingSetup:
     seed: int
     """Decides the order of the sequences, and dropout."""
     micro_batch_size: int
+    kept: KeptWeights | None = None
+    """Takes the weights of each step into their average."""
 
 
 def training_steps(
@@ -186,6 +193,9 @@ class _Worker:
             self._seed_dropout(number)
             metrics["loss"] = self._accumulate_gradient(batches, num_targets)
             metrics |= self._update(number, metrics["loss"])
+        if self._training.kept:
+            # queued behind the update, so it reads the weights of this step
+            self._training.kept.update_average(number + 1)
         return StepInFlight(
             number=number,
             num_targets=num_targets,
