@@ -30,6 +30,7 @@ from llm.training.objectives import Batch, Objective
 from llm.training.optimizers import Optimizer
 from llm.training.processes import sum_on_devices, sum_over_processes
 from llm.training.schedules import learning_rate_factor
+from llm.training.sequences import Source
 
 UPDATE_NORM_EVERY_STEPS = 10  # measuring it takes a copy of the weights
 # Steps in flight beside the one that is awaited. One hides the host's work; more would only make
@@ -52,7 +53,7 @@ class TrainState:
     tokens: int = 0
     """Input positions, padding included: sequences times their length."""
     epoch: int = 0
-    """Completed passes over the training sequences."""
+    """Completed passes over the training sequences; replayed ones do not count."""
     row: int = 0
     """Sequences read in the current epoch."""
     skipped_steps: int = 0
@@ -111,6 +112,8 @@ class TrainingSetup:
     seed: int
     """Decides the order of the sequences, and dropout."""
     micro_batch_size: int
+    replay: Source | None = None
+    """Of `global_batch_size`; the other sequences of a step are those of `sequences`."""
     kept: KeptWeights | None = None
     """Takes the weights of each step into their average."""
 
@@ -182,6 +185,7 @@ class _Worker:
             num_processes=accelerator.num_processes,
             micro_batch_size=training.micro_batch_size,
             device=self._device,
+            replay=training.replay,
         )
 
     def start(
@@ -226,7 +230,8 @@ class _Worker:
         # padding counts, since the device computes it: the axis is one of computation
         num_tokens = config.global_batch_size * training.sequences.seq_len
         state.tokens += num_tokens
-        num_read = state.step * config.global_batch_size
+        num_replayed = training.replay.per_step if training.replay else 0
+        num_read = state.step * (config.global_batch_size - num_replayed)
         state.epoch, state.row = divmod(num_read, training.sequences.num_sequences)
         done_at = time.perf_counter()
         # the device began when it got the step, or after the step before: in flight they overlap

@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import OptimizationConfig, RuntimeConfig, tuning_problems
-from llm.data.packed import PackedSequences
-from llm.errors import ConfigError, DataError, Interrupted
+from llm.errors import ConfigError, Interrupted
 from llm.model.loss import ModelWithLoss
 from llm.model.precision import fp32_products
 from llm.model.transformer import Transformer
@@ -26,7 +25,6 @@ from llm.monitoring.metrics import METRICS_FILE, MetricsWriter, write_num_parame
 from llm.monitoring.throughput import TERA, flops_per_token, peak_flops, peak_memory_bytes
 from llm.runtime.job import Job
 from llm.seeds import derive_seed
-from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.load import load_tokenizer
 from llm.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from llm.training.kept_weights import KeptWeights, describe_weights
@@ -35,6 +33,7 @@ from llm.training.objectives import MakeObjective, ModelWithObjective, language_
 from llm.training.optimizers import Optimizer, make_optimizer
 from llm.training.processes import make_accelerator
 from llm.training.selection import make_selection
+from llm.training.sequences import open_replay, open_sequences
 from llm.training.shares import even_size, idle_share, uneven_warning
 from llm.training.validation import Validation, validate
 
@@ -88,6 +87,7 @@ def train(
         "num_steps": state.step,
         **run.selection.summary(),
         "num_tokens": state.tokens,
+        **run.epochs(),
         "num_skipped_steps": state.skipped_steps,
         "train_loss": state.loss,
         "val_loss": validation.loss,
@@ -139,7 +139,7 @@ class _Run:
             # early: the tracker puts it into the name of the running model
             write_num_parameters(job.work, model.num_parameters())
         self.tokenizer = load_tokenizer(tokenizer_folder)
-        sequences, self._validation_sequences = _open_sequences(job, model, self.tokenizer)
+        sequences, self._validation_sequences = open_sequences(job, model, self.tokenizer)
         self.content = sequences.layout.content
         self.flops_per_token = flops_per_token(model)
         self.peak = peak_flops(device, config.precision)
@@ -171,6 +171,7 @@ class _Run:
             micro_batch_size=_micro_batch_size(
                 model, self.accelerator, config, job.runtime.micro_batch_size
             ),
+            replay=open_replay(job, config, model, self.tokenizer),
             kept=self._kept,
         )
         shares = config.global_batch_size, self.accelerator.num_processes
@@ -212,6 +213,14 @@ class _Run:
         if self.selection.has_stopped_early:
             return step, step, f"{self._unit}, stopped early of {self.num_steps:,}"
         return step, self.num_steps, self._unit
+
+    def epochs(self) -> dict[str, Json]:
+        """Return the passes over the stage's data, and over replayed text, for the summary."""
+        state, training = self.state, self._training
+        own = state.epoch + state.row / training.sequences.num_sequences
+        if training.replay is None:
+            return {"epochs": own}
+        return {"epochs": own, "replay_epochs": training.replay.epochs(state.step)}
 
     def log(self, values: Mapping[str, float]) -> None:
         """Add a point to the metrics file."""
@@ -349,39 +358,6 @@ def _resume(
     # every process reads the same bytes, so nothing is broadcast
     path = newest_checkpoint(folder)
     return load_checkpoint(path, model, optimizer, kept) if path else TrainState()
-
-
-def _open_sequences(
-    job: Job, model: Transformer, tokenizer: Tokenizer
-) -> tuple[PackedSequences, PackedSequences]:
-    """Open the training and validation split and check that they fit the model.
-
-    Raises:
-        DataError: another context or vocabulary, or no sequences.
-    """
-    folder = Path(job.inputs["sequences"])
-    splits = PackedSequences(folder, "train"), PackedSequences(folder, "validation")
-    layout = splits[0].layout
-    problems: list[str] = []  # all at once: each run that fails costs the start of a process
-    if layout.seq_len != model.seq_len:
-        problems.append(f"seq_len: found {layout.seq_len}, expected the model's {model.seq_len}")
-    for what, found in (("sequences", layout.vocab_size), ("tokenizer", tokenizer.vocab_size)):
-        if found != model.vocab_size:
-            problems.append(
-                f"vocab_size: found {found} in the {what}, expected the model's {model.vocab_size}"
-            )
-    for name, split in zip(("train", "validation"), splits, strict=True):
-        if not split.num_sequences or not split.info.num_target_tokens:
-            problems.append(
-                f"{name}: found {split.num_sequences} sequences with {split.info.num_target_tokens}"
-                " target tokens, expected some; give more data or change clean.validation_fraction"
-            )
-    if problems:
-        raise DataError(
-            f"{folder}: these sequences do not fit the model; pack them with its tokenizer and"
-            " context\n" + "\n".join(f"  {problem}" for problem in problems)
-        )
-    return splits
 
 
 def _micro_batch_size(

@@ -1,7 +1,7 @@
 """Selection of the best weights by validation loss, and early stopping.
 
-Training ends after a number of validations without improvement, as in Prechelt 1998, "Early Stopping
-- But When?" (doi 10.1007/3-540-49430-8_3).
+For other rules of when to stop see Prechelt 1998, "Early Stopping - But When?"
+(doi 10.1007/3-540-49430-8_3).
 """
 
 from dataclasses import dataclass

@@ -21,10 +21,11 @@ from llm.model.masked_lm import Masking
 from llm.model.transformer import Transformer
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.training import loop
-from llm.training.batches import batches_of_steps, sample_sequences
+from llm.training.batches import batches_of_steps
 from llm.training.loop import Step, TrainingSetup, TrainState, training_steps
 from llm.training.objectives import MaskedTokens, ModelWithObjective, NextToken
 from llm.training.optimizers import make_optimizer
+from llm.training.sequences import sample_sequences
 from llm.training.validation import Validation, validate
 from tests.llm.training_setup import (
     SEQ_LEN,

@@ -15,10 +15,10 @@ from llm.data.packed import PackedArrays, PackedSequences
 from llm.model.loss import IGNORED, ModelWithLoss
 from llm.model.transformer import Transformer
 from llm.tokenizer.bpe import ByteLevelBPE
-from llm.training.batches import sample_sequences
 from llm.training.loop import Step, TrainingSetup, TrainState, training_steps
 from llm.training.objectives import Batch, ModelWithObjective, NextToken, Objective
 from llm.training.optimizers import make_optimizer
+from llm.training.sequences import sample_sequences
 from llm.training.validation import Validation, validate
 from tests.llm.training_setup import (
     fresh_accelerator,
