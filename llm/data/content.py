@@ -3,7 +3,7 @@
 import re
 from typing import Literal, TypedDict
 
-Content = Literal["text", "chats"]
+Content = Literal["text", "chats", "preferences"]
 ROLES = ("system", "user", "assistant")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a surrogate pair: JSON can write it, UTF-8 cannot encode it."""

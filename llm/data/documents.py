@@ -1,6 +1,6 @@
 """Cleaned documents on disk: written once by `clean`, read in any order, not held in memory.
 
-documents.json               text or chats, and the shards of each split in their order
+documents.json               the content, and the shards of each split in their order
 train/00000.jsonl            one document per line; a shard without documents has no file
 train/00000.offsets.bin      the byte offset of each line, and the file's length
 train/00000.sources.bin      with several sources, the number of each document's source
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -34,12 +34,16 @@ OFFSET, SOURCE = struct.Struct("<Q"), struct.Struct("<I")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """A text, or the messages of a chat."""
+    """A text, a chat, or a preference pair: the messages of a prompt and two answers."""
 
     id: bytes
     """16 bytes."""
     text: str = ""
     messages: tuple[Message, ...] = ()
+    chosen: str = ""
+    """Of a preference pair: the better answer."""
+    rejected: str = ""
+    """Of a preference pair: the worse answer."""
     kind: str = ""
     """Of a chat, such as a task's name, if its source has one; metrics are grouped by it."""
     size_bytes: int
@@ -47,8 +51,11 @@ class Document:
 
     @property
     def texts(self) -> list[str]:
-        """The text, or that of each message."""
-        return [message["content"] for message in self.messages] if self.messages else [self.text]
+        """All texts in it: the text, or that of each message and answer."""
+        if not self.messages:
+            return [self.text]
+        answers = filter(None, (self.chosen, self.rejected))
+        return [*(message["content"] for message in self.messages), *answers]
 
 
 class DocumentsWriter(Closing):
@@ -175,7 +182,7 @@ class DocumentReader:
 
 
 def read_content(folder: Path) -> Content:
-    """Return whether the documents in `folder` are `text` or `chats`.
+    """Return what the documents in `folder` are.
 
     Raises:
         ArtifactError: `documents.json` is missing or damaged.
@@ -199,8 +206,9 @@ def _read_documents_json(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: not there; run clean again") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ArtifactError(f"{path}: damaged ({error!r}); run clean again") from error
-    if content not in ("text", "chats"):
-        raise ArtifactError(f"{path}: content is {content!r}, expected text or chats")
+    if content not in get_args(Content):
+        known = ", ".join(get_args(Content))
+        raise ArtifactError(f"{path}: content is {content!r}, expected one of {known}")
     return found
 
 
@@ -231,6 +239,8 @@ def _parse(line: bytes, content: Content) -> Document:
     return Document(
         id=identifier,
         messages=messages,
+        chosen=_string(record["chosen"]) if content == "preferences" else "",
+        rejected=_string(record["rejected"]) if content == "preferences" else "",
         kind=_string(record.get("kind", "")),
         size_bytes=len(line),
     )

@@ -12,10 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
+from accelerate import Accelerator
+
 from llm.artifact import ArtifactWriter, file_sha256, fsync_folder, read_manifest
 from llm.errors import ArtifactError, DiskFullError
 from llm.model.transformer import Transformer
-from llm.model.weights import WEIGHTS, read_tensors, set_weights, weights_of, write_tensors
+from llm.model.weights import WEIGHTS, read_tensors, set_weights, trained_weights_of, write_tensors
 from llm.runtime.disk import disk_full
 from llm.runtime.failpoints import failpoint
 from llm.training.kept_weights import KeptWeights
@@ -46,7 +48,7 @@ def save_checkpoint(
         # saved before a resume: the same settings and seed give the same bytes, but for the choice
         # of the best weights at this very step, which resuming repeats
         return
-    weights, moments = weights_of(model), optimizer.state_dict()
+    weights, moments = trained_weights_of(model), optimizer.state_dict()
     copies = kept.state_dict() if kept else {}
     try:
         writer = ArtifactWriter(folder / WRITING)
@@ -81,6 +83,23 @@ def save_checkpoint(
         failpoint("checkpoint.removing")
         shutil.rmtree(folder / REMOVING)
         failpoint("checkpoint.removed")
+
+
+def resume(
+    accelerator: Accelerator,
+    folder: Path,
+    model: Transformer,
+    optimizer: Optimizer,
+    kept: KeptWeights,
+) -> TrainState:
+    """Load the newest whole checkpoint, the same on every process, or start from step 0."""
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        newest_checkpoint(folder)  # renames damaged ones before other processes list the folder
+    accelerator.wait_for_everyone()
+    # every process reads the same bytes, so nothing is broadcast
+    path = newest_checkpoint(folder)
+    return load_checkpoint(path, model, optimizer, kept) if path else TrainState()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -166,7 +166,8 @@ class _Worker:
         self._training, self._first_step = training, state.step
         self._device = device = training.accelerator.device
         # the order is that of the modules on every process: clipping sums norms in this order
-        self._parameters = list(training.model.parameters())
+        # without frozen ones, which have no gradient and never change
+        self._parameters = [p for p in training.model.parameters() if p.requires_grad]
         is_fp16 = computed_precision(training.config.precision, device.type) == "fp16"
         loss_scale = LossScale(state.loss_scale, state.loss_scale_steps, device)
         self._guard = StepGuard(loss_scale if is_fp16 else None, device)

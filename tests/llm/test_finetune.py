@@ -60,6 +60,20 @@ def test_it_starts_from_the_base_and_learns_the_masked_targets_alone(
     ]
 
 
+def test_loss_on_all_trains_and_validates_on_every_token_of_a_chat(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    settings = tiny_finetune(num_steps=2, loss_on="all")
+    run_inside(finetune, write_job_file(tmp_path, "finetune", settings, inputs))
+    sequences = PackedSequences(inputs["sequences"], "validation")
+    tokens = torch.from_numpy(sequences.read(range(8)).tokens)  # (B, T+1), a chat each
+    with torch.no_grad():
+        losses = token_losses(load_model(inputs["base"])(tokens[:, :-1]), tokens[:, 1:])
+    is_learned = tokens[:, 1:] != sequences.layout.pad_id
+    first = points(tmp_path)[0]["metrics"]["val/loss"]
+    assert first == pytest.approx(losses[is_learned].mean().item(), rel=1e-5)
+
+
 def test_rows_of_another_context_than_the_base_are_refused_with_both_numbers(
     tmp_path: Path, inputs: dict[str, Path], tokenizer: ByteLevelBPE
 ) -> None:

@@ -377,10 +377,10 @@ def test_an_average_holds_the_steps_up_to_the_one_awaited_skipped_ones_too(
     model, ahead = tiny_model(), tiny_model()
     history = [
         model.norm.weight.detach().double()
-        for _ in run(model, sequences, config, state=TrainState(loss_scale=2.0**40))
+        for _ in run(model, sequences, config, state=TrainState(loss_scale=2.0**30))
     ]
     monkeypatch.setitem(loop.STEPS_AHEAD, "cpu", 1)
-    state, awaited, kept = TrainState(loss_scale=2.0**40), {20, 30}, KeptWeights(ahead, config)
+    state, awaited, kept = TrainState(loss_scale=2.0**30), {20, 30}, KeptWeights(ahead, config)
     more: dict[str, Any] = {"state": state, "kept": kept, "needs_weights": awaited.__contains__}
     for step in run(ahead, sequences, config, **more):
         if step.step in awaited:

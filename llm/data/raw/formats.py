@@ -46,9 +46,13 @@ def format_of(name: str) -> Format | None:
 
 
 def content_of(role: str) -> Content:
-    """Return the content of a source by its role: `corpus` is text, `chats.sources.1` is chats."""
-    contents: dict[str, Content] = {"corpus": "text", "chats": "chats"}
-    return contents[Role.parse(role).name]
+    """Return what a source holds, by its role: `corpus` text, `chats-math.sources.1` chats."""
+    contents: dict[str, Content] = {
+        "corpus": "text",
+        "chats": "chats",
+        "preferences": "preferences",
+    }
+    return contents[Role.parse(role).name.partition("-")[0]]
 
 
 def keys_of(content: Content, text_key: str) -> tuple[str, ...]:
