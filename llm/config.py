@@ -35,6 +35,7 @@ from llm.settings import (
     did_you_mean,
 )
 from llm.tokenizer.kinds import TOKENIZER_KINDS
+from llm.training.shares import replayed_per_step
 
 Section = TypeVar("Section")
 DATASET_NAME = re.compile(r"(corpus|chats|preferences)-[a-z0-9-]+")
@@ -857,6 +858,34 @@ def model_problems(model: ModelConfig, prefix: str) -> list[str]:
     return problems
 
 
+def tuning_problems(section: OptimizationConfig, prefix: str) -> list[str]:
+    """Return the inconsistencies between the settings of a training stage."""
+    problems: list[str] = []
+    if isinstance(section, TuningConfig):
+        best = section.best
+        if best.every_steps and section.averaging == "snapshots":
+            problems.append(
+                f"{prefix}.averaging: found snapshots, expected none or ema with"
+                f" {prefix}.best.every_steps > 0: snapshots count back from the last step, and the"
+                " best weights are earlier ones"
+            )
+        if best.patience and not best.every_steps:
+            problems.append(
+                f"{prefix}.best.patience: found {best.patience}, expected 0 where"
+                f" {prefix}.best.every_steps is 0 and no validation decides"
+            )
+    if isinstance(section, FinetuneConfig) and section.replay_fraction:
+        total = section.global_batch_size
+        replayed = replayed_per_step(section.replay_fraction, total)
+        if not 0 < replayed < total:
+            problems.append(
+                f"{prefix}.replay_fraction: found {section.replay_fraction}, which is {replayed} of"
+                f" {prefix}.global_batch_size = {total} sequences, expected at least one of each"
+                " kind in every step"
+            )
+    return problems
+
+
 def lora_problems(model: ModelConfig, lora: LoraConfig, prefix: str) -> list[str]:
     """Return why an adapter does not fit a model, each with its dotted key; none if rank is 0."""
     layers = ["query", "key", "value", "output", "gate", "up", "down"]
@@ -951,6 +980,7 @@ def _cross_checks(config: RunConfig) -> list[str]:
                 f"{dotted}.warmup_steps: found {section.warmup_steps}, expected less than"
                 f" {dotted}.num_steps = {section.num_steps}"
             )
+        problems += tuning_problems(section, dotted)
     problems += _training_problems(config)
     for slot in ("corpus", "chats", "preferences"):
         problems += _mixture_problems(mixture_of(config.download, slot), f"download.{slot}")
