@@ -204,7 +204,7 @@ class PackedSequences:
         self.layout, splits = _read_pack_json(folder)
         if split not in splits:
             raise ArtifactError(f"{folder}: no split {split}; there are {', '.join(splits)}")
-        infos = splits[split]
+        self.split, infos = split, splits[split]
         self.info = add_counts(infos)
         self.num_sequences, self.seq_len = self.info.num_rows, self.layout.seq_len
         self._first_sequences = starts([info.counts.num_rows for info in infos])
