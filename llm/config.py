@@ -352,7 +352,9 @@ class PackConfig:
     sequence are not cut, and sequences may end in padding. Chats are always packed by best_fit.
     """
     long_chats: Literal["drop", "truncate_left", "truncate_right"] = "truncate_right"
-    """Chats longer than a sequence: drop them, or cut off their beginning or their end."""
+    """Chats longer than a sequence: drop them, or cut off their beginning, but for a system message
+    in front, or their end. Preference pairs longer than a sequence are dropped.
+    """
     shard_bytes: Positive = 64 << 20
     """Size of the documents packed together, by one process that holds all their tokens in memory.
     More means fewer, larger files, and less padding.
