@@ -1,6 +1,6 @@
 """The command line, `fromscratch` or `python -m flows.cli`.
 
-    run | sweep | up | down | tokenizers | chat | export | import | doctor
+    run | sweep | up | down | tokenizers | chat | export | merge | import | doctor
 
 A run whose steps are all cached imports neither prefect nor mlflow and needs no server.
 """

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.sweep import Member, comparison, differing_bytes, short_name
-from llm.models import chat_models
+from llm.models import MODELS, model_name
 from tasks.cached import Outcome
 from tasks.launch import Progress as StageProgress
 from tasks.plan import PlannedStep
@@ -160,9 +160,10 @@ def print_outcomes(
     console.print(f"\ntotal {_seconds(seconds)}")
     if metrics:
         _print_metrics(metrics, console)
-    for sample in samples[:3]:
+    models = [model_name(o.stage, o.role) for o in outcomes if o.stage in MODELS]
+    for sample in samples[:3] if models else ():
         console.print(f"\n[bold]Q[/bold] {_plain(sample.get('prompt'))}", soft_wrap=True)
-        console.print(f"[bold]A[/bold] {_plain(_answer(sample))}", soft_wrap=True)
+        console.print(f"[bold]A[/bold] {_plain(sample.get(models[-1]))}", soft_wrap=True)
         if sample.get("expected"):
             console.print(f"[dim]expected: {_plain(sample.get('expected'))}[/dim]", soft_wrap=True)
     if addresses:
@@ -238,12 +239,6 @@ def _short_summary(summary: Mapping[str, object]) -> str:
 def _seconds(seconds: float) -> str:
     minutes, rest = divmod(seconds, 60)
     return f"{minutes:.0f} min {rest:.0f} s" if minutes else f"{rest:.1f} s"
-
-
-def _answer(sample: Mapping[str, object]) -> object:
-    """Return the completion of the last chat model in a sample."""
-    names = [model.name for model in chat_models() if model.name in sample]
-    return sample[names[-1]] if names else ""
 
 
 def _plain(value: object) -> str:

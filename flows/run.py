@@ -32,6 +32,7 @@ from flows.services.registry import running_prefect_environment
 from flows.sweep import SWEEP
 from llm.config import RunConfig, flatten, load_config
 from llm.errors import FromscratchError, Interrupted, TransientError
+from llm.models import Training, trainings
 from tasks.cached import Builder, Outcome
 from tasks.plan import Selection, make_plan
 from tasks.preflight import refuse_what_cannot_run
@@ -117,7 +118,7 @@ def _run(config: RunConfig, selection: Selection) -> RunResult:
             name = str(flow_run.name)
             tracker.log(PipelineStarted(project=project, name=name, settings=settings, links=links))
             outcomes = _build_all([item.step for item in plan], builder, link)
-            _publish_report(outcomes[-1], tracker)
+            _publish_report(outcomes[-1], tracker, trainings(config))
             status = "FINISHED"
         except BaseException as error:
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
@@ -207,11 +208,12 @@ def _is_transient(task_: Task[..., Any], run: TaskRun, state: State[Any]) -> boo
     return isinstance(error, TransientError)
 
 
-def _publish_report(last: Outcome, tracker: Tracker) -> None:
+def _publish_report(last: Outcome, tracker: Tracker, models: Sequence[Training]) -> None:
     """Publish the report in Prefect and MLflow, if the run built it."""
     if last.stage != "evaluate":
         return
-    tracker.log(ReportFinished(folder=last.path, metrics=last.summary))
+    names = [model.model_name for model in models]
+    tracker.log(ReportFinished(folder=last.path, models=names, metrics=last.summary))
     report = (Path(last.path) / "report.md").read_text(encoding="utf-8")
     with contextlib.suppress(httpx.HTTPError):
         create_markdown_artifact(report, key="report", description="Evaluation report")

@@ -11,14 +11,21 @@ from typing import Any, cast
 
 import yaml
 
-from llm.config import CONFIG_FOLDERS, RunConfig, load_config
+from llm.config import RunConfig, load_config
 from llm.errors import ConfigError, FromscratchError
-from llm.models import MODELS
+from llm.models import MODELS, trainings
+from llm.recipes import CONFIG_FOLDERS
 from llm.settings import did_you_mean
 from tasks.cached import Outcome
 
 BITS_PER_BYTE = "bits/byte"
 RunMember = Callable[[RunConfig, "Member", Sequence[str]], Sequence[Outcome]]
+COLUMNS = {
+    "vocabulary": ("train_tokenizer", "vocab_size"),
+    "bytes/token": ("train_tokenizer", "bytes_per_token"),
+    "parameters": (next(iter(MODELS)), "num_parameters"),
+}
+"""Stage and key of its summary for each column; bits per byte of each model follow."""
 SWEEP = "sweep"
 """Tag of its runs: `sweep:NAME` in Prefect, `fromscratch.sweep` in MLflow."""
 
@@ -102,7 +109,7 @@ def run_sweep(sweep: Sweep, run_member: RunMember, announce: Callable[[str], Non
         announce(f"{number} of {len(configs)}: {' '.join(member.overrides)}")
         started_at = time.monotonic()
         try:
-            _read_metrics(member, run_member(config, member, overrides))
+            _read_metrics(member, config, run_member(config, member, overrides))
         except FromscratchError as error:
             member.status, member.error = "failed", str(error)
             announce(f"failed: {error}")
@@ -116,9 +123,8 @@ def comparison(members: Sequence[Member]) -> tuple[list[str], list[list[str]]]:
 
     A metric that no member has gets no column.
     """
-    columns = _columns()
-    names = [name for name in columns if any(name in member.metrics for member in members)]
-    order = next(name for name in columns if name.endswith(BITS_PER_BYTE))
+    names = list(dict.fromkeys(name for member in members for name in member.metrics))
+    order = next((name for name in names if name.endswith(BITS_PER_BYTE)), "")
     best_first = sorted(members, key=lambda m: m.metrics.get(order, float("inf")))
     rows = [
         [
@@ -163,22 +169,13 @@ def _load_all(sweep: Sweep) -> list[RunConfig]:
     return configs
 
 
-def _columns() -> dict[str, tuple[str, str]]:
-    """Return the stage and the key of its summary for each column."""
-    return {
-        "vocabulary": ("train_tokenizer", "vocab_size"),
-        "bytes/token": ("train_tokenizer", "bytes_per_token"),
-        "parameters": (next(iter(MODELS)), "num_parameters"),
-        **{
-            f"{model.name} {BITS_PER_BYTE}": ("evaluate", f"{model.name}/bits_per_byte")
-            for model in MODELS.values()
-        },
-    }
-
-
-def _read_metrics(member: Member, outcomes: Sequence[Outcome]) -> None:
+def _read_metrics(member: Member, config: RunConfig, outcomes: Sequence[Outcome]) -> None:
     summaries = {(outcome.stage, outcome.role): outcome.summary for outcome in outcomes}
-    for name, (stage, key) in _columns().items():
+    models = [training.model_name for training in trainings(config)]
+    of_models = {
+        f"{name} {BITS_PER_BYTE}": ("evaluate", f"{name}/bits_per_byte") for name in models
+    }
+    for name, (stage, key) in {**COLUMNS, **of_models}.items():
         value = summaries.get((stage, ""), {}).get(key)
         if isinstance(value, int | float):
             member.metrics[name] = value

@@ -6,7 +6,7 @@ decides its meaning, and that code is in the stage's code digest.
 """
 
 import dataclasses
-import os
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +17,12 @@ import yaml
 
 from llm import presets
 from llm.data.chat import CHAT_FORMATS
+from llm.data.raw.formats import content_of
 from llm.data.raw.record_formats import FORMAT_NAMES
 from llm.depth import DepthContext, expand_depth, take_depth
 from llm.errors import ConfigError
-from llm.models import MODELS
+from llm.models import MODELS, Training, dataset_of, trainings
+from llm.recipes import find_recipe, merge, read_recipe
 from llm.settings import (
     Count,
     Fraction,
@@ -35,7 +37,8 @@ from llm.settings import (
 from llm.tokenizer.kinds import TOKENIZER_KINDS
 
 Section = TypeVar("Section")
-CONFIG_FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
+DATASET_NAME = re.compile(r"(corpus|chats|preferences)-[a-z0-9-]+")
+MODEL_NAME = re.compile(r"[a-z][a-z0-9-]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -490,7 +493,9 @@ class LoraConfig:
     dropout: Annotated[float, Range(minimum=0, below=1)] = 0.0
     """Share of an adapter's inputs zeroed in training."""
     targets: tuple[str, ...] = ("query", "key", "value", "output", "gate", "up", "down")
-    """Layers of the blocks that get an adapter, by name; a model may lack gate."""
+    """Layers of the blocks that get an adapter, by name. The default stands for all of them: gate
+    is left out where the MLP has none. Named explicitly, a layer must exist.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -530,7 +535,9 @@ class FinetuneConfig(TuningConfig):
     arXiv:2310.05914); 0: none. 5 is usual.
     """
     new_token_embeddings: Literal["keep", "mean"] = "keep"
-    """mean: control tokens that pretraining never saw start as the mean of all embeddings."""
+    """mean: all control tokens but `<|bos|>`, which are in no text, start as the mean of the
+    embeddings of text tokens. For the first stage on chats: a later one would forget them.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -546,7 +553,9 @@ class FinetuneStages(FinetuneConfig):
     """One fine-tuning stage, or several."""
 
     stages: tuple[NamedFinetuneConfig, ...] = ()
-    """Several in a row, each from the model before; all settings beside this must be left out."""
+    """Several in a row, each from the model before. They share the settings beside this, unless
+    they have their own.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -618,13 +627,17 @@ class AlignStages(AlignConfig):
     """One alignment stage, or several."""
 
     stages: tuple[NamedAlignConfig, ...] = ()
-    """Several in a row, each from the model before; all settings beside this must be left out."""
+    """Several in a row, each from the model before. They share the settings beside this, unless
+    they have their own.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
     """Evaluation of every trained model."""
 
+    models: tuple[str, ...] = ()
+    """Names of the models, copied from the stages that train them; not to be set here."""
     prompts: tuple[str, ...] = ("The ", "def ", "import ")
     """Continued by every model, side by side in the report."""
     max_new_tokens: Positive = 64
@@ -734,19 +747,13 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: lists every problem with its dotted key and the allowed values.
     """
     path = find_recipe(recipe)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5,000 digits
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{path}: expected `section: {{key: value}}`, found {type(tree).__name__}"
-        )
+    tree = read_recipe(path)
     problems: list[str] = []
     tree.setdefault("name", path.stem)
     presets.clear_overridden(tree, overrides)
     for override in overrides:
         _apply_override(tree, override, problems)
+    _share_settings(tree)
     depth = take_depth(tree, problems)
     presets.expand_preset(tree, problems)
     config = build(RunConfig, tree, "", problems)
@@ -776,31 +783,6 @@ def read_section(cls: type[Section], settings: Mapping[str, object]) -> Section:
     return typing.cast(Section, section)
 
 
-def find_recipe(recipe: str | Path) -> Path:
-    """Return the file of a recipe given by name or by path.
-
-    Raises:
-        ConfigError: there is no such recipe.
-    """
-    text = str(recipe)
-    if text.endswith((".yaml", ".yml")) or os.sep in text:
-        if Path(text).is_file():
-            return Path(text)
-        raise ConfigError(f"{text}: no such recipe file")
-    for folder in CONFIG_FOLDERS:
-        if (folder / f"{text}.yaml").is_file():
-            return folder / f"{text}.yaml"
-    names = recipe_names()
-    raise ConfigError(
-        f"{text}: unknown recipe{did_you_mean(text, names)}; known: {', '.join(names)}"
-    )
-
-
-def recipe_names() -> list[str]:
-    """Return the names of the recipes in configs/, sorted."""
-    return sorted({path.stem for folder in CONFIG_FOLDERS for path in folder.glob("*.yaml")})
-
-
 def flatten(tree: object, prefix: str = "") -> dict[str, object]:
     """Return every leaf of a config or nested mappings by dotted key, `pretrain.model.d_model`."""
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
@@ -813,6 +795,12 @@ def flatten(tree: object, prefix: str = "") -> dict[str, object]:
     for key, value in typing.cast(Mapping[str, object], tree).items():
         leaves |= flatten(value, f"{prefix}.{key}" if prefix else key)
     return leaves
+
+
+def mixture_of(download: DownloadConfig, dataset: str) -> MixtureConfig:
+    """Return the source of a dataset: `corpus`, `chats`, `preferences`, or one of `more`."""
+    named = {mixture.name: mixture for mixture in download.more}
+    return named[dataset] if dataset in named else getattr(download, dataset)
 
 
 def load_preset(name: str) -> tuple[ModelConfig, int, int]:
@@ -869,6 +857,33 @@ def model_problems(model: ModelConfig, prefix: str) -> list[str]:
     return problems
 
 
+def lora_problems(model: ModelConfig, lora: LoraConfig, prefix: str) -> list[str]:
+    """Return why an adapter does not fit a model, each with its dotted key; none if rank is 0."""
+    layers = ["query", "key", "value", "output", "gate", "up", "down"]
+    if not lora.rank or lora.targets == LoraConfig().targets:
+        return []
+    if model.mlp not in ("swiglu", "geglu"):
+        layers.remove("gate")
+    unknown = [target for target in lora.targets if target not in layers]
+    if lora.targets and not unknown:
+        return []
+    return [
+        f"{prefix}.targets: found {', '.join(unknown) or 'none'}, expected some of"
+        f" {', '.join(layers)}, the linear layers of this model's blocks"
+    ]
+
+
+def finetune_problems(finetune: FinetuneConfig, prefix: str) -> list[str]:
+    """Return the problems between settings of a fine-tuning stage, each with its dotted key."""
+    if finetune.lora.rank and finetune.new_token_embeddings == "mean":
+        return [
+            f"{prefix}.new_token_embeddings: found mean, expected keep with {prefix}.lora.rank ="
+            f" {finetune.lora.rank}: embeddings are then not trained, and new tokens would stay"
+            " equal"
+        ]
+    return []
+
+
 def _apply_override(tree: dict[str, object], override: str, problems: list[str]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
@@ -892,6 +907,21 @@ def _apply_override(tree: dict[str, object], override: str, problems: list[str])
     node[last] = value
 
 
+def _share_settings(tree: dict[str, object]) -> None:
+    """Give each of several trainings of a stage the settings beside them."""
+    for section in (tree.get(stage) for stage in MODELS):
+        if not isinstance(section, dict) or "stages" not in section:
+            continue
+        shared = dict(typing.cast(dict[str, object], section))
+        stages = shared.pop("stages")
+        if isinstance(stages, Mapping):  # overridden: {"0": ..., "1": ...}
+            stages = list(typing.cast(Mapping[str, object], stages).values())
+        if isinstance(stages, list):
+            section["stages"] = [
+                merge(shared, own) if isinstance(own, Mapping) else own for own in stages
+            ]
+
+
 def _depth_context(config: RunConfig) -> DepthContext:
     """Return the settings that the depth dial depends on."""
     model, tokenizer = config.pretrain.model, config.train_tokenizer
@@ -913,19 +943,64 @@ def _cross_checks(config: RunConfig) -> list[str]:
             f"stages_after_pretrain: found {', '.join(found)}, expected each at most once, and in"
             f" this order: {', '.join(later_stages)}"
         )
-    for stage in (next(iter(MODELS)), *(stage for stage in later_stages if stage in found)):
-        section: OptimizationConfig = getattr(config, stage)
+        return problems
+    for training in trainings(config):
+        section, dotted = training.settings, training.dotted
         if section.warmup_steps >= section.num_steps:
             problems.append(
-                f"{stage}.warmup_steps: found {section.warmup_steps}, expected less than"
-                f" {stage}.num_steps = {section.num_steps}"
+                f"{dotted}.warmup_steps: found {section.warmup_steps}, expected less than"
+                f" {dotted}.num_steps = {section.num_steps}"
             )
-    for slot in ("corpus", "chats"):
-        mixture: MixtureConfig = getattr(config.download, slot)
-        problems += _mixture_problems(mixture, f"download.{slot}")
+    problems += _training_problems(config)
+    for slot in ("corpus", "chats", "preferences"):
+        problems += _mixture_problems(mixture_of(config.download, slot), f"download.{slot}")
+    for index, mixture in enumerate(config.download.more):
+        problems += _mixture_problems(mixture, f"download.more.{index}")
+    if config.evaluate.models:
+        problems.append("evaluate.models: set; expected stages_after_pretrain to name the models")
     if config.pack.shares:
         problems.append("pack.shares: set; expected weights in download.<role>.sources instead")
     return problems
+
+
+def _training_problems(config: RunConfig) -> list[str]:
+    """Return the problems with names and datasets of the trainings after pretraining."""
+    problems: list[str] = []
+    for index, mixture in enumerate(config.download.more):
+        if not DATASET_NAME.fullmatch(mixture.name):
+            problems.append(
+                f"download.more.{index}.name: found {mixture.name!r}, expected corpus-, chats- or"
+                " preferences- and lower-case letters, digits or hyphens"
+            )
+    datasets = ["corpus", "chats", "preferences", *(each.name for each in config.download.more)]
+    if len(set(datasets)) < len(datasets):
+        problems.append(f"download.more: found {', '.join(datasets[3:])}, expected distinct names")
+    names = [training.model_name for training in trainings(config)]
+    for training in trainings(config)[1:]:
+        name, dataset = training.model_name, dataset_of(training.settings)
+        if training.role and (not MODEL_NAME.fullmatch(name) or names.count(name) > 1):
+            problems.append(
+                f"{training.dotted}.name: found {name!r}, expected a name of its own of lower-case"
+                f" letters, digits and hyphens; in use: {', '.join(names)}"
+            )
+        if dataset not in datasets:
+            problems.append(
+                f"{training.dotted}.data: found {dataset!r}, expected one of {', '.join(datasets)}"
+                f"{did_you_mean(dataset, datasets)}"
+            )
+        elif content_of(dataset) not in (needed := _needed_content(training)):
+            problems.append(
+                f"{training.dotted}.data: found {dataset}, which holds {content_of(dataset)};"
+                f" expected {' or '.join(needed)}"
+            )
+    return problems
+
+
+def _needed_content(training: Training) -> tuple[str, ...]:
+    """Return what the dataset of a training may hold."""
+    if not isinstance(training.settings, AlignConfig):
+        return ("text", "chats")
+    return ("preferences",) if training.settings.method == "dpo" else ("chats",)
 
 
 def _mixture_problems(mixture: MixtureConfig, dotted: str) -> list[str]:

@@ -28,7 +28,6 @@ from llm.model.masked_lm import Masking
 from llm.model.precision import Precision, fp32_products
 from llm.model.transformer import Transformer
 from llm.model.weights import load_model
-from llm.models import MODELS
 from llm.runtime.job import Job, run_job
 from llm.seeds import derive_seed
 from llm.tokenizer.load import load_tokenizer
@@ -45,13 +44,12 @@ def evaluate(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     if job.runtime.num_threads:
         torch.set_num_threads(job.runtime.num_threads)
     device = _device(job.runtime.device)
-    names = [model.name for model in MODELS.values() if model.name in job.inputs]
-    folders = {name: Path(job.inputs[name]) for name in names}
+    folders = {name: Path(job.inputs[name]) for name in config.models}
     manifests = {name: read_manifest(folder) for name, folder in folders.items()}
     data = _open_data(job, config, manifests)
     tasks = {name: task for name, task in TASKS.items() if task.predicts == data.predicts}
     per_model = sum(task.num_units(data) for task in tasks.values())
-    advance = _progress(job, data.text.sequences.num_sequences + len(names) * per_model)
+    advance = _progress(job, data.text.sequences.num_sequences + len(folders) * per_model)
     baselines = measure_baselines(_text_bytes(data, advance))
     if baselines.num_bytes != data.text.sequences.info.num_bytes:
         raise ArtifactError(
@@ -76,6 +74,7 @@ def evaluate(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
         metrics |= _metrics(task, results[task_name])
         samples += _samples([result.samples for result in results[task_name].values()])
     report = Report(
+        models=config.models,
         metrics=metrics,
         samples=tuple(samples),
         settings=_settings(*shapes[0], data, manifests),
@@ -111,9 +110,9 @@ def _open_data(
 
     def split(input_name: str, kind: str) -> EvaluationSplit:
         trained_on_it = (
-            manifests[model.name].settings
-            for model in MODELS.values()
-            if model.data == kind and model.name in manifests
+            manifest.settings
+            for manifest in manifests.values()
+            if manifest.summary.get("content") == kind
         )
         return EvaluationSplit(
             sequences=PackedSequences(Path(job.inputs[input_name]), "validation"),

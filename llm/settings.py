@@ -62,6 +62,8 @@ def build(cls: type, tree: Mapping[str, object], prefix: str, problems: list[str
             problems.append(f"{dotted}: unknown{meant or '; known here: ' + ', '.join(known)}")
             continue
         values[name] = _check(hints[name], value, dotted, problems)
+    required = [f.name for f in known.values() if f.default is f.default_factory]
+    problems += [f"{prefix}{name}: missing" for name in required if name not in tree]
     return cls(**values) if len(problems) == before else None
 
 

@@ -133,7 +133,7 @@ class Builder:
         for step, record in self._records.items():
             links = {**record.links, "mlflow_run_id": self.tracker.pipeline_run_id}
             if step.stage.is_training:
-                links["mlflow_model_run_id"] = self.tracker.model_run_id(step.stage.name)
+                links["mlflow_model_run_id"] = self.tracker.model_run_id(step.name)
             self.store.remember(replace(record, links=links))
             self.outcomes[step] = replace(self.outcomes[step], links=links)
         self.store.sweep()
@@ -152,7 +152,7 @@ class Builder:
         if hit is None:
             return None
         record, artifact = hit
-        outcome = _outcome(parts, artifact, "cached", reason, 0.0, record.links)
+        outcome = _outcome(step, parts, artifact, "cached", reason, 0.0, record.links)
         self.tracker.log(cached_event(outcome))
         return outcome
 
@@ -179,7 +179,7 @@ class Builder:
         job = self._job(step, parts, inputs, folder)
         self._display.started(step.name, reason)
         started_at = time.monotonic()
-        stage, role = parts.stage, parts.role
+        stage, role = parts.stage, str(step.role)
         self.tracker.log(
             StageStarted(stage=stage, role=role, key=parts.key, tags={"reason": reason})
         )
@@ -211,7 +211,7 @@ class Builder:
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
             self.tracker.log(StageFinished(stage=stage, role=role, seconds=seconds, status=status))
             if step.stage.is_training:
-                self.tracker.log(ModelFinished(stage=stage, status=status))
+                self.tracker.log(ModelFinished(stage=stage, role=role, status=status))
             raise
         seconds = time.monotonic() - started_at
         return self._remember(step, parts, artifact, reason, seconds)
@@ -236,24 +236,25 @@ class Builder:
         self.store.remember(record)
         self._records[step] = record
         stage, content, summary = parts.stage, artifact.digest, artifact.summary
+        role = str(step.role)
         self.tracker.log(
-            StageFinished(
-                stage=stage, role=parts.role, seconds=seconds, digest=content, summary=summary
-            )
+            StageFinished(stage=stage, role=role, seconds=seconds, digest=content, summary=summary)
         )
         if step.stage.is_training:
             folder = str(artifact.path)
             self.tracker.log(
-                ModelFinished(stage=stage, digest=content, folder=folder, summary=summary)
+                ModelFinished(
+                    stage=stage, role=role, digest=content, folder=folder, summary=summary
+                )
             )
-        return _outcome(parts, artifact, "built", reason, seconds, self._links)
+        return _outcome(step, parts, artifact, "built", reason, seconds, self._links)
 
     def _job(
         self, step: PipelineStep, parts: KeyParts, inputs: Mapping[str, Outcome], folder: Path
     ) -> Job:
         return Job(
             stage=parts.stage,
-            role=parts.role,
+            role=str(step.role),
             settings=section_of(step, self.config),
             seed=self.config.seed,
             inputs={name: outcome.path for name, outcome in inputs.items()},
@@ -279,6 +280,7 @@ class Builder:
         self.tracker.log(
             ModelStarted(
                 stage=parts.stage,
+                role=str(step.role),
                 key=parts.key,
                 settings=settings,
                 datasets=[Dataset(name=o.name, digest=o.digest, path=o.path) for o in data],
@@ -294,7 +296,7 @@ def cached_outcome(item: PlannedStep, store: ArtifactStore) -> Outcome:
     if record is None:
         raise ValueError(f"{item.step.name} is not cached")
     artifact = load_artifact(store.folder(record.parts.stage, record.digest))
-    return _outcome(record.parts, artifact, "cached", item.reason, 0.0, record.links)
+    return _outcome(item.step, record.parts, artifact, "cached", item.reason, 0.0, record.links)
 
 
 def cached_event(outcome: Outcome) -> StageCached:
@@ -340,6 +342,7 @@ def _all_inputs(step: PipelineStep) -> Sequence[PipelineStep]:
 
 
 def _outcome(
+    step: PipelineStep,
     parts: KeyParts,
     artifact: Artifact,
     status: Literal["built", "cached"],
@@ -349,7 +352,7 @@ def _outcome(
 ) -> Outcome:
     return Outcome(
         stage=parts.stage,
-        role=parts.role,
+        role=str(step.role),
         key=parts.key,
         digest=artifact.digest,
         status=status,

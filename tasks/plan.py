@@ -8,10 +8,19 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from llm.artifact import Json, canonical
-from llm.config import CleanConfig, MixtureConfig, RunConfig, ShareConfig, SourceConfig, flatten
+from llm.config import (
+    AlignConfig,
+    CleanConfig,
+    FinetuneConfig,
+    RunConfig,
+    ShareConfig,
+    SourceConfig,
+    flatten,
+    mixture_of,
+)
 from llm.data.sources.fingerprint import fingerprint
 from llm.errors import ArtifactError, ConfigError
-from llm.models import MODELS
+from llm.models import MODELS, trainings
 from llm.runtime.code import code_digests
 from llm.tokenizer.kinds import TOKENIZER_KINDS
 from tasks.stages import (
@@ -27,6 +36,8 @@ from tasks.stages import (
 from tasks.store import ArtifactStore, KeyParts, KeyRecord, library_versions
 
 LOCATIONS = ("path", "url")  # not in the key, which has the fingerprint of the source's bytes
+TUNING = {"finetune": FinetuneConfig, "align": AlignConfig}
+"""Stages with one or several trainings, and the settings of one."""
 UNKNOWN = ""  # digest of an input that is not built yet
 
 
@@ -116,17 +127,26 @@ def section_of(step: PipelineStep, config: RunConfig) -> dict[str, Json]:
     """Return a step's settings as plain JSON: its section of the recipe, or its source."""
     if step.stage is DOWNLOAD:
         return _fields(SourceConfig, source_of(step, config))
+    if step.stage.name in TUNING:
+        [settings] = [
+            training.settings
+            for training in trainings(config)
+            if (training.stage, training.role) == (step.stage.name, step.role.name)
+        ]
+        return _fields(TUNING[step.stage.name], settings)
     settings = _clean(config) if step.stage is CLEAN else getattr(config, step.stage.name)
     section = cast(dict[str, Json], canonical(settings, step.stage.name))
     if step.stage is PACK:
-        mixture: MixtureConfig = getattr(config.download, step.role.name)
-        section["shares"] = [_fields(ShareConfig, source) for source in mixture.sources]
+        sources = mixture_of(config.download, step.role.name).sources
+        section["shares"] = [_fields(ShareConfig, source) for source in sources]
+    if step.stage is EVALUATE:
+        section["models"] = [training.model_name for training in trainings(config)]
     return section
 
 
 def source_of(step: PipelineStep, config: RunConfig) -> SourceConfig:
     """Return the source of a download step."""
-    mixture: MixtureConfig = getattr(config.download, step.role.name)
+    mixture = mixture_of(config.download, step.role.name)
     return mixture if step.role.source is None else mixture.sources[step.role.source]
 
 
@@ -149,7 +169,7 @@ def key_parts(
         libraries.append(library)
     return KeyParts(
         stage=stage.name,
-        role=str(step.role),
+        role="" if stage.is_training else str(step.role),  # a model's name decides no bytes
         settings=settings,
         seed=config.seed if stage.has_seed else None,
         inputs=inputs,

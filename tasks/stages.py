@@ -6,8 +6,8 @@ A step knows its inputs, and nothing of where or how it runs.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llm.config import CleanConfig, DownloadConfig, MixtureConfig
-from llm.models import MODELS
+from llm.config import CleanConfig, DownloadConfig, mixture_of
+from llm.models import MODELS, Training, model_name
 from llm.role import Role
 from llm.runtime.job import STARTING_MODEL
 
@@ -64,8 +64,8 @@ def all_stages() -> list[Stage]:
 
 
 def download(role: str, settings: DownloadConfig) -> list[PipelineStep]:
-    """Fetch the raw files of `download.corpus` or `download.chats`, one step per source."""
-    mixture: MixtureConfig = getattr(settings, role)
+    """Fetch the raw files of a dataset, one step per source."""
+    mixture = mixture_of(settings, role)
     roles = [Role(role, index) for index in range(len(mixture.sources))]
     return [PipelineStep(stage=DOWNLOAD, role=part) for part in roles or [Role(role)]]
 
@@ -105,12 +105,14 @@ def pretrain(sequences: PipelineStep, tokenizer: PipelineStep) -> PipelineStep:
 
 
 def train_further(
-    stage: str, model: PipelineStep, sequences: Mapping[str, PipelineStep]
+    training: Training, model: PipelineStep, sequences: PipelineStep, replayed: PipelineStep
 ) -> PipelineStep:
-    """Continue training `model` by another stage, on the sequences of text or chats it needs."""
+    """Continue training `model` on `sequences`, and on `replayed` where the settings say so."""
+    inputs = {STARTING_MODEL: model, "sequences": sequences}
+    if getattr(training.settings, "replay_fraction", 0):
+        inputs["replay_sequences"] = replayed
     return PipelineStep(
-        stage=training_stage(stage),
-        inputs={STARTING_MODEL: model, "sequences": sequences[MODELS[stage].data]},
+        stage=training_stage(training.stage), role=Role(training.role), inputs=inputs
     )
 
 
@@ -118,8 +120,8 @@ def evaluate(
     models: Sequence[PipelineStep], sequences: Mapping[str, PipelineStep], tokenizer: PipelineStep
 ) -> PipelineStep:
     """Measure all models side by side and write the report."""
-    inputs = {MODELS[model.stage.name].name: model for model in models}
-    inputs |= {"text_sequences": sequences["text"], "chat_sequences": sequences["chats"]}
+    inputs = {model_name(model.stage.name, model.role.name): model for model in models}
+    inputs |= {"text_sequences": sequences["corpus"], "chat_sequences": sequences["chats"]}
     return PipelineStep(stage=EVALUATE, inputs=inputs | {"tokenizer": tokenizer})
 
 

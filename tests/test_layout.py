@@ -12,7 +12,8 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 STAGES = (
-    "download", "clean", "train_tokenizer", "pack", "pretrain", "finetune", "evaluate",
+    "download", "clean", "train_tokenizer", "pack", "pretrain", "finetune", "align",
+    "evaluate",
 )  # fmt: skip
 MODULES = sorted(
     path for package in ("llm", "tasks", "flows") for path in (ROOT / package).rglob("*.py")

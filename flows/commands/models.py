@@ -1,4 +1,4 @@
-"""The commands on finished artifacts: `tokenizers`, `chat`, `export` and `import`."""
+"""The commands on finished artifacts: `tokenizers`, `chat`, `export`, `merge` and `import`."""
 
 import argparse
 import sys
@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.options import add_artifacts_option
+from llm.artifact import read_manifest
 from llm.errors import ArtifactError
 from llm.inference.chat import add_options, chat_with_options
-from llm.models import MODELS, chat_models
+from llm.models import MODELS
 from tasks.store import ArtifactStore
 
 
@@ -20,9 +21,14 @@ def add_model_commands(commands: Any) -> None:
     add_options(chat)
     add_artifacts_option(chat)
     chat.set_defaults(command=_chat)
-    export = commands.add_parser("export", help="export a model to transformers or llama.cpp")
+    export = commands.add_parser("export", help="export a model to transformers, llama.cpp or PEFT")
     export.add_argument("model", nargs="?", default="", help="its folder; default: the newest one")
-    export.add_argument("--format", choices=("hf", "gguf"), default="hf", help="default: hf")
+    export.add_argument(
+        "--format",
+        choices=("hf", "gguf", "peft"),
+        default="hf",
+        help="peft: the adapter of a LoRA training alone; default: hf",
+    )
     export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
     export.add_argument(
         "--dtype",
@@ -32,6 +38,13 @@ def add_model_commands(commands: Any) -> None:
     )
     add_artifacts_option(export)
     export.set_defaults(command=_export)
+    merging = commands.add_parser("merge", help="merge a LoRA adapter into its base model")
+    merging.add_argument(
+        "base", type=Path, help="folder of the model that its training started from"
+    )
+    merging.add_argument("adapter", type=Path, help="folder of the model trained with it")
+    merging.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    merging.set_defaults(command=_merge)
     importing = commands.add_parser("import", help="import a model from transformers")
     importing.add_argument("folder", type=Path, help="as written by `save_pretrained`")
     importing.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
@@ -73,9 +86,19 @@ def _export(options: argparse.Namespace) -> int:
     folder = _model_folder(options)
     if options.format == "gguf":
         from llm.exchange.gguf import export_gguf as export
+    elif options.format == "peft":
+        from llm.exchange.adapters import export_adapter as export
     else:
         from llm.exchange.folders import export_model as export
     export(folder, options.to, dtype=options.dtype)
+    print(options.to)
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from llm.exchange.adapters import merge_adapter
+
+    merge_adapter(options.base, options.adapter, options.to)
     print(options.to)
     return 0
 
@@ -107,9 +130,9 @@ def _model_folder(options: argparse.Namespace) -> Path:
 
 def _newest_chat_model(artifacts: Path) -> Path:
     store = ArtifactStore(artifacts)
-    for record in store.records(*(model.stage for model in chat_models())):
+    for record in store.records(*MODELS):
         folder = store.folder(record.parts.stage, record.digest)
-        if folder.is_dir():
+        if folder.is_dir() and read_manifest(folder).summary.get("content") != "text":
             return folder
     raise ArtifactError(
         f"{store.root}: no chat model; build one with `fromscratch run quickstart`, or name the"

@@ -8,12 +8,15 @@ of the segment before, so that its next token has an input; each token is a targ
 documents (sequences are called rows on disk, and segments pieces):
 
     <split>/00000.tokens.bin        uint16 or uint32 (N, T+1)
-    <split>/00000.mask.bin          uint8 (N, T+1), chats only: 1 where the token is a target
+    <split>/00000.mask.bin          uint8 (N, T+1), not of text: 1 where the token is a target
     <split>/00000.pieces.bin        uint32 (P, 3), by sequence: a segment's document, the position
                                     of its first token there, and the same in the sequence
     <split>/00000.first_pieces.bin  uint64 (N + 1, 1): the first segment of each sequence, and P
     <split>/00000.document_ids.bin  uint8 (D, 16): the ids that `clean` gave
-    <split>/00000.kinds.bin         uint16 (D, 1), chats only: an index into `PackedShard.kinds`
+    <split>/00000.kinds.bin         uint16 (D, 1), not of text: an index into `PackedShard.kinds`
+
+A preference pair is one document: the prompt with the chosen answer, then the prompt with the
+rejected one, each beginning with bos. The targets are the tokens of both answers and their ends.
 
 All are little endian and begin with a header of 64 bytes: see `HEADER`.
 
@@ -54,9 +57,9 @@ class PackedLayout:
     vocab_size: int
     """Ids run from 0 to vocab_size - 1."""
     content: Content
-    """text: all tokens but padding are targets; chats: those of the mask."""
+    """text: all tokens but padding are targets; else those of the mask."""
     bos_id: int
-    """First token of every document."""
+    """First token of every document, and of each half of a preference pair."""
     pad_id: int
     """Fills the end of a sequence."""
 
@@ -82,7 +85,9 @@ class PackedCounts:
     num_padding_tokens: int = 0
     num_target_tokens: int = 0
     num_bytes: int = 0
-    """UTF-8 bytes of the targets: all of a text, the assistant's messages of a chat."""
+    """UTF-8 bytes of the targets: all of a text, the assistant's messages of a chat, and template
+    text that shares a token with them.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +120,26 @@ class PackedArrays(NamedTuple):
         """
         return self.document_ids if document_mask else np.minimum(self.document_ids, 0)
 
+    def all_targets(self) -> npt.NDArray[np.bool_]:
+        """Return whether each token is a target if the mask leaves no token of a document out.
+
+        That adds all tokens of chats but the first; of text it adds none.
+        """
+        inside = self.document_ids[:, 1:] == self.document_ids[:, :-1]  # (B, T)
+        inside &= self.document_ids[:, 1:] != PADDING_ID
+        first = np.zeros((len(inside), 1), dtype=np.bool_)  # its input is in another sequence
+        return self.mask | np.concatenate([first, inside], axis=1)  # (B, T+1)
+
+    def half_ids(self, bos_id: int) -> npt.NDArray[np.int64]:
+        """Return, of preference pairs, the half of each token (B, T+1); PADDING_ID for padding.
+
+        Halves are numbered in their sequence: 2 n is the prompt with the chosen answer of pair n,
+        2 n + 1 the prompt with the rejected one. As ids of attention they keep halves apart.
+        """
+        # every half begins with bos, and no text gives a control token
+        halves = np.cumsum(self.tokens == bos_id, axis=1) - 1  # (B, T+1)
+        return np.where(self.document_ids == PADDING_ID, PADDING_ID, halves)
+
 
 def file_shapes(layout: PackedLayout, counts: PackedCounts) -> dict[str, tuple[str, int, int]]:
     """Return the dtype and the shape of every file of a shard."""
@@ -125,8 +150,8 @@ def file_shapes(layout: PackedLayout, counts: PackedCounts) -> dict[str, tuple[s
         "first_pieces": ("<u8", N + 1, 1),
         "document_ids": ("<u1", D, DOCUMENT_ID_BYTES),
     }
-    of_chats = {"mask": ("<u1", N, width), "kinds": ("<u2", D, 1)}
-    return shapes | (of_chats if layout.content == "chats" else {})
+    with_mask = {"mask": ("<u1", N, width), "kinds": ("<u2", D, 1)}
+    return shapes | (with_mask if layout.content != "text" else {})
 
 
 def file_header(name: str, dtype: str, shape: tuple[int, int]) -> bytes:
@@ -179,7 +204,7 @@ class PackedSequences:
         self.layout, splits = _read_pack_json(folder)
         if split not in splits:
             raise ArtifactError(f"{folder}: no split {split}; there are {', '.join(splits)}")
-        infos = splits[split]
+        self.split, infos = split, splits[split]
         self.info = add_counts(infos)
         self.num_sequences, self.seq_len = self.info.num_rows, self.layout.seq_len
         self._first_sequences = starts([info.counts.num_rows for info in infos])
@@ -247,7 +272,7 @@ class _Shard:
         segments = self.array("pieces")[np.repeat(first.astype(np.int64), counts) + nth]
         document, offset, start = segments.astype(np.int64).T
         tokens = self.array("tokens")[indices]  # (B, T+1)
-        if self._layout.content == "chats":
+        if self._layout.content != "text":
             mask = self.array("mask")[indices] != 0
         else:
             mask = tokens != self._layout.pad_id

@@ -32,7 +32,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedDocument:
-    """A document as tokens (S,), the first of them bos, and for chats their mask (S,)."""
+    """A document as tokens (S,), the first of them bos, and but for text their mask (S,)."""
 
     id: bytes
     tokens: npt.NDArray[np.uint32]
@@ -83,7 +83,7 @@ class EncodedDocuments:
 
     @property
     def mask(self) -> npt.NDArray[np.bool_]:
-        """Whether each token of chats is a target, (S,)."""
+        """Whether each token is a target, (S,), but of text."""
         return np.frombuffer(self._mask, dtype=np.bool_)
 
 
@@ -138,7 +138,7 @@ def write_packed_shard(
                 files[name].write(tables[name].astype(dtype).data)
         for tokens, targets in _sequences(layout, documents, segments, first_segments):
             files["tokens"].write(tokens.data)
-            if layout.content == "chats":
+            if layout.content != "text":
                 files["mask"].write(targets.data)
             num_padding += int((tokens == layout.pad_id).sum())
             num_targets += int(targets.sum())
@@ -151,7 +151,7 @@ def write_packed_shard(
         num_target_tokens=num_targets,
         num_bytes=num_bytes,
     )
-    return PackedShard(counts=counts, kinds=kinds if layout.content == "chats" else ())
+    return PackedShard(counts=counts, kinds=kinds if layout.content != "text" else ())
 
 
 def _sequences(
@@ -172,7 +172,7 @@ def _sequences(
         tokens = np.full((end - first, width), layout.pad_id, dtype=layout.dtype)
         _copy_segments(documents.tokens, tokens, *where)
         targets = tokens != layout.pad_id
-        if layout.content == "chats":
+        if layout.content != "text":
             targets = np.zeros(tokens.shape, dtype=np.bool_)
             _copy_segments(documents.mask, targets, *where)
         targets[:, 0] = False  # its input is in another sequence

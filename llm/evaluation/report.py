@@ -3,13 +3,12 @@
 import json
 import re
 import unicodedata
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from llm.artifact import Json, canonical
 from llm.errors import ArtifactError
-from llm.models import MODELS
 
 FORMAT, VERSION = "report", 1
 SIGNIFICANT_DIGITS = 6  # further digits depend on the order of sums: threads, batch sizes
@@ -55,6 +54,8 @@ class Sample:
 class Report:
     """All metrics and samples of one evaluation."""
 
+    models: tuple[str, ...]
+    """Names of the models, in training order."""
     metrics: Mapping[str, Metric]
     samples: tuple[Sample, ...]
     settings: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -88,8 +89,8 @@ class Report:
                 raise ValueError(f"found {found}, expected {(FORMAT, VERSION)}")
             metrics = {name: Metric(**metric) for name, metric in tree.pop("metrics").items()}
             samples = tuple(Sample.from_tree(sample) for sample in tree.pop("samples"))
-            notes = tuple(tree.pop("notes"))
-            return cls(metrics=metrics, samples=samples, notes=notes, **tree)
+            models, notes = tuple(tree.pop("models")), tuple(tree.pop("notes"))
+            return cls(models=models, metrics=metrics, samples=samples, notes=notes, **tree)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ArtifactError(
                 f"report.json: no report of this version ({error}); evaluate again"
@@ -97,7 +98,7 @@ class Report:
 
     def to_markdown(self) -> str:
         """Render the report: verdict, metrics, samples, settings."""
-        models = _in_training_order({name.partition("/")[0] for name in self.metrics})
+        models = self.models
         sections = [
             "# Evaluation",
             _leak_verdict(self.metrics),
@@ -105,7 +106,7 @@ class Report:
             _answers_section(self.metrics, models),
             _masked_section(self.metrics, models),
             "\n".join(f"- {escape_markdown(note)}" for note in self.notes),
-            *_samples_sections(self.samples),
+            *_samples_sections(self.samples, models),
             _settings_section(self.settings),
             _all_metrics_section(self.metrics),
         ]
@@ -244,15 +245,11 @@ def _is_masked(metrics: Mapping[str, Metric], models: Sequence[str]) -> bool:
     return any(f"{model}/masked_loss" in metrics for model in models)
 
 
-def _in_training_order(names: Container[str]) -> list[str]:
-    return [model.name for model in MODELS.values() if model.name in names]
-
-
 def _columns(models: Iterable[str]) -> list[str]:
     return [f"{model} model" for model in models]
 
 
-def _samples_sections(samples: Sequence[Sample]) -> list[str]:
+def _samples_sections(samples: Sequence[Sample], models: Sequence[str]) -> list[str]:
     sections: list[str] = []
     for kind, title, header in (
         ("instruction", "Answers", ("instruction", "expected")),
@@ -260,7 +257,6 @@ def _samples_sections(samples: Sequence[Sample]) -> list[str]:
     ):
         shown = [sample for sample in samples if sample.kind == kind]
         if shown:
-            models = _in_training_order(shown[0].completions)
             rows = [
                 [
                     *map(escape_markdown, (sample.prompt, sample.expected or "")[: len(header)]),

@@ -85,17 +85,27 @@ def write_model(
     Raises:
         ConfigError: no layout can, or `dtype` is not in WRITABLE_TYPES.
     """
-    if dtype not in WRITABLE_TYPES:
-        raise ConfigError(f"dtype: found {dtype!r}, expected one of {', '.join(WRITABLE_TYPES)}")
+    dtype_written = writable_dtype(dtype)
     shape = Shape(model.config, model.vocab_size, model.seq_len)
     layout = layout_for(shape)
     config = write_shape(layout, shape) | {"torch_dtype": dtype, "use_cache": True}
     config |= control_ids or {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     writer.write_json(CONFIG, config)
     with writer.open(WEIGHTS) as file:
-        tensors = LayoutTensors(layout, weights_of(model), WRITABLE_TYPES[dtype])
+        tensors = LayoutTensors(layout, weights_of(model), dtype_written)
         write_tensors(file, tensors, metadata={"format": "pt"})
     return layout
+
+
+def writable_dtype(name: str) -> torch.dtype:
+    """Return the dtype of a name.
+
+    Raises:
+        ConfigError: it is not in WRITABLE_TYPES.
+    """
+    if name not in WRITABLE_TYPES:
+        raise ConfigError(f"dtype: found {name!r}, expected one of {', '.join(WRITABLE_TYPES)}")
+    return WRITABLE_TYPES[name]
 
 
 def read_model(folder: Path, min_vocab_size: int = 0) -> Transformer:

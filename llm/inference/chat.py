@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, TextIO
 
 from llm.errors import ArtifactError, ConfigError, DataError, FromscratchError
 from llm.inference.options import GenerationOptions
-from llm.models import chat_models
 from llm.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -37,6 +36,7 @@ OPTIONS: Mapping[str, tuple[type, str]] = {
     "seed": (int, "random seed for sampling"),
     "max_new_tokens": (int, "maximum length of an answer in tokens"),
 }
+EXAMPLE_FOLDER = "artifacts/finetune/DIGEST"
 HELP = "/reset clears the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
 
 
@@ -118,7 +118,7 @@ def chat_terminal(
     if missing := [name for name in NEEDED if not (folder / name).is_file()]:
         raise ArtifactError(
             f"{folder}: no {', '.join(missing)} there; expected the folder of a chat model, as"
-            f" `fromscratch run` writes it to {_example_folder()}"
+            f" `fromscratch run` writes it to {EXAMPLE_FOLDER}"
         )
     # a script's background jobs start with Ctrl-C ignored; here it stops an answer
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -240,10 +240,6 @@ def _notice(conversation: Conversation) -> str:
     return f"the context is full: dropped the {conversation.num_dropped} oldest messages"
 
 
-def _example_folder() -> str:
-    return f"artifacts/{chat_models()[0].stage}/DIGEST"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and chat; return the exit code, 1 if the model cannot be used."""
     parser = argparse.ArgumentParser(
@@ -252,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=f"{HELP} Questions may also be piped in, one per line: each answer is one line, and"
         " /reset between two questions makes them independent.",
     )
-    parser.add_argument("folder", type=Path, help=f"folder of a chat model: {_example_folder()}")
+    parser.add_argument("folder", type=Path, help=f"folder of a chat model: {EXAMPLE_FOLDER}")
     add_options(parser)
     options = parser.parse_args(arguments)
     try:

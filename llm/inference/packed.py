@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm.model.attention import Attention
+from llm.model.kernels.linear import Linear
 from llm.model.precision import AUTOCAST_DTYPES, Precision, computed_precision
 from llm.model.transformer import Transformer
 
@@ -55,12 +56,12 @@ def packed(model: Transformer, precision: Precision = "fp32") -> Transformer:
     memo: dict[int, object] = {id(p): p for p in (*model.parameters(), *model.buffers())}
     for module in model.modules():
         if isinstance(module, Attention):
-            memo[id(module.project)] = PackedLinear(*module.project.weight_and_bias(), dtype)
-            memo |= {id(part): part for part in module.project.parts}  # merged into `project`
-        elif (
-            isinstance(module, nn.Linear) and id(module) not in memo
-        ):  # `project` comes before its parts
-            memo[id(module)] = PackedLinear(module.weight, module.bias, dtype)
+            project = module.project
+            memo[id(project)] = PackedLinear(project.merged_weight(), project.bias, dtype)
+            memo |= {id(part): part for part in project.parts}  # joined into `project`
+        # `project` comes before its parts
+        elif isinstance(module, Linear) and id(module) not in memo:
+            memo[id(module)] = PackedLinear(module.merged_weight(), module.bias, dtype)
     return copy.deepcopy(model, memo).eval()
 
 

@@ -46,8 +46,19 @@ class ModelWithLoss(nn.Module):
         # would keep the logits of each, three times the memory of plain cross-entropy.
         self._compiled_hidden_states = torch.compile(self.model.hidden_states, *args, **options)
 
-    def forward(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None) -> Tensor:
-        """Return the loss at each position, (B, T)."""
+    def forward(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        document_ids: Tensor | None,
+        is_weighted: bool = False,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Return the loss at each position, (B, T).
+
+        `is_weighted`: they will be weighted differently, so their gradient waits for the weights.
+        `temperature` divides the logits, as in sampling.
+        """
         model = self.model
         hidden_states = self._compiled_hidden_states or model.hidden_states
         x = hidden_states(inputs, document_ids).flatten(0, 1)  # (B, T, C) -> (N, C)
@@ -61,5 +72,7 @@ class ModelWithLoss(nn.Module):
             targets.flatten(),
             vocab_size=model.vocab_size,
             soft_cap=model.config.logit_soft_cap,
+            temperature=temperature,
+            is_weighted=is_weighted,
             is_compiled=self._compiled_hidden_states is not None,
         ).view_as(targets)  # (N,) -> (B, T)

@@ -116,13 +116,20 @@ def weights_of(model: Transformer) -> dict[str, Tensor]:
     return weights
 
 
+def trained_weights_of(model: Transformer) -> dict[str, Tensor]:
+    """Return the weights that are not frozen, by name as stored: with an adapter, its own alone."""
+    parameters = dict(model.named_parameters())
+    weights = weights_of(model).items()
+    return {name: weight for name, weight in weights if parameters[name].requires_grad}
+
+
 def set_weights(model: Transformer, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copy `tensors` into `model`.
+    """Copy `tensors` into the weights of `model` that are not frozen.
 
     Raises:
         ArtifactError: naming every tensor that is missing, unknown or of another shape.
     """
-    weights = weights_of(model)
+    weights = trained_weights_of(model)
     check_tensors(tensors, {name: weight.shape for name, weight in weights.items()}, source)
     with torch.no_grad():
         for parameter in (dict(model.named_parameters())[name] for name in _padded_names(model)):

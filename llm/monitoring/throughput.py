@@ -13,7 +13,7 @@ import resource
 import sys
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from llm.model.attention import window_of
 from llm.model.positions import head_dim_of
@@ -55,20 +55,29 @@ OTHER_DEVICES = re.compile(r"\b(MIG|Laptop|Max-Q|D)\b")
 def flops_per_token(model: Transformer) -> float:
     """Return the operations per token of a training step, forward and backward.
 
-        6 * parameters that multiply + 12 * layers * heads * head_dim * attended positions
+        6 * weights that multiply + 12 * layers * heads * head_dim * attended positions
 
-    A weight multiplies and adds once forward and twice backward, hence 6. The head counts, tied or
-    not, without the vocabulary's padding; an embedding lookup does not. Attended positions are the
-    whole context, causal or not, by PaLM's convention, so that MFU compares with published values
-    (a kernel that skips the upper triangle gets the credit). A sliding window counts with its size,
-    twice if it also looks ahead. Document masks and activation checkpointing change nothing.
+    A weight multiplies and adds once forward and twice backward, hence 6; a frozen one has no
+    gradient of its own, hence 4. The head counts, tied or not, without the vocabulary's
+    padding; an embedding lookup does not. Attended positions are the whole context, causal or not,
+    by PaLM's convention, so that MFU compares with published values (a kernel that skips the upper
+    triangle gets the credit). A sliding window counts with its size, twice if it also looks ahead.
+    Document masks and activation checkpointing change nothing.
     """
     config = model.config
-    products = [part.weight for part in model.modules() if isinstance(part, nn.Linear)]
-    padding = (model.head.out_features - model.vocab_size) * model.head.in_features
-    num_weights = sum(weight.numel() for weight in products) - padding
+    products = model.vocab_size * _flops_per_input(model.head.weight)
+    products += sum(
+        len(weight) * _flops_per_input(weight)
+        for weight in model.blocks.parameters()
+        if weight.ndim == 2
+    )
     attended = sum(_attended_positions(model, layer) for layer in range(config.num_layers))
-    return 6.0 * num_weights + 12.0 * config.num_heads * head_dim_of(config) * attended
+    return products + 12.0 * config.num_heads * head_dim_of(config) * attended
+
+
+def _flops_per_input(weight: Tensor) -> float:
+    """Return the operations of a row of a matrix (O, I), forward and backward."""
+    return (6.0 if weight.requires_grad else 4.0) * weight.shape[1]
 
 
 def _attended_positions(model: Transformer, layer: int) -> int:

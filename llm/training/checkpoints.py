@@ -14,7 +14,7 @@ from typing import cast
 from llm.artifact import ArtifactWriter, file_sha256, fsync_folder, read_manifest
 from llm.errors import ArtifactError, DiskFullError
 from llm.model.transformer import Transformer
-from llm.model.weights import WEIGHTS, read_tensors, set_weights, weights_of, write_tensors
+from llm.model.weights import WEIGHTS, read_tensors, set_weights, trained_weights_of, write_tensors
 from llm.runtime.disk import disk_full
 from llm.runtime.failpoints import failpoint
 from llm.training.loop import TrainState
@@ -36,7 +36,7 @@ def save_checkpoint(
     final = folder / f"{PREFIX}{state.step:08d}"
     if final.exists():
         return  # saved before a resume: the same settings and seed give the same bytes
-    weights, moments = weights_of(model), optimizer.state_dict()
+    weights, moments = trained_weights_of(model), optimizer.state_dict()
     try:
         writer = ArtifactWriter(folder / WRITING)
         with writer.open(WEIGHTS) as file:

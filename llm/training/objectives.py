@@ -7,21 +7,25 @@ Shapes: B sequences, T positions, V vocabulary, N masked tokens.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from llm.config import OptimizationConfig
-from llm.data.packed import PackedArrays
+from llm.config import FinetuneConfig, OptimizationConfig
+from llm.data.packed import PackedArrays, PackedSequences
 from llm.model.loss import IGNORED, ModelWithLoss
 from llm.model.masked_lm import Masking, fill_in
-from llm.model.transformer import Transformer
+from llm.runtime.job import Job
 from llm.tokenizer.base import Tokenizer
+
+if TYPE_CHECKING:  # it imports this module
+    from llm.training.batches import StepBatches
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +76,7 @@ class Objective(Protocol):
         """Make a batch from packed sequences (B, T+1), on the CPU, in the prefetch thread.
 
         `samples` (B,) numbers them in training's endless sequence: any randomness derives from it.
-        It runs steps ahead, so an on-policy objective samples in `loss`, not here.
+        It runs steps ahead of the weights: see OnPolicyObjective.
         """
         ...
 
@@ -83,24 +87,58 @@ class Objective(Protocol):
         """
         ...
 
-    def loss(self, model: ModelWithLoss, batch: Batch) -> Tensor:
-        """Return the sum of the losses of all targets, a scalar."""
-        ...
-
-    def measure(self, model: ModelWithLoss, batch: Batch, token_bytes: Tensor) -> Tensor:
-        """Return four sums for validation, (4,): loss and its targets, metric and its count.
-
-        `token_bytes` (V,) holds how many bytes of text each token stands for.
+    def loss(self, model: ModelWithLoss, batch: Batch) -> Tensor | dict[str, Tensor]:
+        """Return the sum of the losses of all targets, a scalar; or `loss` among further sums over
+        the targets, whose means are logged by their names.
         """
         ...
 
-    def metrics(self, total: float, count: float) -> dict[str, float]:
-        """Return the validation metric, by name, from its two sums over all batches."""
+    def measure(
+        self, model: ModelWithLoss, batch: Batch, token_bytes: Tensor
+    ) -> Mapping[str, Tensor]:
+        """Return sums for validation by the metric's name: its total and its count, (2,) each.
+
+        A metric is total / count over all batches; one of them is `loss`. `token_bytes` (V,) holds
+        how many bytes of text each token stands for.
+        """
         ...
 
 
-MakeObjective = Callable[[Transformer, OptimizationConfig, Tokenizer, int], Objective]
-"""Makes a stage's objective for a model, its settings, its tokenizer and a seed."""
+@runtime_checkable
+class OnPolicyObjective(Objective, Protocol):
+    """An objective that trains on what the model itself generates."""
+
+    def sampled_steps(self, first_step: int) -> "Generator[StepBatches]":
+        """Yield one process's share of every step from `first_step` on.
+
+        The loop asks for a step when the weights are those after the step before.
+        """
+        ...
+
+    def step_metrics(self, sums: Mapping[str, float]) -> Mapping[str, float]:
+        """Return metrics to log, from a step's `StepBatches.sums` over all processes."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingStart:
+    """A training before its first step: what an objective is made from."""
+
+    job: Job
+    config: OptimizationConfig
+    accelerator: Accelerator
+    model: ModelWithLoss
+    """On its device, with the starting weights, also when training will resume later."""
+    tokenizer: Tokenizer
+    sequences: PackedSequences
+    """Those the objective makes batches from: of training, or of validation."""
+    micro_batch_size: int
+    seed: int
+    """For the objective's own randomness."""
+
+
+MakeObjective = Callable[[TrainingStart], Objective]
+"""Makes the objective of a stage, once for training and once for validation."""
 
 
 class ModelWithObjective(nn.Module):
@@ -112,9 +150,10 @@ class ModelWithObjective(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the sum of the batch's losses, a scalar."""
-        return self.objective.loss(self.model, batch)
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return sums over the batch's targets, scalars: `loss`, and what else is logged."""
+        found = self.objective.loss(self.model, batch)
+        return found if isinstance(found, dict) else {"loss": found}
 
 
 class _TokenLoss:
@@ -138,11 +177,14 @@ class NextToken(_TokenLoss):
     """Causal language modeling: each position's target is the token after it."""
 
     document_mask: bool
+    has_all_targets: bool = False
+    """In chats, learn what users and systems say too."""
 
     def make_batch(self, arrays: PackedArrays, samples: npt.NDArray[np.int64]) -> Batch:
         """Shift the sequences by one position."""
         # the mask excludes padding and, in chats, everything the assistant did not say
-        targets = np.where(arrays.mask[:, 1:], arrays.tokens[:, 1:], IGNORED)
+        mask = arrays.all_targets() if self.has_all_targets else arrays.mask
+        targets = np.where(mask[:, 1:], arrays.tokens[:, 1:], IGNORED)
         documents = torch.from_numpy(arrays.document_ids[:, :-1])  # (B, T+1) -> (B, T)
         return Batch(
             inputs=torch.from_numpy(arrays.tokens[:, :-1]),  # (B, T+1) -> (B, T)
@@ -151,17 +193,19 @@ class NextToken(_TokenLoss):
             document_ids=documents if self.document_mask else None,
         )
 
-    def measure(self, model: ModelWithLoss, batch: Batch, token_bytes: Tensor) -> Tensor:
-        """Return nats, targets, nats of the text targets and the bytes of these, (4,)."""
+    def measure(
+        self, model: ModelWithLoss, batch: Batch, token_bytes: Tensor
+    ) -> Mapping[str, Tensor]:
+        """Return the sums of the loss in nats and of bits per byte."""
         losses = model(batch.inputs, batch.targets, batch.document_ids)  # (B, T)
         is_target = batch.targets != IGNORED
         num_bytes = token_bytes[batch.targets.clamp(min=0)] * is_target  # (B, T)
         # control tokens stand for no bytes: left out, so that tokenizers and templates compare
-        return _sums(losses, is_target, losses[num_bytes > 0], num_bytes)
-
-    def metrics(self, total: float, count: float) -> dict[str, float]:
-        """Return bits per byte."""
-        return {"bits_per_byte": total / math.log(2) / count}
+        nats_of_text = losses[num_bytes > 0].double()
+        return {
+            "loss": sums(losses, is_target),
+            "bits_per_byte": sums(nats_of_text / math.log(2), num_bytes),
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,12 +214,15 @@ class MaskedTokens(_TokenLoss):
 
     document_mask: bool
     masking: Masking
+    has_all_targets: bool = False
+    """In chats, mask what users and systems say too."""
 
     def make_batch(self, arrays: PackedArrays, samples: npt.NDArray[np.int64]) -> Batch:
         """Hide some of the tokens that the packed mask marks."""
         # the mask marks the answers of chats, and of text all but the first token of a sequence,
         # which is also the last of the sequence before: no token is a target twice
-        inputs, targets = self.masking.hide(arrays.tokens[:, :-1], arrays.mask[:, :-1], samples)
+        mask = arrays.all_targets() if self.has_all_targets else arrays.mask
+        inputs, targets = self.masking.hide(arrays.tokens[:, :-1], mask[:, :-1], samples)
         # attention looks both ways, so ids are always needed: they keep it away from padding
         ids = arrays.attention_ids(self.document_mask)[:, :-1]  # (B, T+1) -> (B, T)
         return Batch(
@@ -184,34 +231,35 @@ class MaskedTokens(_TokenLoss):
             document_ids=torch.from_numpy(ids),
         )
 
-    def measure(self, model: ModelWithLoss, batch: Batch, token_bytes: Tensor) -> Tensor:
-        """Return nats, targets, targets ranked first and targets again, (4,)."""
+    def measure(
+        self, model: ModelWithLoss, batch: Batch, token_bytes: Tensor
+    ) -> Mapping[str, Tensor]:
+        """Return the sums of the loss in nats, and of the masked tokens ranked first."""
         # logits of the 15 % that are masked only; a rank needs them whole, the chunked loss not
         targets = (batch.inputs, batch.targets, batch.document_ids)
         nats, is_right = fill_in(model.model, *targets)  # 2 x (N,)
         count = torch.ones_like(nats)
-        return _sums(nats, count, is_right, count)
-
-    def metrics(self, total: float, count: float) -> dict[str, float]:
-        """Return the share of masked tokens that the model ranked first."""
-        return {"masked_accuracy": total / count}
+        return {"loss": sums(nats, count), "masked_accuracy": sums(is_right, count)}
 
 
-def language_modeling(
-    model: Transformer, config: OptimizationConfig, tokenizer: Tokenizer, seed: int
-) -> Objective:
+def language_modeling(start: TrainingStart) -> Objective:
     """Return next-token prediction for a causal model, masked tokens for a bidirectional one."""
-    if model.config.is_causal:
-        return NextToken(document_mask=config.document_mask)
+    config, tokenizer = start.config, start.tokenizer
+    has_all_targets = isinstance(config, FinetuneConfig) and config.loss_on == "all"
+    if start.model.model.config.is_causal:
+        return NextToken(document_mask=config.document_mask, has_all_targets=has_all_targets)
     masking = Masking(
-        seed=seed,
+        seed=start.seed,
         fraction=config.masked_fraction,
         mask_id=tokenizer.mask_id,
         is_text=tokenizer.token_bytes > 0,  # control tokens stand for no bytes
     )
-    return MaskedTokens(document_mask=config.document_mask, masking=masking)
+    return MaskedTokens(
+        document_mask=config.document_mask, masking=masking, has_all_targets=has_all_targets
+    )
 
 
-def _sums(*parts: Tensor) -> Tensor:
+def sums(values: Tensor, counts: Tensor) -> Tensor:
+    """Return the total and the count of a metric, (2,)."""
     # fp64: a validation adds up millions of numbers
-    return torch.stack([part.sum(dtype=torch.float64) for part in parts])
+    return torch.stack([part.sum(dtype=torch.float64) for part in (values, counts)])

@@ -122,7 +122,8 @@ def make_optimizer(model: nn.Module, config: OptimizationConfig) -> Optimizer:
 
     Source: "Decoupled Weight Decay Regularization" (arXiv 1711.05101) for AdamW.
     """
-    parameters = dict(model.named_parameters())
+    # frozen weights have no state: with an adapter its memory falls by their share
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # Muon for matrices inside the blocks only: embedding and head stay with AdamW, as in "Muon is
     # Scalable for LLM Training" (arXiv 2502.16982)
     for_muon = (

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import closing, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,23 +16,29 @@ from accelerate import Accelerator
 from torch.utils.checkpoint import checkpoint
 
 from llm.artifact import ArtifactWriter, Json
-from llm.config import OptimizationConfig, RuntimeConfig
+from llm.config import OptimizationConfig, RuntimeConfig, TuningConfig
 from llm.data.packed import PackedSequences
 from llm.errors import DataError, Interrupted
+from llm.model.lora import add_adapters, merge_adapters, save_adapter
 from llm.model.loss import ModelWithLoss
 from llm.model.precision import fp32_products
 from llm.model.transformer import Transformer
-from llm.model.weights import save_model
+from llm.model.weights import save_model, trained_weights_of
 from llm.monitoring.metrics import METRICS_FILE, MetricsWriter, write_num_parameters
 from llm.monitoring.throughput import TERA, flops_per_token, peak_flops, peak_memory_bytes
-from llm.runtime.job import Job
+from llm.runtime.job import STARTING_MODEL, Job
 from llm.seeds import derive_seed
 from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.load import load_tokenizer
 from llm.training.batches import even_size
 from llm.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from llm.training.loop import Step, TrainingSetup, TrainState, divergence, training_steps
-from llm.training.objectives import MakeObjective, ModelWithObjective, language_modeling
+from llm.training.objectives import (
+    MakeObjective,
+    ModelWithObjective,
+    TrainingStart,
+    language_modeling,
+)
 from llm.training.optimizers import Optimizer, make_optimizer
 from llm.training.processes import make_accelerator
 from llm.training.validation import Validation, validate
@@ -71,13 +78,20 @@ def train(
         run.accelerator.wait_for_everyone()
         raise Interrupted(f"{job.stage} was asked to stop after step {state.step}")
     assert validation is not None, "the last step is followed by a validation"
+    num_trained = sum(weight.numel() for weight in trained_weights_of(model).values())
+    if run.lora:
+        if run.is_writer:
+            save_adapter(writer, model, run.lora, Path(job.inputs[STARTING_MODEL]))
+        merge_adapters(model)  # evaluation, chat and export then read a model like any other
     if run.is_writer:
         # with its tokenizer, so that a model folder is usable by itself
         save_model(writer, model, run.tokenizer.to_files())
         # a log: times differ from run to run, so it is not part of the artifact's digest
         writer.write_bytes(METRICS_FILE, (job.work / METRICS_FILE).read_bytes(), is_log=True)
     return {
+        "content": run.content,
         "num_parameters": model.num_parameters(),
+        "num_trained_parameters": num_trained,
         "num_steps": state.step,
         "num_tokens": state.tokens,
         "num_skipped_steps": state.skipped_steps,
@@ -132,36 +146,53 @@ class _Run:
         if self.is_writer:
             # early: the tracker puts it into the name of the running model
             write_num_parameters(job.work, model.num_parameters())
+        self.lora = config.lora if isinstance(config, TuningConfig) and config.lora.rank else None
+        if self.lora:  # before objective and optimizer, which see the adapted model
+            seed = derive_seed(job.seed, job.stage, "lora")
+            add_adapters(model, self.lora, seed, f"{job.stage}.lora")
         self.tokenizer = load_tokenizer(tokenizer_folder)
         sequences, self._validation_sequences = _open_sequences(job, model, self.tokenizer)
+        self.content = sequences.layout.content
         self.flops_per_token = flops_per_token(model)
         self.peak = peak_flops(device, config.precision)
         is_gpu = device.type == "cuda"
         self.device_name = torch.cuda.get_device_name(device) if is_gpu else device.type
+        micro_batch_size = _micro_batch_size(
+            model, self.accelerator, config, job.runtime.micro_batch_size
+        )
         # Validation calls this module, not the one in DDP, which synchronizes its buffers in each
         # forward pass: the processes may validate unequal numbers of batches.
-        self._model_with_loss = ModelWithLoss(model)
-        # masks differ by stage: fine-tuning would otherwise hide the positions of pretraining
-        seed = derive_seed(job.seed, job.stage, "masks")
-        objective = make_objective(model, config, self.tokenizer, seed)
+        self._model_with_loss = _place(model, device, job.runtime)
+        start = TrainingStart(
+            job=job,
+            config=config,
+            accelerator=self.accelerator,
+            model=self._model_with_loss,
+            tokenizer=self.tokenizer,
+            sequences=sequences,
+            micro_batch_size=micro_batch_size,
+            # masks differ by stage: fine-tuning would otherwise hide the positions of pretraining
+            seed=derive_seed(job.seed, job.stage, "masks"),
+        )
+        objective = make_objective(start)
         # Validation has its own masks, the same in pretraining and in fine-tuning, so that the
         # losses of the two compare.
         seed = derive_seed(job.seed, "validation masks")
-        self._validation_objective = make_objective(model, config, self.tokenizer, seed)
+        self._validation_objective = make_objective(
+            replace(start, sequences=self._validation_sequences, seed=seed)
+        )
         module = ModelWithObjective(self._model_with_loss, objective)
         self._training = TrainingSetup(
             accelerator=self.accelerator,
-            model=_prepare(self.accelerator, module, job.runtime),
-            # after _prepare, which moves the weights: the optimizer holds on to the tensors
+            model=self.accelerator.prepare_model(module),
+            # after _place, which moves the weights: the optimizer holds on to the tensors
             optimizer=make_optimizer(model, config),
             sequences=sequences,
             objective=objective,
             config=config,
             stage=job.stage,
             seed=derive_seed(job.seed, job.stage, "rows"),
-            micro_batch_size=_micro_batch_size(
-                model, self.accelerator, config, job.runtime.micro_batch_size
-            ),
+            micro_batch_size=micro_batch_size,
         )
         idle_share = _idle_share(config, self.accelerator.num_processes)
         self.unit = "steps" if not idle_share else f"steps ({idle_share:.0%} of all devices idle)"
@@ -204,6 +235,7 @@ class _Run:
         point = {
             "learning_rate": step.learning_rate,
             "throughput/tokens_per_second": round(tokens_per_second, 1),
+            **step.metrics,
         }
         if self.peak:
             num_devices = self.accelerator.num_processes
@@ -260,26 +292,26 @@ class _Run:
         return found
 
 
-def _prepare(
-    accelerator: Accelerator, module: ModelWithObjective, runtime: RuntimeConfig
-) -> torch.nn.Module:
-    """Move the model to its device, compiled and wrapped in DDP as the settings say."""
-    model = module.model.model
+def _place(model: Transformer, device: torch.device, runtime: RuntimeConfig) -> ModelWithLoss:
+    """Move the model to its device, compiled and with activation checkpointing as the settings
+    say.
+    """
+    model_with_loss = ModelWithLoss(model.to(device))
     # a third more work, the second forward pass; a layer then keeps one tensor instead of 14
     if runtime.activation_checkpointing:
         # without dropout there is no random state that the second forward pass must repeat
-        has_dropout = model.config.dropout > 0
+        has_dropout = any(isinstance(part, torch.nn.Dropout) for part in model.modules())
         for block in model.blocks:
             # use_reentrant=False is the variant that torch recommends, and that DDP supports
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=has_dropout
             )
     # a short training on a CPU rarely wins back the time of compiling
-    is_compiled = {"always": True, "never": False, "auto": accelerator.device.type == "cuda"}
+    is_compiled = {"always": True, "never": False, "auto": device.type == "cuda"}
     if is_compiled[runtime.compile]:
         # model and softmax only: an objective's own few operations stay plain torch
-        module.model.compile()
-    return accelerator.prepare_model(module)
+        model_with_loss.compile()
+    return model_with_loss
 
 
 def _resume(

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from llm.data.packed import PackedSequences
 from llm.errors import DataError
@@ -27,7 +28,7 @@ class Validation:
     loss: float
     """Mean over all targets, in nats per target."""
     metrics: Mapping[str, float]
-    """The objective's metric by name: `bits_per_byte`, or `masked_accuracy`."""
+    """The objective's other metrics by name, such as `bits_per_byte`."""
 
 
 @torch.no_grad()
@@ -53,25 +54,29 @@ def validate(
     mine = np.arange(min(num_sequences, sequences.num_sequences))[
         accelerator.process_index :: accelerator.num_processes
     ]
-    # fp64 on the device: read once at the end, not after each batch
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    # on the device: read once at the end, not after each batch
+    sums: dict[str, Tensor] = {}
     model.eval()  # no dropout
     size = even_size(len(mine), max_batch_size) if len(mine) else 1
-    for start in range(0, len(mine), size):
+    # one batch without targets where a process has no sequence: it too must know the names
+    for start in range(0, max(len(mine), 1), size):
         some = mine[start : start + size]
-        # filled up with its last sequence: a compiled model would compile every other shape anew
-        filled = np.pad(some, (0, size - len(some)), mode="edge")
+        # filled up with the first sequence: a compiled model would compile every other shape anew
+        filled = np.pad(some, (0, size - len(some)))
         # sample numbers are those of the sequences: each validation masks the same tokens
         batch = objective.make_batch(sequences.read(filled), filled)
         batch.targets[len(some) :] = IGNORED
         with autocast(precision, device.type):
-            sums += objective.measure(model, batch.to(device), bytes_of)
+            found = objective.measure(model, batch.to(device), bytes_of)
+        sums = {name: sums.get(name, 0.0) + both for name, both in found.items()}
     model.train()
     # sums, not means: the processes have unequal numbers of targets
-    loss, num_targets, metric, count = sum_over_processes(accelerator, *sums)
-    if not count:
+    flat = sum_over_processes(accelerator, *torch.cat(list(sums.values())))
+    totals, counts = flat[0::2], flat[1::2]
+    if not all(counts):
         raise DataError(
             f"the first {num_sequences} validation sequences hold no text to predict, expected"
             " some; raise runtime.validation_sequences or clean.validation_fraction"
         )
-    return Validation(loss=loss / num_targets, metrics=objective.metrics(metric, count))
+    means = {name: totals[n] / counts[n] for n, name in enumerate(sums)}
+    return Validation(loss=means.pop("loss"), metrics=means)

@@ -81,6 +81,7 @@ class ModelStarted:
     """Training begins; its metrics file grows in `work_folder`."""
 
     stage: str
+    role: str
     key: str
     settings: Mapping[str, object]
     datasets: Sequence[Dataset]
@@ -93,6 +94,7 @@ class ModelFinished:
     """Training ended. `folder` holds the model, unless `status` says that it was cut short."""
 
     stage: str
+    role: str
     digest: str = ""
     folder: str = ""
     summary: Mapping[str, Json] = field(default_factory=dict[str, Json])
@@ -104,6 +106,8 @@ class ReportFinished:
     """The models were evaluated; `folder` holds the report and the samples."""
 
     folder: str
+    models: Sequence[str]
+    """Their names."""
     metrics: Mapping[str, Json]
 
 

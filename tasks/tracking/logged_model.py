@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import llm
-from llm.models import PipelineModel
 from tasks.tracking.client import MlflowConnection
 
 if TYPE_CHECKING:
@@ -18,17 +17,17 @@ CODE = Path(__file__).parent / "pyfunc.py"
 
 
 def log_model(
-    mlflow: MlflowConnection, run: "Run", folder: Path, made: PipelineModel, *, step: int
+    mlflow: MlflowConnection, run: "Run", folder: Path, name: str, *, is_chat: bool, step: int
 ) -> str:
     """Log the model in `folder` as an output of `run` and return its id. A second call finds it."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.entities.logged_model_status import LoggedModelStatus
 
-    model = _find_or_create(mlflow, run, made.name)
+    model = _find_or_create(mlflow, run, name)
     if model.status != LoggedModelStatus.READY:
         with tempfile.TemporaryDirectory(dir=mlflow.scratch_folder()) as scratch:
             path = Path(scratch) / "model"
-            _save(path, model, folder, is_chat=made.data == "chats")
+            _save(path, model, folder, is_chat=is_chat)
             mlflow.client.log_model_artifacts(model.model_id, str(path))
         mlflow.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     if logged_model_id(mlflow, run.info.run_id) != model.model_id:

@@ -1,7 +1,6 @@
 """MLflow runs of trained models, one flat run per model, made to be compared."""
 
 import fcntl
-import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from llm.artifact import Json, write_json_atomically
-from llm.models import MODELS
+from llm.models import MODELS, model_name
 from llm.monitoring.metrics import METRICS_FILE, MetricsReader, read_num_parameters
+from tasks.stages import step_name
 from tasks.tracking.client import (
     DIGEST_TAG,
     KEY_TAG,
@@ -57,18 +57,22 @@ class ModelRuns:
         self._mlflow = book.mlflow
         self._trainings: dict[str, TrackedTraining] = {}
         self._sized: set[str] = set()
-        """Stages whose run name already shows the model's size."""
+        """Steps whose run name already shows the model's size."""
+        self._names: dict[str, str] = {}
+        """Names of the models by step, in the order of training."""
 
     def start(self, event: ModelStarted, pipeline_title: str, at_ms: int) -> None:
         """Start the model's run, or continue the run of an interrupted training."""
-        if event.stage in self._trainings:
-            self._release(event.stage)  # of a first attempt that MLflow interrupted
+        step = step_name(event.stage, event.role)
+        if step in self._trainings:
+            self._release(step)  # of a first attempt that MLflow interrupted
+        self._names[step] = model_name(event.stage, event.role)
         work_folder = self._mlflow.path(event.work_folder)
         try:
             lock = _lock(work_folder)
         except BlockingIOError:
             return  # another process continues this training and logs its end
-        name = f"model/{event.stage}"
+        name = f"model/{step}"
         run_id = self._started_run(self._book.uid(name), work_folder)
         is_new = run_id is None
         if run_id is not None:
@@ -77,77 +81,78 @@ class ModelRuns:
             self._mlflow.client.update_run(run_id, status="RUNNING")
         else:
             tags = {STAGE_TAG: event.stage, KEY_TAG: event.key}
-            title = _title(pipeline_title, event.stage)
+            title = _title(pipeline_title, self._names[step])
             run_id = self._book.begin(name, "models", title, tags, at_ms)
         if lock is not None:
             known: dict[str, Json] = {"uri": self._mlflow.known_as, "run_id": run_id}
             write_json_atomically(work_folder / RUN_FILE, known, is_durable=False)
-        self._trainings[event.stage] = TrackedTraining(
+        self._trainings[step] = TrackedTraining(
             pipeline_title=pipeline_title,
             file=MetricsReader(work_folder / METRICS_FILE),
             curves=Curves(self._mlflow, run_id, is_new=is_new),
             lock=lock,
         )
-        self._describe(run_id, event)
+        self._describe(run_id, step, event)
 
     def find_cached(self, event: StageCached, sweep: str) -> None:
         """Find the run of a cached model: it gets the new report, and its sweep's tag."""
         if event.stage in MODELS:
             tags = {STAGE_TAG: event.stage, DIGEST_TAG: event.digest}
             if (run := self._mlflow.find_run("models", tags)) is not None:
-                self._book.run_ids[f"model/{event.stage}"] = run.info.run_id
+                step = step_name(event.stage, event.role)
+                self._names[step] = model_name(event.stage, event.role)
+                self._book.run_ids[f"model/{step}"] = run.info.run_id
                 self._mlflow.set_tags(run.info.run_id, {SWEEP_TAG: sweep})
 
     def follow(self) -> None:
         """Send the metrics that training wrote since the last call."""
-        for stage, training in self._trainings.items():
+        for step, training in self._trainings.items():
             training.curves.send_new(training.file)
-            self._name_with_size(stage, training)
+            self._name_with_size(step, training)
 
     def finish(self, event: ModelFinished, at_ms: int) -> None:
         """Log a finished model and end its run."""
-        training = self._trainings.get(event.stage)
+        step = step_name(event.stage, event.role)
+        training = self._trainings.get(step)
         if training is None:
             return
         training.curves.send_new(training.file)
-        name = f"model/{event.stage}"
+        name = f"model/{step}"
         if event.status == "FINISHED":
             training.curves.send_new(MetricsReader(self._mlflow.path(event.folder) / METRICS_FILE))
-            title = _title(
-                training.pipeline_title, event.stage, event.summary.get("num_parameters")
-            )
+            size = event.summary.get("num_parameters")
+            title = _title(training.pipeline_title, self._names[step], size)
             self._log_final(self._book.run_ids[name], title, event, at_ms)
         self._book.end(name, event.status, at_ms)
-        self._release(event.stage)
+        self._release(step)
 
     def log_report(self, event: ReportFinished, at_ms: int) -> None:
         """Log each model's metrics and samples to its run."""
         folder = self._mlflow.path(event.folder)
         metrics, _ = split_summary(event.metrics)
         samples: list[dict[str, Json]] = json.loads((folder / "samples.json").read_bytes())
-        for stage, model in MODELS.items():
-            run_id = self._book.run_ids.get(f"model/{stage}")
-            if run_id is None:
+        for step, model in self._names.items():
+            if (run_id := self._book.run_ids.get(f"model/{step}")) is None:
                 continue
             known = self._mlflow.client.get_run(run_id).data.metrics
-            own = _metrics_of(model.name, metrics)
+            own = _metrics_of(model, metrics, event.models)
             changed = {key: value for key, value in own.items() if known.get(key) != value}
             model_id = logged_model_id(self._mlflow, run_id)
             self._mlflow.log_metrics(run_id, changed, at_ms, model_id=model_id)
             for file in ("report.md", "report.json"):
                 self._mlflow.client.log_artifact(run_id, str(folder / file))
             if samples:  # masked language models have none
-                self._mlflow.log_table(run_id, SAMPLE_TABLE, _sample_rows(samples, model.name))
+                self._mlflow.log_table(run_id, SAMPLE_TABLE, _sample_rows(samples, model))
 
-    def _name_with_size(self, stage: str, training: TrackedTraining) -> None:
+    def _name_with_size(self, step: str, training: TrackedTraining) -> None:
         """Add the model's size to the run's name once training has written it."""
-        if stage in self._sized:
+        if step in self._sized:
             return
         num_parameters = read_num_parameters(training.file.path.parent)
         if num_parameters is not None:
-            title = _title(training.pipeline_title, stage, num_parameters)
-            self._mlflow.client.update_run(self._book.run_ids[f"model/{stage}"], name=title)
-            self._sized.add(stage)
+            title = _title(training.pipeline_title, self._names[step], num_parameters)
+            self._mlflow.client.update_run(self._book.run_ids[f"model/{step}"], name=title)
+            self._sized.add(step)
 
     def stop_following(self) -> None:
         """Send the last metrics of trainings that ended without an event."""
@@ -161,16 +166,16 @@ class ModelRuns:
 
     def release(self) -> None:
         """Free the locks of trainings, so that another process can follow them."""
-        for stage in list(self._trainings):
-            self._release(stage)
+        for step in list(self._trainings):
+            self._release(step)
 
-    def _release(self, stage: str) -> None:
-        lock = self._trainings.pop(stage).lock
+    def _release(self, step: str) -> None:
+        lock = self._trainings.pop(step).lock
         if lock is not None:
             lock.close()
 
-    def _describe(self, run_id: str, event: ModelStarted) -> None:
-        """Log settings, links, datasets and the base model."""
+    def _describe(self, run_id: str, step: str, event: ModelStarted) -> None:
+        """Log settings, links, datasets and the starting model."""
         from mlflow.entities import LoggedModelInput
 
         self._mlflow.log_parameters(run_id, event.settings)
@@ -178,10 +183,11 @@ class ModelRuns:
         tags = described({**event.links, "pipeline_run": pipeline_run})
         self._mlflow.set_tags(run_id, tags)
         datasets = [_dataset_input(dataset) for dataset in event.datasets]
-        earlier = itertools.takewhile(lambda stage: stage != event.stage, MODELS)
-        run_ids = [self._book.run_ids.get(f"model/{stage}", "") for stage in earlier]
+        earlier = [
+            self._book.run_ids.get(f"model/{name}", "") for name in self._names if name != step
+        ]
         models: list[LoggedModelInput] = []
-        if known := [earlier_id for earlier_id in run_ids if earlier_id]:
+        if known := [earlier_id for earlier_id in earlier if earlier_id]:
             start_id = logged_model_id(self._mlflow, known[-1])
             models = [LoggedModelInput(start_id)] if start_id else []
         self._mlflow.client.log_inputs(run_id, datasets=datasets, models=models)
@@ -199,7 +205,9 @@ class ModelRuns:
         points = MetricsReader(folder / METRICS_FILE).read_new()
         client.log_figure(run_id, draw_losses(points, title), "loss.png")
         last_step = points[-1].step if points else 0
-        model_id = log_model(self._mlflow, run, folder, MODELS[event.stage], step=last_step)
+        name = model_name(event.stage, event.role)
+        is_chat = event.summary.get("content") != "text"
+        model_id = log_model(self._mlflow, run, folder, name, is_chat=is_chat, step=last_step)
         final = {f"final/{key}": value for key, value in metrics.items()}
         self._mlflow.log_metrics(run_id, final, at_ms, model_id=model_id)
 
@@ -256,13 +264,13 @@ def _dataset_input(dataset: Dataset) -> "DatasetInput":
     return DatasetInput(entity, [InputTag("mlflow.data.context", dataset.context)])
 
 
-def _title(pipeline_title: str, stage: str, num_parameters: Json = None) -> str:
+def _title(pipeline_title: str, model: str, num_parameters: Json = None) -> str:
     """Return a model run's name: `chat finetune.num_steps=200 3.2M quickstart`. Overrides come
     before the recipe because MLflow's lists truncate long names.
     """
     differing, _, recipe = pipeline_title.rpartition(" ")
     size = _short(num_parameters) if isinstance(num_parameters, int) else ""
-    return " ".join(filter(None, [MODELS[stage].name, differing, size, recipe]))
+    return " ".join(filter(None, [model, differing, size, recipe]))
 
 
 def _short(count: int) -> str:
@@ -275,14 +283,16 @@ def _short(count: int) -> str:
     return f"{count / size:.1f}{unit}"
 
 
-def _metrics_of(model: str, metrics: Mapping[str, float]) -> dict[str, float]:
+def _metrics_of(
+    model: str, metrics: Mapping[str, float], models: Sequence[str]
+) -> dict[str, float]:
     """Return one model's metrics as `eval/...`, and the metrics of the data unchanged."""
     own: dict[str, float] = {}
     for key, value in metrics.items():
         group, _, rest = key.partition("/")
         if group == model:
             own[f"eval/{rest}"] = value
-        elif group not in {known.name for known in MODELS.values()}:
+        elif group not in models:
             own[key] = value
     return own
 

@@ -73,9 +73,9 @@ class Tracker:
         """The MLflow run of the pipeline; empty until MLflow has created it."""
         return self._delivery.run_ids.get("pipeline", "") if self._delivery else ""
 
-    def model_run_id(self, stage: str) -> str:
-        """Return the MLflow run of the model that `stage` trains, even if it was cached."""
-        return self._delivery.run_ids.get(f"model/{stage}", "") if self._delivery else ""
+    def model_run_id(self, step: str) -> str:
+        """Return the MLflow run of the model that a step trains, even if it was cached."""
+        return self._delivery.run_ids.get(f"model/{step}", "") if self._delivery else ""
 
     def _portable(self, event: Event) -> Event:
         """Return `event` without passwords, its paths relative to the artifacts folder: it may be

@@ -195,7 +195,10 @@ def test_compare_shows_the_settings_that_differ(
 ) -> None:
     page = browser.open(models_page(services, artifacts).replace("CHART", "TABLE"))
     page.get_by_text("4 matching runs").wait_for()
-    for row in page.locator(".ag-row").filter(has_text=re.compile("^base ")).all():
+    page.locator(".ag-row").first.wait_for()
+    rows = page.locator(".ag-row").filter(has_text=re.compile(r"\sbase "))
+    assert rows.count() == 2
+    for row in rows.all():
         row.get_by_role("checkbox").first.check(force=True)
     page.get_by_role("button", name="Compare").click()
     switches = page.get_by_text("Show diff only")

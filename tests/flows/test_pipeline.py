@@ -1,7 +1,7 @@
-"""The pipeline is made from the recipe and the table of models; a model added there is in all."""
+"""The pipeline is made from the recipe and the table of models, which all else reads."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,13 +9,12 @@ import pytest
 from flows.pipeline import language_model
 from flows.sweep import Member, Sweep, comparison, run_sweep
 from llm.artifact import Json
-from llm.config import FinetuneConfig, RunConfig, load_config
+from llm.config import RunConfig, load_config
 from llm.errors import ConfigError
-from llm.models import MODELS, PipelineModel, chat_models
 from tasks.cached import Outcome
-from tasks.plan import Selection, make_plan
+from tasks.plan import Selection, key_parts, make_plan, section_of
 from tasks.stages import in_order
-from tasks.store import ArtifactStore
+from tasks.store import ArtifactStore, KeyParts
 from tasks.tracking.journal import ReportFinished
 from tests.tasks.tracked_folder import (
     SAMPLES,
@@ -26,24 +25,9 @@ from tests.tasks.tracked_folder import (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WithAlign(RunConfig):
-    """Settings with a section for one more training stage."""
-
-    align: FinetuneConfig = field(default_factory=FinetuneConfig)
-
-
-@pytest.fixture
-def align(monkeypatch: pytest.MonkeyPatch) -> PipelineModel:
-    """One more model, with a section of the recipe, trained from the chat model."""
-    monkeypatch.setattr("llm.config.RunConfig", WithAlign)
-    added = PipelineModel(stage="align", name="aligned", data="chats")
-    monkeypatch.setitem(MODELS, added.stage, added)
-    return added
-
-
-def test_the_stages_after_pretrain_are_the_recipe_s(align: PipelineModel, tmp_path: Path) -> None:
-    config = load_config("quickstart", ["stages_after_pretrain=[finetune,align]"])
+def test_the_stages_after_pretrain_are_the_recipe_s(tmp_path: Path) -> None:
+    settings = ["stages_after_pretrain=[finetune,align]", "align.method=grpo"]
+    config = load_config("quickstart", settings)
     steps = in_order(language_model(config))
     names = [step.name for step in steps]
     assert names[-4:] == ["pretrain", "finetune", "align", "evaluate"]
@@ -61,12 +45,72 @@ def test_the_stages_after_pretrain_are_the_recipe_s(align: PipelineModel, tmp_pa
 @pytest.mark.parametrize(
     "stages", ["[align,finetune]", "[finetune,finetune]", "[dpo]", "[pretrain]"]
 )
-def test_other_stages_after_pretrain_are_refused(align: PipelineModel, stages: str) -> None:
+def test_other_stages_after_pretrain_are_refused(stages: str) -> None:
     with pytest.raises(ConfigError, match=r"stages_after_pretrain: found .*: finetune, align"):
         load_config("quickstart", [f"stages_after_pretrain={stages}"])
 
 
-def test_an_added_model_is_tracked_like_the_others(align: PipelineModel, tmp_path: Path) -> None:
+SEVERAL = [
+    "stages_after_pretrain=[finetune,align]",
+    "finetune.stages=[{name: mid, data: chats-maths, num_steps: 30}, {name: chat}]",
+    "align.stages=[{name: liked, data: preferences}, {name: right, method: grpo, lora: {rank: 2}}]",
+    "align.lora={rank: 4, alpha: 8}",
+    "align.stages.1.num_steps=40",
+    "download.more=[{name: chats-maths, kind: files, path: maths.jsonl}]",
+]
+
+
+def test_a_stage_may_train_several_times_each_on_its_own_data(tmp_path: Path) -> None:
+    (tmp_path / "maths.jsonl").write_text("{}")
+    path = f"download.more.0.path={tmp_path / 'maths.jsonl'}"
+    config = load_config("quickstart", [*SEVERAL, path])
+    steps = {step.name: step for step in in_order(language_model(config))}
+    trained = ["pretrain", "finetune mid", "finetune chat", "align liked", "align right"]
+    assert list(steps)[-6:] == [*trained, "evaluate"]
+    data = ["pack corpus", "pack chats-maths", "pack chats", "pack preferences", "pack chats"]
+    assert [steps[name].inputs["sequences"].name for name in trained] == data
+    assert [steps[name].inputs["base"].name for name in trained[1:]] == trained[:-1]
+    models = ["base", "mid", "chat", "liked", "right"]
+    assert [steps["evaluate"].inputs[name].name for name in models] == trained
+    assert section_of(steps["evaluate"], config)["models"] == models
+    mid, chat = (section_of(steps[name], config) for name in trained[1:3])
+    # the settings beside `stages` are those of each, but for its own
+    assert (mid["num_steps"], chat["num_steps"]) == (30, config.finetune.num_steps)
+    assert mid["precision"] == chat["precision"] == "bf16"
+    liked, right = config.align.stages
+    assert (liked.lora.rank, liked.lora.alpha) == (4, 8)
+    assert (right.lora.rank, right.lora.alpha, right.num_steps) == (2, 8, 40)
+
+
+def test_a_model_s_name_is_not_part_of_its_key(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    keys: list[KeyParts] = []
+    for name in ("one", "two"):
+        config = load_config("quickstart", [f"finetune.stages=[{{name: {name}}}]"])
+        step = in_order(language_model(config))[-2]
+        keys.append(key_parts(step, config, {}, store))
+    assert keys[0] == keys[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("finetune.stages=[{data: chats}]", "finetune.stages.0.name: missing"),
+        ("finetune.stages=[{name: base}]", "finetune.stages.0.name: found 'base', expected a name"),
+        ("finetune.stages=[{name: a_b}]", "finetune.stages.0.name: found 'a_b'"),
+        ("finetune.data=chat", "finetune.data: found 'chat', expected one of .*, did you mean"),
+        ("finetune.data=preferences", "found preferences, which holds preferences; expected text"),
+        ("align.data=chats", "align.data: found chats, which holds chats; expected preferences"),
+        ("download.more=[{name: maths}]", "download.more.0.name: found 'maths', expected corpus-"),
+        ("download.more=[{name: chats-a},{name: chats-a}]", "chats-a, chats-a, expected distinct"),
+    ],
+)
+def test_names_and_datasets_are_checked_before_anything_runs(override: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        load_config("quickstart", ["stages_after_pretrain=[finetune,align]", override])
+
+
+def test_three_models_are_tracked_beside_each_other(tmp_path: Path) -> None:
     tracked = TrackedFolder(tmp_path)
     tracker = tracked.start()
     for stage in ("pretrain", "finetune", "align"):
@@ -80,7 +124,8 @@ def test_an_added_model_is_tracked_like_the_others(align: PipelineModel, tmp_pat
         (report / name).write_text("")
     (report / "samples.json").write_text(json.dumps([{**one, "aligned": "!"} for one in SAMPLES]))
     metrics: dict[str, Json] = {"chat/exact_match": 0.5, "aligned/exact_match": 0.75}
-    tracker.log(ReportFinished(folder=str(report), metrics=metrics))
+    models = ["base", "chat", "aligned"]
+    tracker.log(ReportFinished(folder=str(report), models=models, metrics=metrics))
     tracker.close()
     runs = tracked.runs("models")
     chat, aligned = runs["chat lr=1 3.2M tiny"], runs["aligned lr=1 3.2M tiny"]
@@ -92,8 +137,8 @@ def test_an_added_model_is_tracked_like_the_others(align: PipelineModel, tmp_pat
     assert tracked.client.get_logged_model(made.model_id).model_type == "aligned"
 
 
-def test_an_added_model_has_a_column_in_sweeps_and_answers_in_chat(align: PipelineModel) -> None:
-    def run(config: RunConfig, member: Member, overrides: list[str]) -> list[Outcome]:
+def test_each_model_of_the_recipe_has_a_column_in_sweeps() -> None:
+    def run(config: RunConfig, member: Member, overrides: Sequence[str]) -> list[Outcome]:
         summary = {"base/bits_per_byte": 2.0, "aligned/bits_per_byte": 2.5}
         return [
             Outcome(
@@ -102,8 +147,14 @@ def test_an_added_model_has_a_column_in_sweeps_and_answers_in_chat(align: Pipeli
             )
         ]  # fmt: skip
 
-    members = run_sweep(Sweep(recipe="quickstart", members=[["seed=2"]]), run, lambda line: None)
+    members = run_sweep(
+        Sweep(
+            recipe="quickstart",
+            members=[["seed=2", "stages_after_pretrain=[align]", "align.method=grpo"]],
+        ),
+        run,
+        lambda line: None,
+    )
     headings, rows = comparison(members)
     assert headings == ["member", "base bits/byte", "aligned bits/byte", "seconds"]
     assert rows[0][1:3] == ["2", "2.5"]
-    assert chat_models()[-1] is align

@@ -9,17 +9,14 @@ import pytest
 
 from llm import config
 from llm.artifact import canonical
-from llm.config import RunConfig, flatten, load_config, read_section, recipe_names
+from llm.config import RunConfig, flatten, load_config, read_section
 from llm.errors import ConfigError
+from llm.recipes import recipe_names
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_resolves(recipe: str) -> None:
     assert load_config(recipe).name == recipe
-
-
-def test_all_recipes_are_found() -> None:
-    assert set(recipe_names()) >= {"quickstart", "shakespeare", "tinystories", "gpt2-124m"}
 
 
 def test_override_beats_recipe_beats_default(tmp_path: Path) -> None:
@@ -35,7 +32,10 @@ def test_override_beats_recipe_beats_default(tmp_path: Path) -> None:
     ("override", "expected"),
     [
         ("pretrain.stpes=3", "pretrain.stpes: unknown, did you mean pretrain.num_steps?"),
-        ("num_steps=3", "did you mean pretrain.num_steps or finetune.num_steps?"),
+        (
+            "num_steps=3",
+            "did you mean pretrain.num_steps or finetune.num_steps or align.num_steps?",
+        ),
         ("pretrain.d_model=8", "did you mean pretrain.model.d_model?"),
         ("pretrian.num_steps=3", "pretrian: unknown, did you mean pretrain?"),
         ("pack.seq_len=abc", "pack.seq_len: found 'abc', expected a whole number"),
@@ -91,18 +91,6 @@ def test_all_problems_are_said_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("quickstart", ["pack.seq_len=1", "pretrain.stpes=3", "clean.x=1"])
     assert "3 problem(s)" in str(caught.value)
-
-
-def test_unknown_recipe_lists_those_there_are() -> None:
-    with pytest.raises(ConfigError, match="did you mean quickstart") as caught:
-        load_config("quickstrat")
-    assert "shakespeare" in str(caught.value)
-
-
-def test_recipe_that_is_no_yaml_names_the_file(tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text("a: [1\n")
-    with pytest.raises(ConfigError, match=r"bad\.yaml: not valid YAML"):
-        load_config(tmp_path / "bad.yaml")
 
 
 def test_scientific_notation_is_a_number() -> None:

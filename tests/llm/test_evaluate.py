@@ -31,10 +31,9 @@ from llm.evaluation.tasks import TASKS, Evaluated, EvaluationData, EvaluationTas
 from llm.model.loss import IGNORED, token_losses
 from llm.model.transformer import Transformer
 from llm.model.weights import save_model
-from llm.models import MODELS, PipelineModel
 from llm.pack import pack
 from llm.runtime import job as job_module
-from llm.runtime.job import PROGRESS, Job, write_job
+from llm.runtime.job import PROGRESS, Job, StageFunction, write_job
 from llm.tokenizer.bpe import ByteLevelBPE
 
 SEQ_LEN = 48
@@ -131,6 +130,19 @@ def inputs(
     }
 
 
+@pytest.fixture
+def run_evaluate(run_stage: RunStage) -> RunStage:
+    """Run the stage; the models are the inputs in the order of the pipeline."""
+
+    def run(
+        function: StageFunction, settings: Mapping[str, Json], **inputs: object
+    ) -> tuple[Path, Mapping[str, Json]]:
+        models = [name for name in ("base", "chat", "aligned") if name in inputs]
+        return run_stage(function, {**settings, "models": models}, **inputs)
+
+    return run
+
+
 def new_model(tokenizer: ByteLevelBPE, seed: int) -> Transformer:
     model = Transformer(SHAPE, tokenizer.vocab_size, SEQ_LEN)
     model.initialize(torch.Generator().manual_seed(seed))
@@ -144,7 +156,11 @@ def write_model(
     save_model(writer, model, tokenizer.to_files())
     writer.finish(
         stage="pretrain",
-        summary={"num_steps": 1500, "num_tokens": 76800},
+        summary={
+            "content": "text" if folder.name == "base" else "chats",
+            "num_steps": 1500,
+            "num_tokens": 76800,
+        },
         settings={"document_mask": document_mask},
     )
     return folder
@@ -155,9 +171,9 @@ def read_report(folder: Path) -> Report:
 
 
 def test_the_report_holds_every_metric_and_the_chat_model_answers(
-    inputs: dict[str, Path], run_stage: RunStage
+    inputs: dict[str, Path], run_evaluate: RunStage
 ) -> None:
-    folder, summary = run_stage(evaluate, SETTINGS, **inputs)
+    folder, summary = run_evaluate(evaluate, SETTINGS, **inputs)
     report = read_report(folder)
     assert summary == report.values()
     assert set(summary) == {
@@ -182,24 +198,14 @@ def test_the_report_holds_every_metric_and_the_chat_model_answers(
     assert [sample["prompt"] for sample in shown[num:]] == SETTINGS["prompts"]
 
 
-@pytest.fixture
-def third_model(
+def test_a_third_model_is_measured_and_reported(
     inputs: dict[str, Path],
     chat_model: Transformer,
     tokenizer: ByteLevelBPE,
-    monkeypatch: pytest.MonkeyPatch,
-) -> PipelineModel:
-    """A model of a stage of its own, in the table and among the inputs."""
-    added = PipelineModel(stage="align", name="aligned", data="chats")
-    monkeypatch.setitem(MODELS, added.stage, added)
-    inputs["aligned"] = write_model(inputs["chat"].parent / "aligned", chat_model, tokenizer)
-    return added
-
-
-def test_a_model_added_to_the_table_is_measured_and_reported(
-    inputs: dict[str, Path], third_model: PipelineModel, run_stage: RunStage
+    run_evaluate: RunStage,
 ) -> None:
-    folder, summary = run_stage(evaluate, SETTINGS, **inputs)
+    inputs["aligned"] = write_model(inputs["chat"].parent / "aligned", chat_model, tokenizer)
+    folder, summary = run_evaluate(evaluate, SETTINGS, **inputs)
     for name in MODEL_METRICS:
         assert summary[f"aligned/{name}"] == summary[f"chat/{name}"] != summary[f"base/{name}"]
     assert summary["leak/passed"] == 1.0
@@ -214,16 +220,16 @@ def test_a_model_added_to_the_table_is_measured_and_reported(
 
 
 def test_a_recipe_without_a_chat_model_is_measured(
-    inputs: dict[str, Path], run_stage: RunStage
+    inputs: dict[str, Path], run_evaluate: RunStage
 ) -> None:
     del inputs["chat"]
-    folder, summary = run_stage(evaluate, SETTINGS, **inputs)
+    folder, summary = run_evaluate(evaluate, SETTINGS, **inputs)
     assert "base/exact_match" in summary and not any(name.startswith("chat/") for name in summary)
     assert "chat model" not in (folder / "report.md").read_text()
 
 
 def test_a_task_added_to_the_table_is_measured_on_each_model(
-    inputs: dict[str, Path], run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
+    inputs: dict[str, Path], run_evaluate: RunStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def count(evaluated: Evaluated, data: EvaluationData) -> TaskResult:
         value = float(evaluated.model.num_parameters() * len(data.prompts))
@@ -232,7 +238,7 @@ def test_a_task_added_to_the_table_is_measured_on_each_model(
 
     added = EvaluationTask(measure=count, notes=lambda data: iter(["size is no quality"]))
     monkeypatch.setitem(TASKS, "size", added)
-    folder, summary = run_stage(evaluate, SETTINGS, **inputs)
+    folder, summary = run_evaluate(evaluate, SETTINGS, **inputs)
     num_parameters = Transformer(SHAPE, 600, SEQ_LEN).num_parameters()
     assert summary["base/size"] == summary["chat/size"] == 2 * num_parameters
     text = (folder / "report.md").read_text()
@@ -255,11 +261,11 @@ def test_models_and_baselines_are_measured_on_the_same_bytes(
     packing: str,
     inputs: dict[str, Path],
     make_rows: MakeRows,
-    run_stage: RunStage,
+    run_evaluate: RunStage,
     corpus: list[str],
 ) -> None:
     inputs["text_sequences"] = make_rows(packing, corpus[2:6], packing)
-    report = read_report(run_stage(evaluate, SETTINGS, **inputs)[0])
+    report = read_report(run_evaluate(evaluate, SETTINGS, **inputs)[0])
     num_bytes = sum(len(text.encode()) for text in corpus[2:6])
     assert report.metrics["data/validation_bytes"].value == num_bytes
     assert report.metrics["baseline/gzip_bits_per_byte"].num_examples == num_bytes
@@ -269,7 +275,7 @@ def test_models_and_baselines_are_measured_on_the_same_bytes(
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_text_is_scored_as_the_base_model_was_trained(
     inputs: dict[str, Path],
-    run_stage: RunStage,
+    run_evaluate: RunStage,
     tokenizer: ByteLevelBPE,
     document_mask: bool,
 ) -> None:
@@ -284,16 +290,16 @@ def test_text_is_scored_as_the_base_model_was_trained(
         logits = model(tokens[:, :-1], documents[:, :-1] if document_mask else None)
     sizes = torch.from_numpy(tokenizer.token_bytes)[tokens[:, 1:]]
     nats = token_losses(logits, tokens[:, 1:])[sizes > 0].double().sum()
-    _, summary = run_stage(evaluate, SETTINGS, **inputs)
+    _, summary = run_evaluate(evaluate, SETTINGS, **inputs)
     expected = float(nats / math.log(2) / sizes.sum())
     assert summary["base/bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_two_runs_give_the_same_bytes_and_another_seed_other_samples(
-    inputs: dict[str, Path], run_stage: RunStage
+    inputs: dict[str, Path], run_evaluate: RunStage
 ) -> None:
     first, second, other = (
-        run_stage(evaluate, SETTINGS, seed=seed, out=name, **inputs)[0]
+        run_evaluate(evaluate, SETTINGS, seed=seed, out=name, **inputs)[0]
         for seed, name in ((1, "first"), (1, "second"), (2, "other"))
     )
     assert load_artifact(first).digest == load_artifact(second).digest
@@ -305,7 +311,7 @@ def test_two_runs_give_the_same_bytes_and_another_seed_other_samples(
 def test_it_runs_as_a_process_of_its_own(inputs: dict[str, Path], tmp_path: Path) -> None:
     job = Job(
         stage="evaluate",
-        settings=SETTINGS,
+        settings={**SETTINGS, "models": ["base", "chat"]},
         inputs={name: str(folder) for name, folder in inputs.items()},
         out=tmp_path / "made",
         work=tmp_path / "made.work",
@@ -322,7 +328,7 @@ def test_it_runs_as_a_process_of_its_own(inputs: dict[str, Path], tmp_path: Path
 
 
 def test_a_leak_is_reported_and_the_stage_goes_on(
-    inputs: dict[str, Path], run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
+    inputs: dict[str, Path], run_evaluate: RunStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hidden_states = Transformer.hidden_states
 
@@ -331,51 +337,51 @@ def test_a_leak_is_reported_and_the_stage_goes_on(
         return x + 0.1 * x.mean(dim=1, keepdim=True)
 
     monkeypatch.setattr(Transformer, "hidden_states", leaky)
-    folder, summary = run_stage(evaluate, SETTINGS, **inputs)
+    folder, summary = run_evaluate(evaluate, SETTINGS, **inputs)
     assert summary["leak/passed"] == 0.0
     assert "LEAK TEST FAILED" in (folder / "report.md").read_text()
 
 
 def test_without_single_questions_there_is_no_exact_match(
-    inputs: dict[str, Path], make_rows: MakeRows, run_stage: RunStage
+    inputs: dict[str, Path], make_rows: MakeRows, run_evaluate: RunStage
 ) -> None:
     inputs["chat_sequences"] = make_rows("several", [chat_of("hi", " hello", "bye", " see you")])
-    folder, summary = run_stage(evaluate, SETTINGS, **inputs)
+    folder, summary = run_evaluate(evaluate, SETTINGS, **inputs)
     assert not any("exact_match" in name for name in summary)
     assert "1 chats skipped: not one question and one answer" in " ".join(read_report(folder).notes)
 
 
 def test_a_prompt_longer_than_the_context_is_named(
-    inputs: dict[str, Path], run_stage: RunStage
+    inputs: dict[str, Path], run_evaluate: RunStage
 ) -> None:
     settings = {**SETTINGS, "prompts": ["fine", "w x y z " * 50]}
     with pytest.raises(ConfigError, match=r"evaluate\.prompts\[1\]: \d+ tokens .* = 48"):
-        run_stage(evaluate, settings, **inputs)
+        run_evaluate(evaluate, settings, **inputs)
 
 
 def test_a_model_of_another_vocabulary_is_refused(
-    inputs: dict[str, Path], run_stage: RunStage, tokenizer: ByteLevelBPE
+    inputs: dict[str, Path], run_evaluate: RunStage, tokenizer: ByteLevelBPE
 ) -> None:
     other = Transformer(SHAPE, tokenizer.vocab_size - 1, SEQ_LEN)
     write_model(inputs["chat"], other, tokenizer)
     with pytest.raises(ArtifactError, match=r"chat: a model of 599 tokens.* have 600"):
-        run_stage(evaluate, SETTINGS, **inputs)
+        run_evaluate(evaluate, SETTINGS, **inputs)
 
 
 def test_a_model_with_a_shorter_context_is_refused(
-    inputs: dict[str, Path], run_stage: RunStage, tokenizer: ByteLevelBPE
+    inputs: dict[str, Path], run_evaluate: RunStage, tokenizer: ByteLevelBPE
 ) -> None:
     write_model(inputs["base"], Transformer(SHAPE, tokenizer.vocab_size, 16), tokenizer)
     with pytest.raises(ArtifactError, match="context of 16 tokens, but sequences of 48"):
-        run_stage(evaluate, SETTINGS, **inputs)
+        run_evaluate(evaluate, SETTINGS, **inputs)
 
 
 def test_it_stops_when_asked(
-    inputs: dict[str, Path], run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
+    inputs: dict[str, Path], run_evaluate: RunStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job_module, "_is_stopping", True)
     with pytest.raises(Interrupted):
-        run_stage(evaluate, SETTINGS, **inputs)
+        run_evaluate(evaluate, SETTINGS, **inputs)
 
 
 def test_instructions_are_the_first_single_questions_and_skipped_chats_are_counted(

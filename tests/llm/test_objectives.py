@@ -8,14 +8,12 @@ import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from llm.config import OptimizationConfig
 from llm.data.packed import PackedArrays, PackedSequences
 from llm.model.loss import IGNORED, ModelWithLoss
 from llm.model.transformer import Transformer
 from llm.tokenizer.bpe import ByteLevelBPE
-from llm.training.batches import sample_sequences
 from llm.training.loop import Step, TrainingSetup, TrainState, training_steps
 from llm.training.objectives import Batch, ModelWithObjective, NextToken, Objective
 from llm.training.optimizers import make_optimizer
@@ -28,54 +26,6 @@ from tests.llm.training_setup import (
 )
 
 CONFIG = OptimizationConfig(num_steps=6, global_batch_size=8, warmup_steps=2, learning_rate=1e-3)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preference:
-    """DPO (arXiv 2305.18290): of two continuations, make the first likelier than the second.
-
-    A packed sequence is cut in half here: the halves are the chosen and the rejected text.
-    """
-
-    reference: ModelWithLoss
-    beta: float = 0.5
-
-    def make_batch(self, arrays: PackedArrays, samples: npt.NDArray[np.int64]) -> Batch:
-        """Make pairs (B, 2, T/2)."""
-        inputs = torch.from_numpy(arrays.tokens[:, :-1]).unflatten(1, (2, -1))  # -> (B, 2, T/2)
-        targets = torch.from_numpy(arrays.tokens[:, 1:]).unflatten(1, (2, -1))
-        return Batch(inputs=inputs, targets=targets.clone(), document_ids=None)
-
-    def count_targets(self, batch: Batch) -> Tensor:
-        """Count pairs, not tokens."""
-        return self._is_pair(batch).long()
-
-    def loss(self, model: ModelWithLoss, batch: Batch) -> Tensor:
-        """Sum -log sigmoid(beta * margin) over the pairs."""
-        return (-F.logsigmoid(self.beta * self._margins(model, batch)) * self._is_pair(batch)).sum()
-
-    def measure(self, model: ModelWithLoss, batch: Batch, token_bytes: Tensor) -> Tensor:
-        """Return losses, pairs, pairs ranked right, and pairs again."""
-        margins, count = self._margins(model, batch), self._is_pair(batch).sum()
-        is_right = (margins > 0) & self._is_pair(batch)
-        return torch.stack([self.loss(model, batch), count, is_right.sum(), count]).double()
-
-    def metrics(self, total: float, count: float) -> dict[str, float]:
-        """Return the share of pairs ranked right."""
-        return {"preference_accuracy": total / count}
-
-    def _is_pair(self, batch: Batch) -> Tensor:
-        return (batch.targets != IGNORED).any(dim=(1, 2))  # (B, 2, T/2) -> (B,)
-
-    def _margins(self, model: ModelWithLoss, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            expected = self._log_probs(self.reference, batch)
-        gains = self._log_probs(model, batch) - expected
-        return gains[:, 0] - gains[:, 1]
-
-    def _log_probs(self, model: ModelWithLoss, batch: Batch) -> Tensor:
-        losses = model(batch.inputs.flatten(0, 1), batch.targets.flatten(0, 1), None)
-        return -losses.sum(dim=1).unflatten(0, (-1, 2))  # (2B, T/2) -> (B, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,40 +95,6 @@ def sequence_log_probs(model: Transformer, tokens: tuple[Tensor, Tensor]) -> Ten
     return log_probs.gather(-1, targets[..., None]).squeeze(-1).sum(dim=-1)
 
 
-@pytest.mark.parametrize("micro_batch_size", [8, 3])  # at 3 the last is filled up
-def test_a_preference_objective_trains_in_the_loop_as_it_is(
-    folder: Path, micro_batch_size: int
-) -> None:
-    sequences = PackedSequences(folder, "train")
-    model, reference = tiny_model(), tiny_model()
-    objective = Preference(reference=ModelWithLoss(reference))
-    steps = run(model, sequences, objective, micro_batch_size)
-    assert steps[0].loss == pytest.approx(np.log(2), abs=1e-6), "model and reference are equal"
-    assert [step.num_targets for step in steps] == [8] * 6, "pairs, not tokens"
-    assert check(model, folder, objective).metrics.keys() == {"preference_accuracy"}
-
-    expected = tiny_model()
-    optimizer = make_optimizer(expected, CONFIG)
-    for number, step in enumerate(steps[:2]):
-        indices = sample_sequences(3, np.arange(8) + 8 * number, sequences.num_sequences)
-        tokens = torch.from_numpy(sequences.read(indices).tokens)
-        inputs, targets = (part.unflatten(1, (2, -1)) for part in (tokens[:, :-1], tokens[:, 1:]))
-        halves = [(inputs[:, half], targets[:, half]) for half in range(2)]
-        gains = [
-            sequence_log_probs(expected, half) - sequence_log_probs(reference, half).detach()
-            for half in halves
-        ]
-        loss = -F.logsigmoid(0.5 * (gains[0] - gains[1])).mean()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
-        # sums of log-probabilities near -100 in fp32, of which differences of 1e-3 remain
-        assert step.loss == pytest.approx(loss.item(), rel=1e-4)
-        assert step.gradient_norm == pytest.approx(norm.item(), rel=1e-3)
-        optimizer.set_learning_rates((number + 1) / 3)
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def test_a_policy_gradient_objective_raises_what_is_rewarded(folder: Path) -> None:
     sequences = PackedSequences(folder, "train")
     objective = PolicyGradient(document_mask=False, rewarded=200)
@@ -221,3 +137,21 @@ def test_a_target_is_the_next_token_and_padding_is_none(
     assert np.array_equal(batch.targets.numpy()[mask], arrays.tokens[:, 1:][mask])
     assert (batch.targets.numpy()[~mask] == -100).all()
     assert (batch.targets != -100).sum() == mask.sum() > 0
+
+
+def test_loss_on_all_learns_every_token_of_chats_but_the_first_and_no_other_of_text(
+    tmp_path: Path, tokenizer: ByteLevelBPE, corpus: list[str]
+) -> None:
+    chats = PackedSequences(write_chat_sequences(tmp_path / "chats", tokenizer, 60), "train")
+    text = PackedSequences(write_text_sequences(tmp_path / "text", tokenizer, corpus[:40]), "train")
+    some = np.arange(8)
+    objectives = [
+        NextToken(document_mask=False, has_all_targets=has_all) for has_all in (False, True)
+    ]
+    answers, all_tokens = (each.make_batch(chats.read(some), some) for each in objectives)
+    next_tokens = chats.read(some).tokens[:, 1:]
+    is_learned = next_tokens != tokenizer.pad_id  # each sequence holds one chat
+    assert all_tokens.targets.tolist() == np.where(is_learned, next_tokens, IGNORED).tolist()
+    assert (answers.targets != IGNORED).sum() < is_learned.sum()
+    of_text = [each.make_batch(text.read(some), some).targets.tolist() for each in objectives]
+    assert of_text[0] == of_text[1]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llm.artifact import ArtifactWriter
 from llm.data.packed import (
@@ -13,6 +15,7 @@ from llm.data.packed import (
     MAGIC,
     PACK_JSON,
     PADDING_ID,
+    PackedArrays,
     PackedLayout,
     PackedSequences,
     sequence_order,
@@ -126,6 +129,60 @@ def test_bidirectional_attention_leaves_padding_out_with_and_without_a_document_
     arrays = PackedSequences(write(tmp_path / "out", (TEXT, PIECES)), "train").read([0, 1])
     assert arrays.attention_ids(True).tolist() == [[0, 0, 0, 1, 1], [1, 1, 2, 2, PADDING_ID]]
     assert arrays.attention_ids(False).tolist() == [[0] * 5, [0, 0, 0, 0, PADDING_ID]]
+
+
+def test_all_targets_are_the_mask_of_text_and_every_next_token_of_chats(tmp_path: Path) -> None:
+    for tokens, pieces in ((TEXT, PIECES), (LONG, LONG_PIECES)):
+        text = PackedSequences(write(tmp_path / str(tokens), (tokens, pieces)), "train").read(
+            [0, 1]
+        )
+        assert text.all_targets().tolist() == text.mask.tolist()
+    masks = [[0, 0, 1], [0, 1], [0, 0]]
+    tokens = [[0, 7, 8], [0, 9], [0, 11]]
+    pieces = [(0, 0, 3, 0, 0), (1, 0, 2, 0, 3), (2, 0, 2, 1, 0)]
+    folder = write(tmp_path / "chats", (tokens, pieces), masks=masks)
+    chats = PackedSequences(folder, "train").read([0, 1])
+    assert chats.all_targets().tolist() == [
+        [False, True, True, False, True],
+        [False, True, False, False, False],
+    ]
+
+
+@settings(max_examples=100)
+@given(pairs=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=8))
+def test_the_halves_of_pairs_keep_answers_apart_and_sum_them_apart(
+    pairs: list[tuple[int, int]],
+) -> None:
+    """The oracle walks through each row, token by token."""
+    generator = np.random.default_rng(len(pairs))
+    tokens = np.full((2, 90), PAD)
+    document_ids = np.full((2, 90), PADDING_ID)
+    fills, expected = [0, 0], np.full((2, 90), PADDING_ID)
+    counts = [0, 0]
+    for ordinal, lengths in enumerate(pairs):
+        row = ordinal % 2
+        for length in lengths:
+            for position in range(fills[row], fills[row] + length):
+                tokens[row, position] = 7 + position % 5
+                document_ids[row, position], expected[row, position] = ordinal, counts[row]
+            tokens[row, fills[row]] = BOS
+            fills[row] += length
+            counts[row] += 1
+    mask = (tokens > PAD) & (generator.random(tokens.shape) < 0.5)
+    arrays = PackedArrays(tokens, mask, document_ids)
+    halves = arrays.half_ids(BOS)
+    assert halves.tolist() == expected.tolist()
+    values = generator.normal(size=tokens.shape)
+    for row in range(2):
+        sums = np.zeros(sum(map(len, pairs)))
+        np.add.at(sums, halves[row][mask[row]], values[row][mask[row]])
+        for half in range(counts[row]):
+            by_hand = sum(
+                values[row, position]
+                for position in range(90)
+                if mask[row, position] and expected[row, position] == half
+            )
+            assert sums[half] == pytest.approx(by_hand)
 
 
 def test_counts_have_each_token_once(tmp_path: Path) -> None:

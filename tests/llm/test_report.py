@@ -27,6 +27,7 @@ samples = st.builds(
 )
 reports = st.builds(
     Report,
+    models=st.just(("base", "chat")),
     metrics=st.dictionaries(texts, metrics, max_size=4),
     samples=st.lists(samples, max_size=3).map(tuple),
     settings=st.dictionaries(texts, texts, max_size=3),
@@ -63,7 +64,13 @@ def example(**changed: float) -> Report:
             completions={"base": " f():\n    x", "chat": "<b>"},
         ),
     )
-    return Report(metrics=made, samples=shown, settings={"context": "64"}, notes=("one note",))
+    return Report(
+        models=("base", "chat"),
+        metrics=made,
+        samples=shown,
+        settings={"context": "64"},
+        notes=("one note",),
+    )
 
 
 @given(report=reports)
@@ -78,6 +85,7 @@ def test_json_round_trips_and_equal_reports_give_equal_bytes(report: Report) -> 
 def test_order_of_insertion_changes_no_byte() -> None:
     report = example()
     turned = Report(
+        models=report.models,
         metrics=dict(reversed(report.metrics.items())),
         samples=report.samples,
         settings=dict(reversed(report.settings.items())),

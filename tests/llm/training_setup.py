@@ -16,24 +16,34 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from llm.artifact import ArtifactWriter, Json
-from llm.config import FinetuneConfig, ModelConfig, PretrainConfig, RuntimeConfig
+from llm.config import (
+    FinetuneConfig,
+    ModelConfig,
+    OptimizationConfig,
+    PretrainConfig,
+    RuntimeConfig,
+)
 from llm.data.chat import render_chats
 from llm.data.packed import PackedLayout, PackedShard, shard_prefix, write_pack_json
 from llm.data.packed_writer import EncodedDocument, EncodedDocuments, Segments, write_packed_shard
+from llm.data.packing import pack_best_fit
 from llm.model.transformer import Transformer
 from llm.runtime.job import Job, StageFunction, read_job, write_job
 from llm.tokenizer.bpe import ByteLevelBPE
 
 SEQ_LEN = 32
+PAIRS_SEQ_LEN = 96
 TINY = ModelConfig(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48)
 REPOSITORY = Path(__file__).parents[2]
 torch.set_num_threads(1)  # on matrices this small threads cost more than they give
 
 
-def tiny_model(seed: int = 0, vocab_size: int = 600, **shape: Any) -> Transformer:
+def tiny_model(
+    seed: int = 0, vocab_size: int = 600, seq_len: int = SEQ_LEN, **shape: Any
+) -> Transformer:
     """A model of TINY's shape, changed by `shape`, with random weights."""
     config = ModelConfig(**{**asdict(TINY), **shape})
-    model = Transformer(config, vocab_size, SEQ_LEN)
+    model = Transformer(config, vocab_size, seq_len)
     model.initialize(torch.Generator().manual_seed(seed))
     return model
 
@@ -79,10 +89,43 @@ def write_chat_sequences(
     return _write_sequences(folder, tokenizer, tokens, mask)
 
 
+def write_preference_sequences(
+    folder: Path, tokenizer: ByteLevelBPE, splits: Mapping[str, Sequence[tuple[str, str, str]]]
+) -> Path:
+    """Pack preference pairs, a prompt with a chosen and a rejected answer each, by split."""
+    layout = PackedLayout(
+        seq_len=PAIRS_SEQ_LEN,
+        vocab_size=tokenizer.vocab_size,
+        content="preferences",
+        bos_id=tokenizer.bos_id,
+        pad_id=tokenizer.pad_id,
+    )
+    writer = ArtifactWriter(folder)
+    infos: dict[str, list[PackedShard]] = {}
+    for split, pairs in splits.items():
+        documents = EncodedDocuments(layout.dtype)
+        for prompt, *answers in pairs:
+            question = {"role": "user", "content": prompt}
+            sides = [
+                render_chats([[question, {"role": "assistant", "content": answer}]], tokenizer)[0]
+                for answer in answers
+            ]
+            tokens = np.array([token for side in sides for token in side.ids], dtype=np.uint32)
+            mask = np.array([is_target for side in sides for is_target in side.mask])
+            documents.add([EncodedDocument(id=bytes(16), tokens=tokens, mask=mask)])
+        segments = pack_best_fit(documents.lengths, layout.seq_len)
+        prefix = shard_prefix(split, 0)
+        bytes_of = tokenizer.token_bytes
+        infos[split] = [write_packed_shard(writer, prefix, layout, documents, segments, bytes_of)]
+    write_pack_json(writer, layout, infos)
+    writer.finish(stage="pack", summary={})
+    return folder
+
+
 def write_job_file(
     folder: Path,
     stage: str,
-    config: PretrainConfig | FinetuneConfig,
+    config: OptimizationConfig,
     inputs: Mapping[str, Path],
     **runtime: Any,
 ) -> Path:

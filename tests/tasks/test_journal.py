@@ -34,14 +34,15 @@ EVENTS: list[Event] = [
     StageCached(stage="clean", role="corpus", digest="d", run_id=""),
     ModelStarted(
         stage="pretrain",
+        role="",
         key="k",
         settings={"seed": 1},
         datasets=[Dataset(name="rows", digest="d", path="/x", context="training")],
         work_folder="/work",
         links={},
     ),
-    ModelFinished(stage="pretrain", digest="d", folder="/f", summary={}, status="KILLED"),
-    ReportFinished(folder="/r", metrics={"base/loss": 2}),
+    ModelFinished(stage="pretrain", role="", digest="d", folder="/f", summary={}, status="KILLED"),
+    ReportFinished(folder="/r", models=["base"], metrics={"base/loss": 2}),
     PipelineFinished(status="FAILED"),
 ]
 

@@ -28,7 +28,7 @@ def test_a_masked_model_is_trained_measured_and_tracked(tracked: TrackedFolder) 
     artifacts = tracked.path / "artifacts"
     outcomes = tiny.build(artifacts, settings, tracker=tracker)
     report = outcomes["evaluate"]
-    tracker.log(ReportFinished(folder=report.path, metrics=report.summary))
+    tracker.log(ReportFinished(folder=report.path, models=["base", "chat"], metrics=report.summary))
     tracker.close()
 
     assert {outcome.status for outcome in outcomes.values()} == {"built"}

@@ -55,7 +55,9 @@ def log_model(tracked: TrackedFolder, folder: Path, stage: str) -> str:
     tracker = tracked.start()
     start_model(tracker, tracked.work, stage)
     write_points(tracked.work, range(2))
-    event = ModelFinished(stage=stage, digest="d" * 32, folder=str(folder), summary=SUMMARY)
+    event = ModelFinished(
+        stage=stage, role="", digest="d" * 32, folder=str(folder), summary=SUMMARY
+    )
     tracker.log(event)
     tracker.close()
     run = tracked.client.get_run(tracker.model_run_id(stage))

@@ -42,7 +42,7 @@ def test_a_whole_run_is_logged(tracked: TrackedFolder, monkeypatch: pytest.Monke
     (report / "report.json").write_text("{}")
     (report / "samples.json").write_text(json.dumps(SAMPLES))
     metrics: dict[str, Json] = {"base/exact": 0.25, "chat/exact": 0.5, "baseline/xz": 2.0}
-    tracker.log(ReportFinished(folder=str(report), metrics=metrics))
+    tracker.log(ReportFinished(folder=str(report), models=["base", "chat"], metrics=metrics))
     tracker.close()
 
     pipelines = tracked.runs("pipelines")
@@ -60,6 +60,7 @@ def test_a_whole_run_is_logged(tracked: TrackedFolder, monkeypatch: pytest.Monke
         "pack.seq_len": "256",
         "pack.packing": "concatenate",
         "pack.shard_bytes": "67108864",
+        "pack.long_chats": "truncate_right",
         "pack.shares": "[]",
     }
 
@@ -160,7 +161,7 @@ def test_a_resumed_training_goes_on_in_its_run_and_no_point_is_twice(
     first = tracked.start("first")
     start_model(first, tracked.work)
     write_points(tracked.work, range(20))
-    first.log(ModelFinished(stage="pretrain", status="KILLED"))
+    first.log(ModelFinished(stage="pretrain", role="", status="KILLED"))
     first.close("KILLED")
     assert {run.info.status for run in tracked.runs("models").values()} == {"KILLED"}
     points = (tracked.work / "metrics.jsonl").read_text().splitlines(keepends=True)

@@ -80,6 +80,7 @@ def start_model(tracker: Tracker, work: Path, stage: str = "pretrain") -> None:
     tracker.log(
         ModelStarted(
             stage=stage,
+            role="",
             key="key",
             settings={"pretrain.num_steps": 2},
             datasets=[dataset],
@@ -96,7 +97,9 @@ def finish_model(tracker: Tracker, work: Path, folder: Path, stage: str = "pretr
     writer.write_bytes("metrics.jsonl", (work / "metrics.jsonl").read_bytes(), is_log=True)
     digest = writer.finish(stage=stage, summary=SUMMARY).digest
     finish_stage(tracker, stage, seconds=12.5, digest=digest, summary=SUMMARY)
-    tracker.log(ModelFinished(stage=stage, digest=digest, folder=str(folder), summary=SUMMARY))
+    tracker.log(
+        ModelFinished(stage=stage, role="", digest=digest, folder=str(folder), summary=SUMMARY)
+    )
     return digest
 
 

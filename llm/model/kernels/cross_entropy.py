@@ -40,14 +40,20 @@ def head_losses(
     *,
     vocab_size: int,
     soft_cap: float,
+    temperature: float,
+    is_weighted: bool,
     is_compiled: bool,
 ) -> Tensor:
-    """Return the losses (N,) of hidden states x (N, C) under the head's weight (W, C)."""
+    """Return the losses (N,) of hidden states x (N, C) under the head's weight (W, C).
+
+    `is_weighted` says that positions will get different gradients: see `_HeadLosses`.
+    """
     head = _Head(
         vocab_size=vocab_size,
         soft_cap=soft_cap,
+        temperature=temperature,
         dtype=_product_dtype(x),
-        needs_grad=torch.is_grad_enabled(),
+        is_grad_early=torch.is_grad_enabled() and not is_weighted,
         is_compiled=is_compiled,
     )
     return cast(Tensor, _HeadLosses.apply(x, weight, targets, head))
@@ -67,10 +73,12 @@ class _Head:
     """V: the rows of the weight after these are padding and get no probability."""
     soft_cap: float
     """Logits x become cap * tanh(x / cap); 0: unchanged."""
+    temperature: float
+    """Divides the logits after that."""
     dtype: torch.dtype
     """Of the matrix products and a chunk's logits. Sums and the weight's gradient are wider."""
-    needs_grad: bool
-    """Whether gradients are enabled."""
+    is_grad_early: bool
+    """Whether the forward pass takes the gradients, if the dtype allows it."""
     is_compiled: bool
     """Whether softmax and gradient are compiled: two passes over the logits instead of ten."""
 
@@ -84,8 +92,9 @@ class _HeadLosses(torch.autograd.Function):
     """Head and loss with both gradients, taken in the forward pass while the logits exist.
 
     -log softmax(z)[y] = logsumexp(z) - z[y] has the gradient softmax(z) - onehot(y), times one
-    number per position, grad_output. In training that number is the same at every position, so the
-    forward pass assumes 1 and the backward pass multiplies. Otherwise the chunks are made again.
+    number per position, grad_output. In a plain sum that number is the same at every position, so
+    the forward pass assumes 1 and the backward pass multiplies. Otherwise, as for the pairs of DPO,
+    the backward pass makes the chunks again: four products with the head instead of three.
 
     Source: "Liger Kernel" (arXiv 2410.10989), section 3.2; "Cut Your Losses in Large-Vocabulary
     Language Models" (arXiv 2411.09009).
@@ -98,7 +107,7 @@ class _HeadLosses(torch.autograd.Function):
         positions = _target_positions(targets)
         is_target = (targets[positions] != IGNORED).to(head.wide_dtype)
         # fp16 rounds small gradients to 0 unless the loss scale, part of grad_output, is in them
-        is_early = head.needs_grad and head.dtype != torch.float16
+        is_early = head.is_grad_early and head.dtype != torch.float16
         early = needed if is_early else (False, False)
         losses, *ctx.early = _walk(x[positions], weight, targets[positions], head, is_target, early)
         ctx.save_for_backward(x, weight, targets, positions, is_target)
@@ -201,6 +210,8 @@ def _softmax_losses(
     scores = logits.to(head.wide_dtype)
     if head.soft_cap:
         scores = head.soft_cap * torch.tanh(scores / head.soft_cap)
+    if head.temperature != 1:
+        scores, grad_output = scores / head.temperature, grad_output / head.temperature
     scores[:, head.vocab_size :] = -torch.inf  # no probability for padding
     probabilities = scores.softmax(dim=-1)
     # max z - log max softmax(z): the gradient needs softmax in any case, and a logsumexp beside it
@@ -211,7 +222,7 @@ def _softmax_losses(
     if needs_grad:
         grads = probabilities.mul_(grad_output[:, None])
         if head.soft_cap:  # the slope of cap * tanh(x / cap) is 1 - tanh^2
-            slopes = 1.0 - (scores / head.soft_cap) ** 2
+            slopes = 1.0 - (scores / (head.soft_cap / head.temperature)) ** 2
             grads = grads.mul_(slopes)
             target_grads = target_grads * slopes[rows, columns]
         grads[:, head.vocab_size :] = 0.0  # with a cap 0 * (1 - inf^2) there, not a number

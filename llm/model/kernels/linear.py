@@ -8,7 +8,7 @@ took half the time, forward and backward (docs/log.md).
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,33 @@ from torch.nn import functional as F
 MIN_MULTIPLICATIONS = 1 << 20
 
 
+class LinearAdapter(Protocol):
+    """What is trained beside a frozen linear layer: llm/model/lora.py."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what is added to the layer's output: (..., I) -> (..., O)."""
+        ...
+
+    def product(self) -> Tensor:
+        """Return what merging adds to the layer's weight, (O, I)."""
+        ...
+
+
 class Linear(nn.Linear):
-    """nn.Linear, x W^T + b, by `linear`."""
+    """nn.Linear, x W^T + b, by `linear`; plus the output of an adapter, if it has one."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.adapter: LinearAdapter | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply (..., I) -> (..., O)."""
-        return linear(input, self.weight, self.bias)
+        output = linear(input, self.weight, self.bias)
+        return output if self.adapter is None else output + self.adapter(input)
+
+    def merged_weight(self) -> Tensor:
+        """Return the weight (O, I) that alone gives this layer's output, dropout aside."""
+        return self.weight if self.adapter is None else self.weight + self.adapter.product()
 
 
 class JoinedLinear:
@@ -34,17 +55,31 @@ class JoinedLinear:
     concatenated at each call: they change at each step, and states keep one tensor per layer.
     """
 
-    def __init__(self, parts: Sequence[nn.Linear], has_biases: bool) -> None:
+    def __init__(self, parts: Sequence[Linear], has_biases: bool) -> None:
         self.parts, self._has_biases = tuple(parts), has_biases
 
-    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """Return the concatenated weights, and biases if there are any, in the order of parts."""
-        bias = torch.cat([part.bias for part in self.parts]) if self._has_biases else None
-        return torch.cat([part.weight for part in self.parts]), bias
+    def merged_weight(self) -> Tensor:
+        """Return the weights of all parts, adapters merged, in the order of parts."""
+        return torch.cat([part.merged_weight() for part in self.parts])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The biases of all parts, if they have any."""
+        return torch.cat([part.bias for part in self.parts]) if self._has_biases else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the outputs side by side: (..., I) -> (..., sum of O)."""
-        return linear(x, *self.weight_and_bias())
+        output = linear(x, torch.cat([part.weight for part in self.parts]), self.bias)
+        if all(part.adapter is None for part in self.parts):
+            return output
+        # an adapter has products of its own: joined into the weight it would cost a gradient of W
+        added = [
+            output.new_zeros(*x.shape[:-1], part.out_features)
+            if part.adapter is None
+            else part.adapter(x)
+            for part in self.parts
+        ]
+        return output + torch.cat(added, dim=-1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

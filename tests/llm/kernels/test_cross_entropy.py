@@ -103,10 +103,16 @@ def test_losses_and_all_gradients_equal_those_of_whole_logits(
     vocab_size=st.integers(1, 9),
     cap=st.sampled_from([0.0, 1.5]),
     is_weighted=st.booleans(),
+    is_grad_early=st.booleans(),
     data=st.data(),
 )
 def test_gradients_are_those_of_finite_differences(
-    num_positions: int, vocab_size: int, cap: float, is_weighted: bool, data: st.DataObject
+    num_positions: int,
+    vocab_size: int,
+    cap: float,
+    is_weighted: bool,
+    is_grad_early: bool,
+    data: st.DataObject,
 ) -> None:
     ids = st.sampled_from([IGNORED, *range(vocab_size)])
     wanted = data.draw(st.lists(ids, min_size=num_positions, max_size=num_positions))
@@ -117,7 +123,11 @@ def test_gradients_are_those_of_finite_differences(
         vocab_size + 2, 3, dtype=torch.float64, generator=generator, requires_grad=True
     )
     head = cross_entropy._Head(
-        vocab_size=vocab_size, soft_cap=cap, dtype=torch.float64, needs_grad=True, is_compiled=False
+        vocab_size=vocab_size,
+        soft_cap=cap,
+        dtype=torch.float64,
+        is_grad_early=is_grad_early,
+        is_compiled=False,
     )
 
     def reduced(x: Tensor, weight: Tensor) -> Tensor:
@@ -134,21 +144,26 @@ def test_gradients_are_those_of_finite_differences(
 def test_training_walks_over_the_logits_once(
     is_compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    walks: list[bool] = []
-    walk = cross_entropy._walk
-
-    def counted(*arguments: object) -> object:
-        walks.append(True)
-        return walk(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(cross_entropy, "_walk", counted)
+    walks = seen_walks(monkeypatch)
     compiled_losses = torch.compile(cross_entropy._softmax_losses, backend="eager")
     monkeypatch.setattr(cross_entropy, "_compiled_softmax_losses", lambda: compiled_losses)
     module = ModelWithLoss(make_model())
     if is_compiled:
         module.compile(backend="eager")
     (module(*make_batch(), None).sum() / 17 * 2).backward()
-    assert len(walks) == 1
+    assert walks == [(True, True)]
+
+
+def test_weighted_losses_take_their_gradient_once_their_weights_are_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    walks, model, batch = seen_walks(monkeypatch), make_model(), make_batch()
+    weights = torch.linspace(-1, 2, batch[1].numel()).view_as(batch[1])
+    losses = ModelWithLoss(model)(*batch, None, is_weighted=True)
+    found = gradients(model, losses * weights)
+    assert walks == [(False, False), (True, True)], "no gradient is computed to be thrown away"
+    for name, wanted in gradients(model, plain(model, *batch) * weights).items():
+        torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_going_backward_twice_gives_the_same_gradient_twice() -> None:
@@ -307,9 +322,22 @@ def test_sure_and_wrong_models_have_finite_exact_losses(scale: float) -> None:
     weight = torch.randn(V, 8, generator=torch.Generator().manual_seed(6)) * scale
     targets = torch.arange(40)
     head = cross_entropy._Head(
-        vocab_size=V, soft_cap=0.0, dtype=torch.float32, needs_grad=False, is_compiled=False
+        vocab_size=V, soft_cap=0.0, dtype=torch.float32, is_grad_early=False, is_compiled=False
     )
     found = cross_entropy._HeadLosses.apply(x, weight, targets, head)
     expected = F.cross_entropy(x.double() @ weight.double().T, targets, reduction="none")
     assert isinstance(found, Tensor)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * max(1, scale / 10))
+
+
+def seen_walks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
+    """A list that grows by the gradients asked for, of hidden states and weight, at each walk."""
+    walks: list[tuple[bool, bool]] = []
+    walk = cross_entropy._walk
+
+    def seen(*arguments: Any) -> Any:
+        walks.append(arguments[-1])
+        return walk(*arguments)
+
+    monkeypatch.setattr(cross_entropy, "_walk", seen)
+    return walks

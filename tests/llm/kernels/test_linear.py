@@ -52,7 +52,7 @@ def test_values_and_gradients_are_those_of_torch(
 def test_joined_layers_equal_each_alone_in_outputs_and_gradients(
     width: int, has_biases: bool
 ) -> None:
-    parts = [nn.Linear(width, num_outputs, bias=has_biases) for num_outputs in (width, 16, 16)]
+    parts = [Linear(width, num_outputs, bias=has_biases) for num_outputs in (width, 16, 16)]
     weights = [weight for part in parts for weight in part.parameters()]
     found, wanted = [], []
     for outputs, joined in ((found, True), (wanted, False)):
