@@ -886,13 +886,13 @@ def tuning_problems(section: OptimizationConfig, prefix: str) -> list[str]:
                 f" {prefix}.global_batch_size = {total} sequences, expected at least one of each"
                 " kind in every step"
             )
-    if isinstance(section, FinetuneConfig) and section.lora.rank:
-        if section.new_token_embeddings == "mean":
-            problems.append(
-                f"{prefix}.new_token_embeddings: found mean, expected keep with {prefix}.lora.rank"
-                f" = {section.lora.rank}: embeddings are then not trained, and new tokens would"
-                " stay equal"
-            )
+    has_mean = isinstance(section, FinetuneConfig) and section.new_token_embeddings == "mean"
+    if isinstance(section, TuningConfig) and section.lora.rank and has_mean:
+        problems.append(
+            f"{prefix}.new_token_embeddings: found mean, expected keep with {prefix}.lora.rank ="
+            f" {section.lora.rank}: embeddings are then not trained, and new tokens would stay"
+            " equal"
+        )
     if isinstance(section, AlignConfig):
         problems += _align_problems(section, prefix)
     return problems
