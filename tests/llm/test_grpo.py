@@ -467,7 +467,7 @@ def test_text_has_no_prompts(
 ) -> None:
     text = write_text_sequences(tmp_path / "text", tokenizer, corpus[:40])
     job = write_job_file(tmp_path, "align", tiny_align(), {**inputs, "sequences": text})
-    with pytest.raises(DataError, match="align.data: found text in .* expected chats"):
+    with pytest.raises(DataError, match=r"align\.data: found text in .* expected chats"):
         run_inside(align, job)
 
 
