@@ -120,7 +120,7 @@ def _raw(folder: Path) -> Path:
     """Make what `download` leaves of the corpus in `folder`."""
     (folder / "raw/files").mkdir(parents=True)
     (folder / "corpus.jsonl").rename(folder / "raw/files/corpus.jsonl")
-    source = {"kind": "files", "content": "text", "text_key": "text"}
+    source = {"kind": "files", "content": "text", "text_key": "text", "format": "auto"}
     (folder / "raw/source.json").write_text(json.dumps(source))
     return folder / "raw"
 

@@ -6,10 +6,12 @@ from llm.artifact import ArtifactWriter, Json
 from llm.config import AlignConfig, read_section
 from llm.runtime.job import Job
 from llm.training.dpo import dpo
+from llm.training.grpo import grpo
 from llm.training.processes import run_training_job
 
 METHODS: dict[str, Callable[[Job, ArtifactWriter, AlignConfig], dict[str, Json]]] = {
     "dpo": dpo,
+    "grpo": grpo,
 }
 """By the setting `align.method`: train from the starting model and return the summary."""
 

@@ -8,13 +8,13 @@ personal data (off); rules of C4 and Gopher (off); length; exact duplicates; nea
 decontamination (off); split. A shard is about `clean.shard_bytes` of raw files. The global decision
 reads ids and signatures of all documents; it reads texts only to compare candidates.
 
-A text record holds its text under `text_key`. A chat holds `messages`, each with `role` (system,
-user, assistant) and `content`, or `instruction`, `input` and `output`; `kind` may name a
-category.
+A text record holds its text under `text_key`. Chats and preference pairs are in one of the formats
+of llm/data/raw/record_formats.py; their turns follow the policy of llm/data/raw/conversations.py.
 
 A document's id is the hash of its content, which alone decides its side of the split: more data
-never moves a document to the other side. Chats with the same `group` (questions on one function,
-say) stay together: for them the hash of the group decides. Of near duplicates the one of lowest
+never moves a document to the other side. Chats and pairs with the same `group` (questions on one
+function, say) stay together: for them the hash of the group decides; for other pairs, that of the
+prompt. Of near duplicates the one of lowest
 hash is kept, one in validation before one in training. Every dropped document is counted.
 """
 
@@ -50,8 +50,8 @@ from llm.data.documents import (
     write_documents_json,
 )
 from llm.data.open_files import OpenFiles
-from llm.data.raw.reading import MISSING_KEY
-from llm.data.raw.record_layouts import expected_layout
+from llm.data.raw.first_records import expected_format
+from llm.data.raw.record_formats import MISSING_KEY
 from llm.errors import DataError
 from llm.runtime.job import Job, run_job
 from llm.runtime.shards import FinishedShard, Shard, do_shards
@@ -72,7 +72,7 @@ def clean(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     mapped, staged = _map(job, raw, settings, stats, summary)
     drops = _decide(job, staged, settings, stats)
     shards = _write(job, mapped, staged, drops, settings, writer, stats, summary)
-    _refuse_empty_side(stats, settings, raw, job.work)
+    _refuse_empty_side(stats, settings, raw, job)
     lines = (json.dumps(example, sort_keys=True) + "\n" for example in stats.rejected())
     writer.write_bytes("rejected.jsonl", "".join(lines).encode())
     write_documents_json(writer, raw.content, shards, len(raw.folders))
@@ -245,7 +245,7 @@ def _shard(name: str, number: int, size: int, settings: Mapping[str, Json]) -> S
 
 
 def _refuse_empty_side(
-    stats: CleaningStats, settings: CleanConfig, raw: RawInput, scratch: Path
+    stats: CleaningStats, settings: CleanConfig, raw: RawInput, job: Job
 ) -> None:
     if stats.num_kept["train"] and stats.num_kept["validation"]:
         return
@@ -258,7 +258,7 @@ def _refuse_empty_side(
     )
     if not stats.num_kept.total() and examples and examples[0]["reason"] == MISSING_KEY:
         keys = str(examples[0]["excerpt"]).partition(": {")[0]
-        expected = expected_layout(raw.read_options(0, settings, scratch))
+        expected = expected_format(raw.read_options(0, job.role, settings, job.work))
         raise DataError(f"{found}; found {keys}; {expected}")
     side = "train" if stats.num_kept["validation"] else "validation"
     raise DataError(

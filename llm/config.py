@@ -18,6 +18,7 @@ import yaml
 from llm import presets
 from llm.data.chat import CHAT_FORMATS
 from llm.data.raw.formats import content_of
+from llm.data.raw.record_formats import FORMAT_NAMES
 from llm.depth import DepthContext, expand_depth, take_depth
 from llm.errors import ConfigError
 from llm.models import MODELS, Training, dataset_of, trainings
@@ -34,6 +35,7 @@ from llm.settings import (
     did_you_mean,
 )
 from llm.tokenizer.kinds import TOKENIZER_KINDS
+from llm.training.rewards import reward_problems
 from llm.training.shares import replayed_per_step
 
 Section = TypeVar("Section")
@@ -71,6 +73,10 @@ class SourceConfig:
     """
     text_key: str = "text"
     """Corpus records (json, jsonl, hub): the key that holds the text."""
+    format: Annotated[str, OneOf(FORMAT_NAMES)] = "auto"
+    """Chats and preferences: which keys of a record hold what. auto: each record is of the first
+    format whose keys it has; another name: records without its keys are dropped and counted.
+    """
     max_documents: Count = 0
     """stdlib and hub: maximum number of documents; 0 takes all, and whole files of the hub."""
 
@@ -115,7 +121,7 @@ class DownloadConfig:
     corpus: MixtureConfig = field(default_factory=MixtureConfig)
     """Documents of plain text."""
     chats: MixtureConfig = field(default_factory=MixtureConfig)
-    """Conversations: records with `messages`, or with `instruction`, `input` and `output`."""
+    """Conversations, in one of the formats of llm/data/raw/record_formats.py."""
     preferences: MixtureConfig = field(default_factory=MixtureConfig)
     """Preference pairs: a prompt with a chosen and a rejected answer."""
     more: tuple[NamedMixtureConfig, ...] = ()
@@ -263,6 +269,10 @@ class CleanConfig:
     """
     reading: ReadingConfig = field(default_factory=ReadingConfig)
     """Limits for compressed files and archives."""
+    tool_turns: Literal["drop", "as_text"] = "drop"
+    """Chats with tools. drop: they are dropped and counted; as_text: a call becomes text of the
+    assistant, in JSON, and its result a message of the user.
+    """
     text_document_bytes: Positive = 32_768
     """Plain text files are cut at blank lines into documents of about this many bytes."""
     line_ends: Literal["as_is", "lf"] = "as_is"
@@ -274,7 +284,7 @@ class CleanConfig:
     masks_ip_addresses: bool = False
     """Replace public IP addresses, version 4 or 6, by [ip]."""
     filters: Literal["none", "gopher", "c4", "gopher+c4"] = "none"
-    """Quality filters, each rule counted by itself. Chats are not filtered."""
+    """Quality filters, each rule counted by itself. Chats and preferences are not filtered."""
     c4: C4Config = field(default_factory=C4Config)
     """Thresholds of C4's rules, which run first because they change the text."""
     gopher: GopherConfig = field(default_factory=GopherConfig)
@@ -343,7 +353,9 @@ class PackConfig:
     sequence are not cut, and sequences may end in padding. Chats are always packed by best_fit.
     """
     long_chats: Literal["drop", "truncate_left", "truncate_right"] = "truncate_right"
-    """Chats longer than a sequence: drop them, or cut off their beginning or their end."""
+    """Chats longer than a sequence: drop them, or cut off their beginning, but for a system message
+    in front, or their end. Preference pairs longer than a sequence are dropped.
+    """
     shard_bytes: Positive = 64 << 20
     """Size of the documents packed together, by one process that holds all their tokens in memory.
     More means fewer, larger files, and less padding.
@@ -874,6 +886,32 @@ def tuning_problems(section: OptimizationConfig, prefix: str) -> list[str]:
                 f" {prefix}.global_batch_size = {total} sequences, expected at least one of each"
                 " kind in every step"
             )
+    has_mean = isinstance(section, FinetuneConfig) and section.new_token_embeddings == "mean"
+    if isinstance(section, TuningConfig) and section.lora.rank and has_mean:
+        problems.append(
+            f"{prefix}.new_token_embeddings: found mean, expected keep with {prefix}.lora.rank ="
+            f" {section.lora.rank}: embeddings are then not trained, and new tokens would stay"
+            " equal"
+        )
+    if isinstance(section, AlignConfig):
+        problems += _align_problems(section, prefix)
+    return problems
+
+
+def _align_problems(section: AlignConfig, prefix: str) -> list[str]:
+    problems: list[str] = []
+    if section.lora.dropout:
+        problems.append(
+            f"{prefix}.lora.dropout: found {section.lora.dropout:g}, expected 0: {section.method}"
+            " compares probabilities, and dropout would add noise to them"
+        )
+    if section.method == "grpo":
+        problems += reward_problems(section.grpo.rewards, f"{prefix}.grpo.rewards")
+        if section.global_batch_size % section.grpo.group_size:
+            problems.append(
+                f"{prefix}.global_batch_size: found {section.global_batch_size} answers, expected a"
+                f" multiple of {prefix}.grpo.group_size = {section.grpo.group_size}"
+            )
     return problems
 
 
@@ -891,17 +929,6 @@ def lora_problems(model: ModelConfig, lora: LoraConfig, prefix: str) -> list[str
         f"{prefix}.targets: found {', '.join(unknown) or 'none'}, expected some of"
         f" {', '.join(layers)}, the linear layers of this model's blocks"
     ]
-
-
-def finetune_problems(finetune: FinetuneConfig, prefix: str) -> list[str]:
-    """Return the problems between settings of a fine-tuning stage, each with its dotted key."""
-    if finetune.lora.rank and finetune.new_token_embeddings == "mean":
-        return [
-            f"{prefix}.new_token_embeddings: found mean, expected keep with {prefix}.lora.rank ="
-            f" {finetune.lora.rank}: embeddings are then not trained, and new tokens would stay"
-            " equal"
-        ]
-    return []
 
 
 def _apply_override(tree: dict[str, object], override: str, problems: list[str]) -> None:
@@ -972,6 +999,13 @@ def _cross_checks(config: RunConfig) -> list[str]:
                 f" {dotted}.num_steps = {section.num_steps}"
             )
         problems += tuning_problems(section, dotted)
+        if isinstance(section, TuningConfig):
+            problems += lora_problems(config.pretrain.model, section.lora, f"{dotted}.lora")
+        if isinstance(section, AlignConfig) and not config.pretrain.model.is_causal:
+            problems.append(
+                f"{dotted}.method: found {section.method}, expected no stage align for"
+                " pretrain.model.is_causal = false: a masked language model generates no answers"
+            )
     problems += _training_problems(config)
     for slot in ("corpus", "chats", "preferences"):
         problems += _mixture_problems(mixture_of(config.download, slot), f"download.{slot}")
@@ -1009,7 +1043,7 @@ def _training_problems(config: RunConfig) -> list[str]:
                 f"{training.dotted}.data: found {dataset!r}, expected one of {', '.join(datasets)}"
                 f"{did_you_mean(dataset, datasets)}"
             )
-        elif (needed := _needed_content(training)) and content_of(dataset) not in needed:
+        elif content_of(dataset) not in (needed := _needed_content(training)):
             problems.append(
                 f"{training.dotted}.data: found {dataset}, which holds {content_of(dataset)};"
                 f" expected {' or '.join(needed)}"
@@ -1019,9 +1053,9 @@ def _training_problems(config: RunConfig) -> list[str]:
 
 def _needed_content(training: Training) -> tuple[str, ...]:
     """Return what the dataset of a training may hold."""
-    if training.stage == "finetune":
+    if not isinstance(training.settings, AlignConfig):
         return ("text", "chats")
-    return ("preferences",) if getattr(training.settings, "method", "") == "dpo" else ("chats",)
+    return ("preferences",) if training.settings.method == "dpo" else ("chats",)
 
 
 def _mixture_problems(mixture: MixtureConfig, dotted: str) -> list[str]:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from llm.artifact import ArtifactWriter, Json
 from llm.config import SourceConfig, read_section
+from llm.data.content import Content
+from llm.data.raw.first_records import FirstRecords
 from llm.data.raw.formats import content_of, refuse_name
 from llm.data.raw.reading import read_stream
-from llm.data.raw.record_layouts import FirstRecords
 from llm.data.raw.records import ReadOptions, Skip
 from llm.data.sources.fingerprint import files_fingerprint, fingerprint, list_files
 from llm.data.sources.http import fetch_file, file_name
@@ -28,7 +29,7 @@ from llm.data.sources.hub import (
     resolve_commit,
 )
 from llm.data.sources.stdlib import corpus_documents
-from llm.data.sources.stdlib_chats import chat_records
+from llm.data.sources.stdlib_chats import chat_records, preference_records
 from llm.errors import DataError
 from llm.runtime.job import Job, run_job
 
@@ -54,17 +55,20 @@ def download(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     summary = makers[source.kind](job, source, writer)
     content = content_of(job.role)
     writer.write_json(
-        "source.json", {"kind": source.kind, "content": content, "text_key": source.text_key}
-    )
+        "source.json",
+        {"kind": source.kind, "content": content, "text_key": source.text_key,
+         "format": source.format},
+    )  # fmt: skip
     return {"kind": source.kind, "content": content, **summary}
 
 
 def _write_stdlib(job: Job, source: SourceConfig, writer: ArtifactWriter) -> dict[str, Json]:
-    records: Iterator[Mapping[str, Json]] = (
-        chat_records()
-        if content_of(job.role) == "chats"
-        else ({"text": text} for text in corpus_documents())
-    )
+    makers: dict[Content, Callable[[], Iterator[Mapping[str, Json]]]] = {
+        "text": lambda: ({"text": text} for text in corpus_documents()),
+        "chats": chat_records,
+        "preferences": preference_records,
+    }
+    records = makers[content_of(job.role)]()
     lines = _limited(map(_json_line, records), source.max_documents)
     summary = _write_records(job, lines, "files/stdlib.jsonl", writer)
     _refuse_change(job, fingerprint(source, job.role, None), "the standard library")
@@ -119,6 +123,7 @@ def _hub_records(
     options = ReadOptions(
         content=content_of(job.role),
         text_key=source.text_key,
+        format=source.format,
         setting=f"download.{job.role}",
         text_document_bytes=TEXT_DOCUMENT_BYTES,
         scratch=job.work,

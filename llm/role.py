@@ -1,4 +1,4 @@
-"""The role of a pipeline step: `corpus`, `chats`, or one source of these (`corpus.sources.0`)."""
+"""The role of a pipeline step: a dataset, or one source of it (`corpus.sources.0`)."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ class Role:
     """The part of `download` that a step works on. `str` gives its dotted path."""
 
     name: str = ""
-    """`corpus` or `chats`; empty for a stage that runs once."""
+    """Of a dataset: `corpus`, `chats-math`; empty for a stage that runs once."""
     source: int | None = None
     """Index in `download.<name>.sources`; None for the whole."""
 

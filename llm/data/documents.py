@@ -1,6 +1,6 @@
 """Cleaned documents on disk: written once by `clean`, read in any order, not held in memory.
 
-documents.json               the content, and the shards of each split in their order
+documents.json               text, chats or preferences, and the shards of each split in their order
 train/00000.jsonl            one document per line; a shard without documents has no file
 train/00000.offsets.bin      the byte offset of each line, and the file's length
 train/00000.sources.bin      with several sources, the number of each document's source
@@ -34,28 +34,28 @@ OFFSET, SOURCE = struct.Struct("<Q"), struct.Struct("<I")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """A text, a chat, or a preference pair: the messages of a prompt and two answers."""
+    """A text, the messages of a chat, or a preference pair."""
 
     id: bytes
     """16 bytes."""
     text: str = ""
     messages: tuple[Message, ...] = ()
+    """Of a preference pair: of its prompt."""
     chosen: str = ""
-    """Of a preference pair: the better answer."""
+    """Of a preference pair: the answer to prefer."""
     rejected: str = ""
-    """Of a preference pair: the worse answer."""
     kind: str = ""
-    """Of a chat, such as a task's name, if its source has one; metrics are grouped by it."""
+    """Of a chat or a pair, such as a task's name, if its source has one; and groups metrics."""
     size_bytes: int
     """Length of its line in the file."""
 
     @property
     def texts(self) -> list[str]:
-        """All texts in it: the text, or that of each message and answer."""
+        """The text; that of each message; of a pair, of its answers too."""
         if not self.messages:
             return [self.text]
-        answers = filter(None, (self.chosen, self.rejected))
-        return [*(message["content"] for message in self.messages), *answers]
+        answers = [self.chosen, self.rejected] if self.chosen else []
+        return [message["content"] for message in self.messages] + answers
 
 
 class DocumentsWriter(Closing):
@@ -182,7 +182,7 @@ class DocumentReader:
 
 
 def read_content(folder: Path) -> Content:
-    """Return what the documents in `folder` are.
+    """Return whether the documents in `folder` are `text`, `chats` or `preferences`.
 
     Raises:
         ArtifactError: `documents.json` is missing or damaged.
@@ -207,8 +207,9 @@ def _read_documents_json(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ArtifactError(f"{path}: damaged ({error!r}); run clean again") from error
     if content not in get_args(Content):
-        known = ", ".join(get_args(Content))
-        raise ArtifactError(f"{path}: content is {content!r}, expected one of {known}")
+        raise ArtifactError(
+            f"{path}: content is {content!r}, expected one of {', '.join(get_args(Content))}"
+        )
     return found
 
 
@@ -235,12 +236,15 @@ def _parse(line: bytes, content: Content) -> Document:
         for message in record["messages"]
     )
     if not messages:
-        raise ValueError("a chat without messages")
+        raise ValueError("without messages")
+    chosen = rejected = ""
+    if content == "preferences":
+        chosen, rejected = _string(record["chosen"]), _string(record["rejected"])
     return Document(
         id=identifier,
         messages=messages,
-        chosen=_string(record["chosen"]) if content == "preferences" else "",
-        rejected=_string(record["rejected"]) if content == "preferences" else "",
+        chosen=chosen,
+        rejected=rejected,
         kind=_string(record.get("kind", "")),
         size_bytes=len(line),
     )

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm.data.chat import CHAT_FORMATS, chat_format_of
+from llm.errors import ArtifactError
 from llm.tokenizer.base import (
     CONTROL_TOKENS,
     DEFAULT_CHAT_FORMAT,
@@ -51,15 +52,27 @@ def exported_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, bytes]:
 
 def chat_template(tokenizer: Tokenizer, names: Mapping[str, str]) -> str:
     """Return the tokenizer's chat format in Jinja, with these names of control tokens."""
-    return chat_format_of(tokenizer).template(names, MESSAGE_CONTENT)
+    return chat_format_of(tokenizer).jinja(names, MESSAGE_CONTENT)
 
 
 def find_chat_format(tokenizer: Tokenizer, template: object) -> str:
-    """Return the chat format that an export wrote as `template`, or else the default one."""
+    """Return the chat format that an export wrote as `template`.
+
+    A template that others wrote is not used: chats are written in the default format.
+
+    Raises:
+        ArtifactError: it was exported from here and then changed.
+    """
     names = control_names(tokenizer, marked_library_json(tokenizer))
     for name, chat_format in CHAT_FORMATS.items():
-        if chat_format.template(names, MESSAGE_CONTENT) == template:
+        if chat_format.jinja(names, MESSAGE_CONTENT) == template:
             return name
+    if isinstance(template, str) and MARK in template:
+        raise ArtifactError(
+            f"{TOKENIZER_CONFIG_JSON}: chat_template: exported from here, and then changed, so that"
+            " text of users might become control tokens; expected the template of one of"
+            f" {', '.join(CHAT_FORMATS)}. Export the model again"
+        )
     return DEFAULT_CHAT_FORMAT
 
 

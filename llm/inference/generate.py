@@ -31,27 +31,36 @@ SEQUENCES_PER_BATCH = 64  # bounds the cache; larger batches were no faster on a
 
 
 def generate(
-    model: Transformer, prompts: Sequence[Sequence[int]], options: GenerationOptions
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
+    seeds: Sequence[int] | None = None,
+    sequences_per_batch: int = SEQUENCES_PER_BATCH,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, without the stop that ended it.
 
     A completion ends at the latest where the model's context does: its last token is predicted from
     `model.seq_len` tokens, as in training. What is sampled depends on the seed and on the prompt's
-    index, not on the other prompts. On a CPU the weights are repacked first; a caller that
-    generates often passes a `packed` model.
+    index, or on its own one of `seeds`, not on the other prompts. Equal prompts are read once. On a
+    CPU the weights are repacked first; a caller that generates often passes a `packed` model. Short
+    answers to many prompts are faster in larger batches, whose cache takes more memory.
 
     Raises:
         DataError: a prompt is empty, longer than the context, or has ids outside the vocabulary.
         ConfigError: a stop is a text.
     """
     results: list[list[int]] = [[] for _ in prompts]
-    for index, token in stream(model, prompts, options):
-        results[index].append(token)
+    criteria = [id_stopping_criterion(options) for _ in prompts]
+    found = _stream(model, prompts, options, criteria, seeds, sequences_per_batch)
+    for index, ids in found:
+        results[index].extend(ids)
     return results
 
 
 def stream(
-    model: Transformer, prompts: Sequence[Sequence[int]], options: GenerationOptions
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
 ) -> Iterator[tuple[int, int]]:
     """Yield (prompt index, new token) as tokens are made.
 
@@ -130,10 +139,10 @@ class DecodingBatch:
     def step(self) -> list[int]:
         """Add a token to every sequence and return the new tokens."""
         unread = [each.tokens[each.num_cached :] for each in self.sequences]
-        tokens = _padded(unread).to(self._device)  # (B, T)
-        x = self._model.hidden_states(tokens, cache=self._cache)  # (B, T) -> (B, T, C)
-        last = torch.tensor([len(ids) - 1 for ids in unread], device=self._device)  # (B,)
-        x = x[torch.arange(len(unread), device=self._device), last]  # (B, T, C) -> (B, C)
+        if any(each.num_cached for each in self.sequences):
+            x = self._read(unread)  # (B, C)
+        else:
+            x = self._read_prompts(unread)  # (B, C)
         chosen = self._choose(self._model.logits(x), unread)  # (B, C) -> (B, V) -> (B,)
         for each, token in zip(self.sequences, chosen, strict=True):
             each.num_cached = len(each.tokens)
@@ -150,6 +159,23 @@ class DecodingBatch:
             kept_indices = torch.tensor(kept, device=self._device)
             self._cache.keep(kept_indices)
             self._is_seen = None if self._is_seen is None else self._is_seen[kept_indices]
+
+    def _read(self, unread: Sequence[Sequence[int]]) -> Tensor:
+        """Append tokens to the cache; return the hidden state of the last of each: (B, C)."""
+        tokens = _padded(unread).to(self._device)  # (B, T)
+        x = self._model.hidden_states(tokens, cache=self._cache)  # (B, T) -> (B, T, C)
+        last = torch.tensor([len(ids) - 1 for ids in unread], device=self._device)  # (B,)
+        return x[torch.arange(len(unread), device=self._device), last]  # (B, T, C) -> (B, C)
+
+    def _read_prompts(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read equal prompts once, as of several answers to one question: (B, C)."""
+        numbers = {ids: number for number, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        x = self._read(list(numbers))  # (distinct prompts, C)
+        if len(numbers) == len(prompts):
+            return x
+        owners = torch.tensor([numbers[tuple(ids)] for ids in prompts], device=self._device)  # (B,)
+        self._cache.keep(owners)  # a copy of its prompt's keys and values to each
+        return x[owners]
 
     def _choose(self, logits: Tensor, unread: Sequence[Sequence[int]]) -> list[int]:
         """Choose a token for each sequence: (B, V) -> B ids."""
@@ -168,15 +194,21 @@ def _stream(
     prompts: Sequence[Sequence[int]],
     options: GenerationOptions,
     criteria: Sequence[StoppingCriterion[Output]],
+    seeds: Sequence[int] | None = None,
+    sequences_per_batch: int = SEQUENCES_PER_BATCH,
 ) -> Iterator[tuple[int, Output]]:
     """Yield (prompt index, output) as each prompt's stopping criterion releases it."""
     _check_prompts(model, prompts)
+    if seeds is None:
+        seeds = [derive_seed(options.seed, "generate", index) for index in range(len(prompts))]
     model = packed(model)
     # prompts of similar length together, so that little is padding
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(prompts) if options.max_new_tokens else 0, SEQUENCES_PER_BATCH):
-        indices = by_length[start : start + SEQUENCES_PER_BATCH]
-        sequences = [_start(model, index, prompts[index], options) for index in indices]
+    for start in range(0, len(prompts) if options.max_new_tokens else 0, sequences_per_batch):
+        indices = by_length[start : start + sequences_per_batch]
+        sequences = [
+            _start(model, index, prompts[index], options, seeds[index]) for index in indices
+        ]
         batch = DecodingBatch(model, sequences, options)
         while batch.sequences:
             tokens, ended = batch.step(), set[int]()
@@ -195,11 +227,11 @@ def _stream(
 
 
 def _start(
-    model: Transformer, index: int, prompt: Sequence[int], options: GenerationOptions
+    model: Transformer, index: int, prompt: Sequence[int], options: GenerationOptions, seed: int
 ) -> DecodedSequence:
     num_left = min(options.max_new_tokens, model.seq_len + 1 - len(prompt))
     # drawn in advance from the prompt's own generator, so that no other prompt matters
-    generator = torch.Generator().manual_seed(derive_seed(options.seed, "generate", index))
+    generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(num_left if options.temperature else 0, generator=generator).tolist()
     return DecodedSequence(index=index, tokens=list(prompt), num_left=num_left, uniform=uniform)
 

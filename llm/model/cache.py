@@ -62,11 +62,11 @@ class KeyValueCache:
         self.num_columns, self.is_even = max(lengths), min(lengths) == max(lengths)
 
     def keep(self, sequences: Tensor) -> None:
-        """Drop all but these sequences, so that finished ones cost nothing."""
+        """Keep these sequences only, so that finished ones cost nothing; one may be named often."""
         for stored in (self.keys, self.values):
             # one copy per drop; each later step computes fewer sequences
             stored[:] = [each if each is None else each[sequences] for each in stored]
-        self._sequences = self._sequences[: len(sequences)]
+        self._sequences = torch.arange(len(sequences), device=sequences.device)[:, None]
         self.truncate(self.lengths[sequences].tolist())
 
     def _store(

@@ -52,10 +52,12 @@ class ModelWithLoss(nn.Module):
         targets: Tensor,
         document_ids: Tensor | None,
         is_weighted: bool = False,
+        temperature: float = 1.0,
     ) -> Tensor:
         """Return the loss at each position, (B, T).
 
         `is_weighted`: they will be weighted differently, so their gradient waits for the weights.
+        `temperature` divides the logits, as in sampling.
         """
         model = self.model
         hidden_states = self._compiled_hidden_states or model.hidden_states
@@ -70,6 +72,7 @@ class ModelWithLoss(nn.Module):
             targets.flatten(),
             vocab_size=model.vocab_size,
             soft_cap=model.config.logit_soft_cap,
+            temperature=temperature,
             is_weighted=is_weighted,
             is_compiled=self._compiled_hidden_states is not None,
         ).view_as(targets)  # (N,) -> (B, T)

@@ -13,6 +13,7 @@ import resource
 import sys
 
 import torch
+from torch import Tensor
 
 from llm.model.attention import window_of
 from llm.model.positions import head_dim_of
@@ -64,13 +65,19 @@ def flops_per_token(model: Transformer) -> float:
     Document masks and activation checkpointing change nothing.
     """
     config = model.config
-    head = model.head.weight
-    multiplied = [(weight, weight.numel()) for weight in model.blocks.parameters()]
-    multiplied = [(weight, size) for weight, size in multiplied if weight.ndim == 2]
-    multiplied.append((head, model.vocab_size * head.shape[1]))
-    products = sum((6.0 if weight.requires_grad else 4.0) * size for weight, size in multiplied)
+    products = model.vocab_size * _flops_per_input(model.head.weight)
+    products += sum(
+        len(weight) * _flops_per_input(weight)
+        for weight in model.blocks.parameters()
+        if weight.ndim == 2
+    )
     attended = sum(_attended_positions(model, layer) for layer in range(config.num_layers))
     return products + 12.0 * config.num_heads * head_dim_of(config) * attended
+
+
+def _flops_per_input(weight: Tensor) -> float:
+    """Return the operations of a row of a matrix (O, I), forward and backward."""
+    return (6.0 if weight.requires_grad else 4.0) * weight.shape[1]
 
 
 def _attended_positions(model: Transformer, layer: int) -> int:

@@ -1,5 +1,6 @@
 """Metrics of steps in flight: copied from the device to the host while the device goes on."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,5 +41,9 @@ class StepInFlight:
     number: int
     """Steps before it."""
     num_targets: int
+    sums: Mapping[str, float]
+    """As in StepBatches, over all processes."""
+    means: Sequence[str]
+    """Names of the objective's own among `metrics`."""
     started_at: float
     metrics: AsyncMetrics

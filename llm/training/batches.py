@@ -3,9 +3,9 @@
 Shapes: B sequences, T positions.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from llm.training.sequences import Source, read_samples
 from llm.training.shares import share_of
 
 READ_TOKENS = 1 << 17  # 2 to 3 MB: small steps share the fixed cost of a read
+POSITIONS = "positions"  # of StepBatches.sums: input positions, where a step's are not fixed
 READS_AHEAD = 2  # one is being copied to the device while the next is read
 
 
@@ -30,6 +31,8 @@ class StepBatches:
     """On the device."""
     num_targets: int
     """Of all micro-batches together; counted on the host, which so need not wait for the device."""
+    sums: Mapping[str, float] = field(default_factory=dict[str, float])
+    """What else is added up over all processes: of the same names on each."""
 
 
 def batches_of_steps(

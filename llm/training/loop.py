@@ -8,7 +8,7 @@ Shapes: B sequences in a micro-batch, T positions.
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
@@ -23,10 +23,10 @@ from llm.model.precision import autocast, computed_precision
 from llm.runtime.failpoints import failpoint
 from llm.seeds import derive_seed
 from llm.training.async_metrics import AsyncMetrics, StepInFlight
-from llm.training.batches import StepBatches, batches_of_steps
+from llm.training.batches import POSITIONS, StepBatches, batches_of_steps
 from llm.training.kept_weights import KeptWeights
 from llm.training.loss_scale import INITIAL_LOSS_SCALE, LossScale, StepGuard
-from llm.training.objectives import Batch, Objective
+from llm.training.objectives import Batch, Objective, OnPolicyObjective
 from llm.training.optimizers import Optimizer
 from llm.training.processes import sum_on_devices, sum_over_processes
 from llm.training.schedules import learning_rate_factor
@@ -93,6 +93,8 @@ class Step:
     """Norm of the change of all weights; measured every tenth step."""
     weight_norm: float | None
     """Norm of all weights after the step; measured with it."""
+    metrics: Mapping[str, float]
+    """What else the objective measured, by name."""
     seconds: float
     """Duration."""
 
@@ -144,13 +146,13 @@ def training_steps(
             mine = next(batches)
             # One message before any work: the number of targets to divide by, and whether to stop.
             # It goes between hosts (gloo), so it does not wait for the GPU either.
-            num_targets, num_stopping = sum_over_processes(
-                training.accelerator, mine.num_targets, is_stopping()
+            num_targets, num_stopping, *sums = sum_over_processes(
+                training.accelerator, mine.num_targets, is_stopping(), *mine.sums.values()
             )
             if num_stopping:
                 break
-            micro_batches = mine.micro_batches
-            in_flight.append(worker.start(number, micro_batches, int(num_targets), started_at))
+            known = dict(zip(mine.sums, sums, strict=True))
+            in_flight.append(worker.start(number, mine, int(num_targets), known, started_at))
             is_awaited = number + 1 == last or needs_weights(number + 1)
             while len(in_flight) > (0 if is_awaited else num_ahead):
                 yield worker.finish(in_flight.popleft(), state)
@@ -176,6 +178,9 @@ class _Worker:
     def batches(self) -> Generator[StepBatches]:
         """Yield this process's share of each step."""
         training, accelerator = self._training, self._training.accelerator
+        if isinstance(training.objective, OnPolicyObjective):
+            # in this thread, when the next step is asked for: after the update before it
+            return training.objective.sampled_steps(self._first_step)
         return batches_of_steps(
             training.sequences,
             training.objective,
@@ -190,20 +195,28 @@ class _Worker:
         )
 
     def start(
-        self, number: int, batches: Sequence[Batch], num_targets: int, started_at: float
+        self,
+        number: int,
+        batches: StepBatches,
+        num_targets: int,
+        sums: Mapping[str, float],
+        started_at: float,
     ) -> StepInFlight:
         """Give the device all the work of a step."""
+        means: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         if num_targets:  # without any the loss would be 0 / 0: such a step is skipped
             self._seed_dropout(number)
-            metrics["loss"] = self._accumulate_gradient(batches, num_targets)
-            metrics |= self._update(number, metrics["loss"])
+            means = self._accumulate_gradient(batches.micro_batches, num_targets)
+            metrics = means | self._update(number, means["loss"])
         if self._training.kept:
             # queued behind the update, so it reads the weights of this step
             self._training.kept.update_average(number + 1)
         return StepInFlight(
             number=number,
             num_targets=num_targets,
+            sums=sums,
+            means=[name for name in means if name != "loss"],
             started_at=started_at,
             metrics=AsyncMetrics(metrics),
         )
@@ -229,7 +242,8 @@ class _Worker:
         state.loss_scale_steps = int(metrics.get("loss_scale_steps", state.loss_scale_steps))
         state.step = step.number + 1
         # padding counts, since the device computes it: the axis is one of computation
-        num_tokens = config.global_batch_size * training.sequences.seq_len
+        in_sequences = config.global_batch_size * training.sequences.seq_len
+        num_tokens = int(step.sums.get(POSITIONS, in_sequences))
         state.tokens += num_tokens
         num_replayed = training.replay.per_step if training.replay else 0
         num_read = state.step * (config.global_batch_size - num_replayed)
@@ -248,8 +262,13 @@ class _Worker:
             loss_scale=metrics.get("loss_scale"),
             update_norm=metrics.get("update_norm"),
             weight_norm=metrics.get("weight_norm"),
+            metrics={**{name: metrics[name] for name in step.means}, **self._metrics_of(step.sums)},
             seconds=done_at - began_at,
         )
+
+    def _metrics_of(self, sums: Mapping[str, float]) -> Mapping[str, float]:
+        objective = self._training.objective
+        return objective.step_metrics(sums) if isinstance(objective, OnPolicyObjective) else {}
 
     def _seed_dropout(self, number: int) -> None:
         # A function of seed, step and process: a resumed training drops what an uninterrupted one
@@ -260,26 +279,30 @@ class _Worker:
         if self._device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _accumulate_gradient(self, batches: Sequence[Batch], num_targets: int) -> Tensor:
+    def _accumulate_gradient(self, batches: Sequence[Batch], num_targets: int) -> dict[str, Tensor]:
         """Accumulate the gradient of the mean loss over all micro-batches and processes; return
-        that loss.
+        that loss, and the means of the objective's other sums.
         """
         accelerator, model = self._training.accelerator, self._training.model
         # DDP averages gradients over processes; times their number, it is the sum over all targets
         factor = accelerator.num_processes * self._guard.scale
         # fp64: for display only, but summed over micro-batches and processes
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        totals: dict[str, Tensor] = {}
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)  # gradients are exchanged once, in the last backward
             with nullcontext() if is_last else accelerator.no_sync(model):
                 with autocast(self._training.config.precision, self._device.type):
-                    loss = model(batch)  # the sum over the micro-batch's targets
+                    sums: dict[str, Tensor] = model(batch)  # over the micro-batch's targets
                 # Divided by all targets of the step. The mean of the micro-batches' means would
                 # weight a target by how much padding surrounds it.
-                share = failpoint("training.loss", loss / num_targets)
-                accelerator.backward(failpoint("training.gradient", share * factor))
-            total += share.detach()
-        return sum_on_devices(accelerator, total)
+                means = {name: each / num_targets for name, each in sums.items()}
+                means["loss"] = failpoint("training.loss", means["loss"])
+                accelerator.backward(failpoint("training.gradient", means["loss"] * factor))
+            for name, mean in means.items():
+                totals[name] = totals.get(name, zero) + mean.detach()
+        summed = sum_on_devices(accelerator, torch.stack(list(totals.values())))
+        return dict(zip(totals, summed, strict=True))
 
     @torch.no_grad()
     def _update(self, number: int, loss: Tensor) -> dict[str, Tensor]:

@@ -7,9 +7,9 @@ Shapes: B sequences, T positions, V vocabulary, N masked tokens.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,9 @@ from llm.model.loss import IGNORED, ModelWithLoss
 from llm.model.masked_lm import Masking, fill_in
 from llm.runtime.job import Job
 from llm.tokenizer.base import Tokenizer
+
+if TYPE_CHECKING:  # it imports this module
+    from llm.training.batches import StepBatches
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +76,7 @@ class Objective(Protocol):
         """Make a batch from packed sequences (B, T+1), on the CPU, in the prefetch thread.
 
         `samples` (B,) numbers them in training's endless sequence: any randomness derives from it.
-        It runs steps ahead, so an on-policy objective samples in `loss`, not here.
+        It runs steps ahead of the weights: see OnPolicyObjective.
         """
         ...
 
@@ -84,8 +87,10 @@ class Objective(Protocol):
         """
         ...
 
-    def loss(self, model: ModelWithLoss, batch: Batch) -> Tensor:
-        """Return the sum of the losses of all targets, a scalar."""
+    def loss(self, model: ModelWithLoss, batch: Batch) -> Tensor | dict[str, Tensor]:
+        """Return the sum of the losses of all targets, a scalar; or `loss` among further sums over
+        the targets, whose means are logged by their names.
+        """
         ...
 
     def measure(
@@ -96,6 +101,22 @@ class Objective(Protocol):
         A metric is total / count over all batches; one of them is `loss`. `token_bytes` (V,) holds
         how many bytes of text each token stands for.
         """
+        ...
+
+
+@runtime_checkable
+class OnPolicyObjective(Objective, Protocol):
+    """An objective that trains on what the model itself generates."""
+
+    def sampled_steps(self, first_step: int) -> "Generator[StepBatches]":
+        """Yield one process's share of every step from `first_step` on.
+
+        The loop asks for a step when the weights are those after the step before.
+        """
+        ...
+
+    def step_metrics(self, sums: Mapping[str, float]) -> Mapping[str, float]:
+        """Return metrics to log, from a step's `StepBatches.sums` over all processes."""
         ...
 
 
@@ -129,9 +150,10 @@ class ModelWithObjective(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the sum of the batch's losses, a scalar."""
-        return self.objective.loss(self.model, batch)
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return sums over the batch's targets, scalars: `loss`, and what else is logged."""
+        found = self.objective.loss(self.model, batch)
+        return found if isinstance(found, dict) else {"loss": found}
 
 
 class _TokenLoss:

@@ -262,6 +262,7 @@ class _Run:
         point = {
             "learning_rate": step.learning_rate,
             "throughput/tokens_per_second": round(tokens_per_second, 1),
+            **step.metrics,
         }
         if self.peak:
             num_devices = self.accelerator.num_processes

@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llm.artifact import Json, load_artifact
-from llm.data.raw.record_layouts import FIRST_RECORDS
+from llm.data.raw.first_records import FIRST_RECORDS
 from llm.errors import DataError
 from llm.runtime.job import Job, write_job
 from tests.llm.cleaning import TEXTS, corpus, jsonl, run_clean
 from tests.llm.hub_server import HubServer, download
-from tests.llm.nasty_records import CHATS, NASTY, NOT_CLOSED
+from tests.llm.nasty_records import CHATS, NASTY, NOT_CLOSED, PREFERENCES
 
 ROOT = Path(__file__).parents[2]
 GOOD = 60
@@ -97,6 +97,17 @@ def try_chats(folder: Path, rng: random.Random) -> None:
     records = mixed(rng, jsonl([*good]).splitlines(), bad, 40)
     data = b"\n".join(line for line, _ in records)
     check_file(folder, "a.jsonl", data, records, range(1, len(records) + 1), "chats")
+
+
+def try_preferences(folder: Path, rng: random.Random) -> None:
+    """Lines of JSON that hold preference pairs."""
+    good = [
+        {"prompt": text, "chosen": "Yes.", "rejected": "No."} for text in rng.sample(TEXTS, GOOD)
+    ]
+    bad = [(json.dumps(record).encode(), reason) for record, reason in PREFERENCES.values()]
+    records = mixed(rng, jsonl([*good]).splitlines(), bad, 40)
+    data = b"\n".join(line for line, _ in records)
+    check_file(folder, "a.jsonl", data, records, range(1, len(records) + 1), "preferences")
 
 
 def try_csv(folder: Path, rng: random.Random) -> None:
@@ -211,7 +222,7 @@ def long_line(folder: Path, name: str, content: str = "text") -> float:
     """
     raw = folder / "raw"
     (raw / "files").mkdir(parents=True)
-    source = {"kind": "files", "content": content, "text_key": "text"}
+    source = {"kind": "files", "content": content, "text_key": "text", "format": "auto"}
     (raw / "source.json").write_text(json.dumps(source))
     good: list[Json] = [{"text": text, "instruction": text, "output": "Yes."} for text in TEXTS]
     (raw / "files" / "z.jsonl").write_bytes(jsonl(good))

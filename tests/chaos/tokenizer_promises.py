@@ -192,7 +192,7 @@ def try_trainings(names: Sequence[str], threads: Sequence[int], folder: Path) ->
     raw = folder / "raw"
     (raw / "files").mkdir(parents=True)
     (raw / "files" / "a.txt").write_text("\n\n\n".join(CORPUS))
-    source = {"kind": "files", "content": "text", "text_key": "text"}
+    source = {"kind": "files", "content": "text", "text_key": "text", "format": "auto"}
     (raw / "source.json").write_text(json.dumps(source))
     documents = run(folder, clean, {"text_document_bytes": 2000}, "corpus", raw=raw)
     for name in names:

@@ -19,22 +19,23 @@ def make_job(
     files: Mapping[str, bytes],
     content: str = "text",
     num_workers: int = 1,
+    record_format: str = "auto",
     **chosen: Json,
 ) -> Job:
     """Write raw `files` and return the job that cleans them; one worker is this process."""
     raw = folder / "raw"
     shutil.rmtree(raw, ignore_errors=True)
     (raw / "files").mkdir(parents=True)
-    (raw / "source.json").write_text(
-        json.dumps({"kind": "files", "content": content, "text_key": "text"})
-    )
+    source = {"kind": "files", "content": content, "text_key": "text", "format": record_format}
+    (raw / "source.json").write_text(json.dumps(source))
     for name, data in files.items():
         (raw / "files" / name).parent.mkdir(parents=True, exist_ok=True)
         (raw / "files" / name).write_bytes(data)
     (folder / "work").mkdir(exist_ok=True)
     return Job(
-        stage="clean", settings=chosen, inputs={"raw": str(raw)}, out=folder / "out",
-        work=folder / "work", runtime=RuntimeConfig(shard_workers=num_workers),
+        stage="clean", role="corpus" if content == "text" else content, settings=chosen,
+        inputs={"raw": str(raw)}, out=folder / "out", work=folder / "work",
+        runtime=RuntimeConfig(shard_workers=num_workers),
     )  # fmt: skip
 
 
@@ -43,11 +44,12 @@ def run_clean(
     files: Mapping[str, bytes],
     content: str = "text",
     num_workers: int = 1,
+    record_format: str = "auto",
     **chosen: Json,
 ) -> tuple[dict[str, Json], dict[str, list[dict[str, Json]]], str]:
     """Clean raw `files`; return the summary, the lines of each output, and the digest."""
     shutil.rmtree(folder / "work", ignore_errors=True)  # of other settings
-    job = make_job(folder, files, content, num_workers, **chosen)
+    job = make_job(folder, files, content, num_workers, record_format, **chosen)
     writer = ArtifactWriter(job.out)
     summary = clean(job, writer)
     finish(job, writer, summary)

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.artifact import Json, load_artifact
+from llm.data.documents import SPLITS
 from llm.errors import DataError
 from llm.runtime.job import Job, write_job
 from tests.llm.cleaning import TEXTS, corpus, jsonl, run_clean, texts_of
-from tests.llm.nasty_records import CHATS, NASTY, NOT_CLOSED
+from tests.llm.nasty_records import CHATS, NASTY, NOT_CLOSED, PREFERENCES
 
 SHARED_DATA = Path(__file__).parents[2] / "../shared/data"
 
@@ -133,6 +134,41 @@ def test_a_byte_order_mark_is_no_text_and_utf16_is_refused(tmp_path: Path) -> No
         run_clean(tmp_path, {"c.txt": "Words".encode("utf-16")})
 
 
+def test_every_preference_pair_is_used_or_counted(tmp_path: Path) -> None:
+    many: list[Json] = [{"prompt": text, "chosen": "Yes.", "rejected": "No."} for text in TEXTS]
+    records = [*many, *(record for record, _ in PREFERENCES.values())]
+    summary, outputs, _ = run_clean(tmp_path, {"a.jsonl": jsonl(records)}, "preferences")
+    reasons = [reason for _, reason in PREFERENCES.values() if reason]
+    assert summary["skipped"] == {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+    lines = {reason: number for number, (_, reason) in enumerate(PREFERENCES.values(), 201)}
+    for example in outputs["rejected"]:
+        assert example["file"] == "a.jsonl" and int(str(example["line"])) <= 200 + len(PREFERENCES)
+    last = {str(example["reason"]): example["line"] for example in outputs["rejected"]}
+    assert last == {reason: line for reason, line in lines.items() if reason}
+    pairs = outputs["train"] + outputs["validation"]
+    assert len(pairs) == len(records) - len(reasons)
+    for pair in pairs:
+        assert set(pair) == {"id", "messages", "chosen", "rejected", "kind"}
+        assert pair["kind"] == "preference"
+    assert {(pair["chosen"], pair["rejected"]) for pair in pairs} >= {
+        ("This.", "That."), ("a", "b"), *((str(n), str(n + 1)) for n in (1, 3, 5, 7, 9)),
+    }  # fmt: skip
+
+
+def test_the_pairs_of_one_prompt_stay_on_one_side(tmp_path: Path) -> None:
+    records: list[Json] = [
+        {"prompt": text, "chosen": f"Yes, {number}.", "rejected": "No."}
+        for text in TEXTS
+        for number in range(3)
+    ]
+    _, outputs, _ = run_clean(
+        tmp_path, {"a.jsonl": jsonl(records)}, "preferences", validation_fraction=0.2
+    )
+    prompts = [{json.dumps(pair["messages"]) for pair in outputs[side]} for side in SPLITS]
+    assert not prompts[0] & prompts[1] and len(prompts[0]) + len(prompts[1]) == len(TEXTS)
+    assert 20 < len(prompts[1]) < 60
+
+
 def test_every_chat_is_used_or_counted(tmp_path: Path) -> None:
     many = [{"instruction": text, "output": "Yes."} for text in TEXTS]
     data = jsonl([*many, *(record for record, _ in CHATS.values())])
@@ -169,14 +205,17 @@ def test_an_empty_side_is_an_error_with_the_counts(tmp_path: Path, texts: list[s
 
 
 @given(st.binary(max_size=300), st.sampled_from(["a.txt", "a.jsonl", "a.json"]),
-       st.sampled_from(["text", "chats"]))  # fmt: skip
+       st.sampled_from(["text", "chats", "preferences"]))  # fmt: skip
 @settings(max_examples=100, deadline=None)
 def test_any_bytes_are_counted_or_refused_by_a_typed_error(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, name: str, content: str
 ) -> None:
-    if (content, name) == ("chats", "a.txt"):
+    if content != "text" and name == "a.txt":
         return
-    many: list[Json] = [{"text": text, "instruction": text, "output": "Yes."} for text in TEXTS]
+    many: list[Json] = [
+        {"text": text, "instruction": text, "output": "Yes.", "chosen": "a", "rejected": "b"}
+        for text in TEXTS
+    ]
     try:
         run_clean(tmp_path_factory.mktemp("any"), {name: data, "z.jsonl": jsonl(many)}, content)
     except DataError as error:
@@ -186,7 +225,7 @@ def test_any_bytes_are_counted_or_refused_by_a_typed_error(
 def test_a_line_without_end_is_counted_in_bounded_memory(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     (raw / "files").mkdir(parents=True)
-    source = {"kind": "files", "content": "text", "text_key": "text"}
+    source = {"kind": "files", "content": "text", "text_key": "text", "format": "auto"}
     (raw / "source.json").write_text(json.dumps(source))
     (raw / "files/a.jsonl").write_bytes(corpus(TEXTS))
     for name in ("b.jsonl", "c.json"):
@@ -226,3 +265,4 @@ def test_shakespeare_is_cut_without_loss_and_the_instructions_are_all_read(tmp_p
     summary, outputs, _ = run_clean(tmp_path / "chats", {"a.json": chats}, "chats")
     assert summary["read_documents"] == 1100
     assert set(summary["skipped"]) <= {"duplicate"}  # type: ignore[arg-type]
+    assert "edited_conversations" not in summary

@@ -67,6 +67,25 @@ def test_chats_are_read_with_their_messages(make_documents: MakeDocuments) -> No
     assert document.texts == ["hi", "ho"]
 
 
+def test_preference_pairs_are_read_with_both_answers(tmp_path: Path) -> None:
+    prompt = [{"role": "user", "content": "hi"}]
+    pair = {"id": IDENTIFIER, "messages": prompt, "chosen": "ho", "rejected": "no", "kind": "k"}
+    lines = {"train": [json.dumps(pair)], "validation": []}
+    (document,) = DocumentReader(write_lines(tmp_path, lines, "preferences"), "train").read([0])
+    assert list(document.messages) == prompt
+    assert (document.chosen, document.rejected, document.kind) == ("ho", "no", "k")
+    assert document.texts == ["hi", "ho", "no"]
+
+
+@pytest.mark.parametrize("wrong", [{"chosen": None}, {"rejected": 3}, {"messages": []}])
+def test_a_line_that_is_no_pair_is_named(tmp_path: Path, wrong: dict[str, object]) -> None:
+    prompt = [{"role": "user", "content": "hi"}]
+    pair = {"id": IDENTIFIER, "messages": prompt, "chosen": "ho", "rejected": "no"} | wrong
+    lines = {"train": [json.dumps(pair)], "validation": []}
+    with pytest.raises(ArtifactError, match=r"train/00000\.jsonl:1: not a document of preferences"):
+        list(DocumentReader(write_lines(tmp_path, lines, "preferences"), "train").read([0]))
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -51,7 +51,7 @@ def test_local_files_arrive_byte_for_byte_and_their_path_does_not_count(tmp_path
         digests.add(artifact.digest)
     assert len(digests) == 1
     source = json.loads((artifact.path / "source.json").read_bytes())
-    assert source == {"kind": "files", "content": "text", "text_key": "text"}
+    assert source == {"kind": "files", "content": "text", "text_key": "text", "format": "auto"}
 
 
 def test_files_without_a_byte_are_an_error(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from llm.artifact import ArtifactWriter
 from llm.config import ModelConfig
-from llm.data.chat import CHAT_FORMATS, ChatFormat, ChatPart, render_chat, render_prompt
+from llm.data.chat import CHAT_FORMATS, make_format, render_chat, render_prompt
 from llm.data.content import Message
 from llm.data.packed import PackedSequences
 from llm.errors import ArtifactError, ConfigError, DataError
@@ -133,23 +132,8 @@ def test_the_names_control_tokens_go_out_by_give_no_control_id_in_a_chat(
     assert not set(split) & set(ours.control_ids)
 
 
-def _render_quiz(messages: Sequence[Message]) -> Iterator[ChatPart]:
-    yield ChatPart("<|bos|>", is_control=True)
-    for message in messages:
-        is_answer = message["role"] == "assistant"
-        yield ChatPart("A: " if is_answer else "Q: ")
-        yield ChatPart(message["content"], is_target=is_answer)
-        yield ChatPart("<|end|>", is_control=True, is_target=is_answer)
-
-
-QUIZ = ChatFormat(
-    _render_quiz,
-    (ChatPart("A: "),),
-    lambda names, content: (
-        f"{names['<|bos|>']}{{% for message in messages %}}"
-        f"{{{{ 'A: ' if message['role'] == 'assistant' else 'Q: ' }}}}{{{{ {content} }}}}"
-        f"{names['<|end|>']}{{% endfor %}}{{% if add_generation_prompt %}}A: {{% endif %}}"
-    ),
+QUIZ = make_format(
+    {"system": "{text}<|end|>", "user": "Q: {text}<|end|>", "assistant": "A: {text}<|end|>"}
 )
 
 

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm.errors import ConfigError, DataError
-from llm.inference import generate as module
 from llm.inference.generate import generate, generate_texts, stream, stream_texts
 from llm.inference.options import GenerationOptions
 from llm.inference.packed import is_packed, packed
@@ -44,10 +43,10 @@ def without_cache(model: Transformer, prompt: list[int], max_new_tokens: int) ->
 
 @pytest.mark.parametrize("sequences_per_batch", [1, 2, 64])
 def test_batched_greedy_output_equals_generation_without_a_cache(
-    model: Transformer, sequences_per_batch: int, monkeypatch: pytest.MonkeyPatch
+    model: Transformer, sequences_per_batch: int
 ) -> None:
-    monkeypatch.setattr(module, "SEQUENCES_PER_BATCH", sequences_per_batch)
-    found = generate(model, PROMPTS, GenerationOptions(max_new_tokens=15))
+    options = GenerationOptions(max_new_tokens=15)
+    found = generate(model, PROMPTS, options, sequences_per_batch=sequences_per_batch)
     assert found == [without_cache(model, prompt, 15) for prompt in PROMPTS]
     assert len(set(map(tuple, found))) == len(PROMPTS)
 

@@ -107,7 +107,7 @@ def test_a_source_that_gives_nothing_is_left_out(lengths: list[int], cap: int) -
 def raw_folder(folder: Path, texts: list[str]) -> Path:
     """An artifact of `download` with `texts`."""
     (folder / "files").mkdir(parents=True)
-    source = {"kind": "files", "content": "text", "text_key": "text"}
+    source = {"kind": "files", "content": "text", "text_key": "text", "format": "auto"}
     (folder / "source.json").write_text(json.dumps(source))
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (folder / "files/a.jsonl").write_text(lines)

@@ -85,6 +85,40 @@ def test_chats_are_compared_whole_and_never_filtered(tmp_path: Path) -> None:
     assert summary["skipped"] == {"near duplicate": 4}
 
 
+def test_every_step_works_on_both_answers_of_a_pair(tmp_path: Path) -> None:
+    """Masks, duplicates, near duplicates and decontamination see the whole pair."""
+    texts = [sentences(number) for number in range(200)]
+    pairs: list[Json] = [
+        {"prompt": f"Which, {number}?", "chosen": text, "rejected": "Mail a@b.de."}
+        for number, text in enumerate(texts)
+    ]
+    masked: Json = {"prompt": "Mail?", "chosen": "To a@b.de", "rejected": "To c@d.de"}
+    _, before, _ = run_clean(
+        tmp_path / "before", {"a.jsonl": jsonl(pairs)}, "preferences", masks_emails=True
+    )
+    assert {pair["rejected"] for pair in before["train"]} == {"Mail [email]."}
+    secret = " ".join(str(before["validation"][0]["chosen"]).split()[:15])
+    secret = f"{secret} {sentences(900)}"
+    leak: Json = {"prompt": "Leak?", "chosen": "x", "rejected": secret, "group": "train"}
+    copies: list[Json] = [
+        {"prompt": "Near?", "chosen": "x", "rejected": text} for text in near_copies(99, 5)
+    ]
+    summary, after, _ = run_clean(
+        tmp_path / "after", {"a.jsonl": jsonl([*pairs, pairs[0], masked, leak, *copies])},
+        "preferences", filters="gopher+c4", masks_emails=True, near_duplicates=dict(NEAR),
+        decontamination=dict(DROP),
+    )  # fmt: skip
+    assert summary["skipped"] == {
+        "duplicate": 1, "equal answers": 1, "contaminated": 1, "near duplicate": 4,
+    }  # fmt: skip
+    assert summary["masked_emails"] == 203
+    assert not {"Leak?", "Mail?"} & {pair["messages"][0]["content"] for pair in after["train"]}  # type: ignore[index]
+    assert summary["train_bytes"] == sum(
+        len(str(text)) for pair in after["train"]
+        for text in (pair["messages"][0]["content"], pair["chosen"], pair["rejected"])  # type: ignore[index]
+    )  # fmt: skip
+
+
 def test_training_documents_that_give_validation_away_are_dropped_or_counted(
     tmp_path: Path,
 ) -> None:

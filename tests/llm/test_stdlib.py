@@ -25,8 +25,14 @@ from llm.data.sources.stdlib import (
     source_documents,
     topic_documents,
 )
-from llm.data.sources.stdlib_chats import FROM_MEMORY, MAX_ANSWER_CHARACTERS, chat_records
+from llm.data.sources.stdlib_chats import (
+    FROM_MEMORY,
+    MAX_ANSWER_CHARACTERS,
+    chat_records,
+    preference_records,
+)
 from llm.errors import DataError
+from tests.llm.cleaning import jsonl, run_clean
 
 SOURCE = '''\
 """Do a thing.
@@ -278,3 +284,46 @@ def test_all_questions_on_one_signature_have_one_group(chats: list[dict[str, obj
             assert chat["group"] == asked[1]
         if chat["kind"] == "signature":
             assert _answer(chat) == chat["group"]
+
+
+def test_pairs_have_the_right_answer_of_a_chat_and_a_wrong_one(
+    chats: list[dict[str, object]],
+) -> None:
+    pairs = list(preference_records())
+    assert len(pairs) > 15_000
+    assert pairs == list(preference_records()), "the same twice"
+    assert {pair["kind"] for pair in pairs} == {
+        "parameters", "first_parameter", "last_parameter", "default", "name",
+    }  # fmt: skip
+    right = {_question(chat): (_answer(chat), chat["group"], chat["kind"]) for chat in chats}
+    for pair in pairs:
+        assert right[str(pair["prompt"])] == (pair["chosen"], pair["group"], pair["kind"])
+        assert 0 < len(str(pair["rejected"]).strip()) <= MAX_ANSWER_CHARACTERS
+        assert pair["rejected"] != pair["chosen"]
+
+
+def test_wrong_answers_come_from_the_signature() -> None:
+    pairs = list(preference_records())
+    for pair in pairs[::5]:
+        asked, rejected = str(pair["group"]), str(pair["rejected"])
+        if pair["kind"] in ("name", "first_parameter", "last_parameter"):
+            assert rejected in asked
+        if pair["kind"] == "parameters" and rejected not in ("none", "self"):
+            chosen = str(pair["chosen"]).split(", ")
+            assert set(rejected.split(", ")) <= set(chosen)
+
+
+def test_the_pairs_of_a_held_out_function_are_held_out(tmp_path: Path) -> None:
+    """Chats and pairs are split by the same group, so both sides agree on every function."""
+    chats, pairs = list(chat_records())[:2000], list(preference_records())[:2000]
+    sides: dict[str, set[str]] = {"train": set(), "validation": set()}
+    for content, records in (("chats", chats), ("preferences", pairs)):
+        group_of = {
+            str(record["prompt"] if content == "preferences" else _question(record)):
+            str(record["group"]) for record in records
+        }  # fmt: skip
+        _, outputs, _ = run_clean(tmp_path / content, {"a.jsonl": jsonl([*records])}, content)
+        for side, groups in sides.items():
+            groups |= {group_of[_question(document)] for document in outputs[side]}
+    assert not sides["train"] & sides["validation"]
+    assert len(sides["validation"]) > 10

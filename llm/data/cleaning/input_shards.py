@@ -99,12 +99,16 @@ class RawInput:
         """Return the path of a file."""
         return self.folders[source] / "files" / name
 
-    def read_options(self, source: int, settings: CleanConfig, scratch: Path) -> ReadOptions:
-        """Return how the files of a source are read."""
-        role = "corpus" if self.content == "text" else "chats"
+    def read_options(
+        self, source: int, role: str, settings: CleanConfig, scratch: Path
+    ) -> ReadOptions:
+        """Return how the files of a source of the dataset `role` are read."""
+        found = cast(dict[str, str], self._source(source))
         return ReadOptions(
             content=self.content,
-            text_key=cast(str, self._source(source)["text_key"]),
+            text_key=found["text_key"],
+            format=found["format"],
+            tool_turns=settings.tool_turns,
             setting=f"download.{role}" + (f".sources.{source}" if self.has_sources else ""),
             decode_errors=settings.decode_errors,
             text_document_bytes=settings.text_document_bytes,

@@ -21,9 +21,16 @@ from llm.data.cleaning.input_shards import InputShard, RawInput
 from llm.data.cleaning.minhash import Signer
 from llm.data.cleaning.normalize import normalize
 from llm.data.cleaning.personal_data import MaskCounts, mask
-from llm.data.cleaning.staging import StagedDocument, StagedShard, StagingWriter, joined_text
+from llm.data.cleaning.staging import (
+    StagedDocument,
+    StagedShard,
+    StagingWriter,
+    joined_text,
+    texts_of,
+)
 from llm.data.cleaning.stats import CleaningStats
 from llm.data.closing import Closing
+from llm.data.content import Content
 from llm.data.documents import DocumentsWriter
 from llm.data.raw.reading import RawDocument, read_documents
 from llm.data.raw.records import EXCERPT_CHARACTERS, Skip
@@ -34,6 +41,7 @@ DROPS = "drops-{:05}.bin"
 ID_BYTES = 16
 MAX_SEEN = 1 << 18
 """Contents of a shard in memory, 25 MB: an exact duplicate within the shard is not staged."""
+DEFAULT_KINDS = {"chats": "chat", "preferences": "preference"}
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
@@ -42,7 +50,7 @@ def map_pass(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     settings = read_section(CleanConfig, job.settings)
     raw, shard = RawInput.of(job.inputs), InputShard.from_json(job.shard)
     with _Stager(writer, settings, raw) as stager:
-        for document, done_bytes in _read(raw, shard, settings, job.work):
+        for document, done_bytes in _read(raw, shard, job.role, settings, job.work):
             stager.add(document)
             job.report_progress(done_bytes, shard.size_bytes, "bytes")
     return {"stats": stager.stats.to_json(), "changes": stager.changes()}
@@ -91,10 +99,10 @@ def add_changes(total: dict[str, Json], found: Mapping[str, Json]) -> None:
 
 
 def _read(
-    raw: RawInput, shard: InputShard, settings: CleanConfig, scratch: Path
+    raw: RawInput, shard: InputShard, role: str, settings: CleanConfig, scratch: Path
 ) -> Iterator[tuple[RawDocument | Skip, int]]:
     """Yield the documents of a shard, and how many of its bytes have been read."""
-    options = [raw.read_options(n, settings, scratch) for n in range(len(raw.folders))]
+    options = [raw.read_options(n, role, settings, scratch) for n in range(len(raw.folders))]
     done_bytes = 0
     for source, name in shard.files:
         path, shown = raw.path(source, name), f"{source}/{name}" if raw.has_sources else name
@@ -116,7 +124,9 @@ class _Stager(Closing):
         super().__init__()
         self.stats = CleaningStats()
         self._masked, self._removed_lines = MaskCounts(), Counter[str]()
-        self._settings, self._content, self._has_sources = settings, raw.content, raw.has_sources
+        self._edits = Counter[str]()
+        self._settings, self._has_sources = settings, raw.has_sources
+        self._content: Content = raw.content
         self._seen = set[bytes]()
         self._signer = self._ngrams = None
         if settings.near_duplicates.unit != "none":
@@ -175,25 +185,25 @@ class _Stager(Closing):
             counts["masked_ip_addresses"] = self._masked.num_ip_addresses
         if "c4" in self._settings.filters:
             counts["removed_lines"] = dict(sorted(self._removed_lines.items()))
+        if self._edits:
+            counts["edited_conversations"] = dict(sorted(self._edits.items()))
         return counts
 
     def _judge(self, document: RawDocument) -> dict[str, Json]:
         """Return the output fields of a document; none, and count why, if it is dropped."""
         self._rewrite(document)
         step, reason = "filters", self._filter(document)
-        excerpt = document.text
-        fields: dict[str, Json] = {"text": document.text}
-        if self._content == "chats":
-            fields = {"messages": cast(Json, document.messages), "kind": document.kind}
+        fields = _fields(document, self._content)
         if not reason:
-            step, excerpt = "length", joined_text(fields)
+            step = "length"
             if self._content == "text" and not document.text.strip():
                 reason = "empty"
             elif _size_bytes(fields) < self._settings.min_document_bytes:
                 reason = "too short"
         if not reason:
+            self._edits.update(document.edits)
             return fields
-        self._drop(document, excerpt, reason, step)
+        self._drop(document, joined_text(fields), reason, step)
         return {}
 
     def _rewrite(self, document: RawDocument) -> None:
@@ -209,13 +219,21 @@ class _Stager(Closing):
             return mask(text, self._masked, emails=emails, ip_addresses=ip_addresses)
 
         document.text = rewrite(document.text)
+        document.chosen, document.rejected = rewrite(document.chosen), rewrite(document.rejected)
         for message in document.messages:
             message["content"] = rewrite(message["content"])
 
     def _filter(self, document: RawDocument) -> str:
-        """Return why the quality filters drop a document, or ""; C4's rules remove lines."""
+        """Return why the quality filters drop a document, or ""; C4's rules remove lines.
+
+        Conversations are not filtered, except for pairs from which nothing can be learned.
+        """
         settings, reason = self._settings, ""
-        if settings.filters == "none" or document.messages:
+        if document.messages:
+            is_pair = self._content == "preferences"
+            is_equal = is_pair and document.chosen.strip() == document.rejected.strip()
+            return "equal answers" if is_equal else ""
+        if settings.filters == "none":
             return ""
         if not document.text.strip():
             return "empty"
@@ -240,19 +258,33 @@ class _Stager(Closing):
             return [
                 (is_validation, fields | {"text": part}) for is_validation, part in parts if part
             ]
-        group = document.group
-        deciding = sha256 if group is None else hashlib.sha256(group.encode()).digest()
+        deciding = sha256
+        if document.group:
+            deciding = hashlib.sha256(document.group.encode()).digest()
+        elif document.chosen:  # the pairs of one prompt stay together
+            deciding = _sha256({"messages": fields["messages"]})
         return [(int.from_bytes(deciding[:8], "big") < fraction * 2**64, fields)]
 
 
+def _fields(document: RawDocument, content: Content) -> dict[str, Json]:
+    """Return the output fields of a document."""
+    if content == "text":
+        return {"text": document.text}
+    fields: dict[str, Json] = {"messages": cast(Json, document.messages)}
+    if content == "preferences":
+        fields |= {"chosen": document.chosen, "rejected": document.rejected}
+    return fields | {"kind": document.kind or DEFAULT_KINDS[content]}
+
+
 def _sha256(fields: Mapping[str, Json]) -> bytes:
-    """Hash the text, or role and content of each message."""
-    data = fields["text"] if "text" in fields else ENCODER.encode(fields["messages"])
-    return hashlib.sha256(cast(str, data).encode()).digest()
+    """Hash the text; role and content of each message; of a pair, the answers too."""
+    if "text" in fields:
+        data = cast(str, fields["text"])
+    else:
+        answers = [fields[key] for key in ("chosen", "rejected") if key in fields]
+        data = ENCODER.encode([fields["messages"], *answers] if answers else fields["messages"])
+    return hashlib.sha256(data.encode()).digest()
 
 
 def _size_bytes(fields: Mapping[str, Json]) -> int:
-    if "text" in fields:
-        return len(cast(str, fields["text"]).encode())
-    messages = cast(list[dict[str, str]], fields["messages"])
-    return sum(len(message["content"].encode()) for message in messages)
+    return sum(len(text.encode()) for text in texts_of(fields))

@@ -76,7 +76,7 @@ class StagedDocument:
 
     @property
     def text(self) -> str:
-        """Its text, or the messages of a chat joined by line feeds."""
+        """Its text, or the messages of a chat or pair joined by line feeds."""
         return joined_text(json.loads(self.line))
 
     def skip(self, reason: str) -> Skip:
@@ -265,10 +265,16 @@ class Staged:
 
 
 def joined_text(record: Mapping[str, Any]) -> str:
-    """Return the text of a document, or the messages of a chat joined by line feeds."""
+    """Return the texts of a document joined by line feeds."""
+    return "\n".join(texts_of(record))
+
+
+def texts_of(record: Mapping[str, Any]) -> list[str]:
+    """Return the text of a document; those of its messages; of a pair, of its answers too."""
     if "text" in record:
-        return record["text"]
-    return "\n".join(message["content"] for message in record["messages"])
+        return [record["text"]]
+    answers = [record[key] for key in ("chosen", "rejected") if key in record]
+    return [message["content"] for message in record["messages"]] + answers
 
 
 def find_repeated(

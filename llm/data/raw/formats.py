@@ -46,7 +46,10 @@ def format_of(name: str) -> Format | None:
 
 
 def content_of(role: str) -> Content:
-    """Return what a source holds, by its role: `corpus` text, `chats-math.sources.1` chats."""
+    """Return what a dataset holds by its name up to the first hyphen.
+
+    `corpus` is text; `chats`, `chats-math` and `chats.sources.1` are chats.
+    """
     contents: dict[str, Content] = {
         "corpus": "text",
         "chats": "chats",
@@ -55,22 +58,16 @@ def content_of(role: str) -> Content:
     return contents[Role.parse(role).name.partition("-")[0]]
 
 
-def keys_of(content: Content, text_key: str) -> tuple[str, ...]:
-    """Return the keys of a record that are read; for chats, those of both layouts."""
-    chat_keys = ("messages", "instruction", "input", "output", "kind", "group")
-    return chat_keys if content == "chats" else (text_key,)
-
-
 def is_readable(name: str, role: str) -> bool:
-    """Return whether a source of this role can be read from such a file; chats are records."""
+    """Return whether a source of this role can be read from such a file; only text has no keys."""
     found = format_of(name)
     is_text = found is not None and found.suffix in TEXT_SUFFIXES
-    return found is not None and not (is_text and content_of(role) == "chats")
+    return found is not None and not (is_text and content_of(role) != "text")
 
 
 def readable_suffixes(role: str) -> str:
     """Return the suffixes that can be read as `role`, for an error message."""
-    suffixes = RECORD_SUFFIXES if content_of(role) == "chats" else TEXT_SUFFIXES + RECORD_SUFFIXES
+    suffixes = RECORD_SUFFIXES if content_of(role) != "text" else TEXT_SUFFIXES + RECORD_SUFFIXES
     return (
         f"{', '.join(suffixes)} (optionally compressed: {', '.join(COMPRESSION_SUFFIXES)}) or"
         f" {', '.join(ARCHIVE_SUFFIXES)}"

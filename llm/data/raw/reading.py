@@ -9,17 +9,24 @@ import codecs
 import functools
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
 from llm.artifact import Json
-from llm.data.content import LONE_SURROGATE, ROLES
+from llm.data.content import LONE_SURROGATE, Message
 from llm.data.raw.archives import members
 from llm.data.raw.compression import Budget, decompress
+from llm.data.raw.conversations import UnusableError
+from llm.data.raw.first_records import FirstRecords, shown_keys
 from llm.data.raw.formats import TEXT_SUFFIXES, Format, format_of
-from llm.data.raw.record_layouts import FirstRecords, shown_keys
+from llm.data.raw.record_formats import (
+    MISSING_KEY,
+    WRONG_TYPE,
+    optional_text,
+    read_conversation,
+)
 from llm.data.raw.records import (
     BLOCK_BYTES,
     EXCERPT_CHARACTERS,
@@ -36,26 +43,25 @@ from llm.data.raw.tables import read_csv_records, read_parquet_records
 from llm.errors import DataError
 
 WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
-MISSING_KEY = "missing key"
 
 
 @dataclass(kw_only=True, slots=True)
 class RawDocument:
-    """A document as read: text, or the messages of a chat."""
+    """A document as read: text, the messages of a chat, or a prompt with two answers."""
 
     location: Location
     text: str = ""
-    messages: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
-    kind: str = "chat"
-    group: str | None = None
-    """Chats with the same group stay on one side of the split."""
+    messages: list[Message] = field(default_factory=list[Message])
+    chosen: str = ""
+    rejected: str = ""
+    kind: str = ""
+    group: str = ""
+    """Chats and pairs with the same group stay on one side of the split."""
+    edits: tuple[str, ...] = ()
+    """What was done to the turns of the conversation."""
     source: int = 0
     """Index of the source, where there are several."""
     num_decode_errors: int = 0
-
-
-class _UnusableError(Exception):
-    """Why a record is dropped; caught in this file."""
 
 
 def read_documents(
@@ -64,7 +70,7 @@ def read_documents(
     """Yield the documents of the file at `path`, named `name` in messages, or of a `span` of it.
 
     Raises:
-        DataError: as `read_stream`; or none of the first records has a known layout.
+        DataError: as `read_stream`; or none of the first records has a known format.
     """
     try:
         yield from _read_documents(path, name, options, span)
@@ -193,9 +199,9 @@ def _make_document(
                 " skip"
             )
         if num_errors and options.decode_errors == "skip":
-            raise _UnusableError("invalid UTF-8")
-    except _UnusableError as error:
-        reason, excerpt = str(error), json.dumps(value, ensure_ascii=False, default=str)
+            raise UnusableError("invalid UTF-8")
+    except UnusableError as error:
+        reason, excerpt = str(error), _shown(value)
         if reason == MISSING_KEY:
             excerpt = f"{shown_keys(record)}: {excerpt}"
         return Skip(
@@ -208,57 +214,39 @@ def _make_document(
 
 
 def _parse(record: dict[str, Json], location: Location, options: ReadOptions) -> RawDocument:
-    if options.content == "text":
-        text, num_errors = _replace_surrogates(_string(record, options.text_key))
-        return RawDocument(location=location, text=text, num_decode_errors=num_errors)
-    messages, num_errors = _messages(record), 0
-    for message in messages:
-        message["content"], num_replaced = _replace_surrogates(message["content"])
+    document, num_errors = RawDocument(location=location), 0
+
+    def valid(text: str) -> str:
+        nonlocal num_errors
+        text, num_replaced = _replace_surrogates(text)
         num_errors += num_replaced
-    return RawDocument(
-        location=location,
-        messages=messages,
-        kind=_replace_surrogates(_string(record, "kind", "chat"))[0],
-        group=_replace_surrogates(_string(record, "group"))[0] if "group" in record else None,
-        num_decode_errors=num_errors,
-    )
+        return text
 
-
-def _messages(record: Mapping[str, Json]) -> list[dict[str, str]]:
-    """Return role and content of each message, from `messages` or from an instruction."""
-    if "messages" in record:
-        found = record["messages"]
-        if not isinstance(found, list):
-            raise _UnusableError("wrong type")
-        messages: list[dict[str, str]] = []
-        for message in found:
-            if not isinstance(message, dict):
-                raise _UnusableError("wrong type")
-            role, content = _string(message, "role"), _string(message, "content")
-            messages.append({"role": role, "content": content})
+    if options.content == "text":
+        if options.text_key not in record:
+            raise UnusableError(MISSING_KEY)
+        if not isinstance(text := record[options.text_key], str):
+            raise UnusableError(WRONG_TYPE)
+        document.text = valid(text)
     else:
-        question, more = _string(record, "instruction"), _string(record, "input", "")
-        messages = [
-            {"role": "user", "content": f"{question}\n\n{more}" if more else question},
-            {"role": "assistant", "content": _string(record, "output")},
+        found = read_conversation(record, options.formats, options.tool_turns)
+        document.messages = [
+            Message(role=message["role"], content=valid(message["content"]))
+            for message in found.messages
         ]
-    if any(message["role"] not in ROLES for message in messages):
-        raise _UnusableError("unknown role")
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not answers:
-        raise _UnusableError("no assistant message")
-    if not all(answer.strip() for answer in answers):
-        raise _UnusableError("empty answer")
-    return messages
+        document.chosen, document.rejected = valid(found.chosen), valid(found.rejected)
+        document.kind = valid(optional_text(record, "kind"))
+        document.group = valid(optional_text(record, "group"))
+        document.edits = found.edits
+    document.num_decode_errors = num_errors
+    return document
 
 
-def _string(record: Mapping[str, Json], key: str, default: str | None = None) -> str:
-    value = record.get(key, default)
-    if value is None and key not in record:
-        raise _UnusableError(MISSING_KEY)
-    if not isinstance(value, str):
-        raise _UnusableError("wrong type")
-    return value
+def _shown(value: dict[str, Json]) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:  # nested as deep as reading allows, and here the stack is deeper
+        return ""
 
 
 def _replace_surrogates(text: str) -> tuple[str, int]:

@@ -15,7 +15,8 @@ from typing import IO, Literal, cast
 from llm.artifact import Json
 from llm.config import ReadingConfig
 from llm.data.content import Content
-from llm.data.raw.formats import keys_of
+from llm.data.raw.conversations import ToolTurns
+from llm.data.raw.record_formats import AUTO, RecordFormat, formats_of, keys_read
 from llm.errors import DataError
 
 EXCERPT_CHARACTERS = 200
@@ -39,6 +40,10 @@ class ReadOptions:
     content: Content = "text"
     text_key: str = "text"
     """Key that holds the text of a record."""
+    format: str = AUTO
+    """Of chats and preference pairs: a name of RECORD_FORMATS, or `auto`."""
+    tool_turns: ToolTurns = "drop"
+    """What becomes of conversations with tools."""
     setting: str = "download.corpus"
     """Prefix of the source's settings, for error messages."""
     decode_errors: Literal["replace", "skip", "strict"] = "replace"
@@ -51,7 +56,13 @@ class ReadOptions:
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of a record that are read."""
-        return keys_of(self.content, self.text_key)
+        is_text = self.content == "text"
+        return (self.text_key,) if is_text else keys_read(self.content, self.format)
+
+    @property
+    def formats(self) -> dict[str, RecordFormat]:
+        """The formats that chats and preference pairs are compared with."""
+        return formats_of(self.content, self.format)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,9 +19,11 @@ from typing import cast
 from llm.artifact import digest, file_sha256, file_stamp, write_json_atomically
 from llm.config import SourceConfig
 from llm.data.raw.formats import content_of, is_readable, readable_suffixes, refuse_name
+from llm.data.raw.record_formats import AUTO, formats_of
 from llm.data.sources.hub import resolve_commit
 from llm.data.sources.stdlib import library_files
 from llm.errors import DataError, DiskFullError
+from llm.role import Role
 
 NANOSECONDS_UNTIL_CACHED = 2_000_000_000
 """A file changed twice within one tick of the file system's clock keeps its times, as in git."""
@@ -43,9 +45,10 @@ def fingerprint(source: SourceConfig, role: str, cache_file: Path | None) -> str
     unchanged files; None reads them all.
 
     Raises:
-        DataError: a local file is missing or unreadable, or the hub cannot resolve a branch; the
-        message names the setting.
+        DataError: a local file is missing or unreadable, the hub cannot resolve a branch, or the
+        format is not one of the dataset's content; the message names the setting.
     """
+    _refuse_format(source, role)
     if source.kind == "url":
         return digest(["url", content_of(role), source.sha256])
     if source.kind == "hub":
@@ -61,6 +64,18 @@ def fingerprint(source: SourceConfig, role: str, cache_file: Path | None) -> str
         return files_fingerprint(source, role, _hash_files(files, cache_file))
     except OSError as error:
         raise DataError(f"download.{role}.path: {error}; make it readable") from error
+
+
+def _refuse_format(source: SourceConfig, role: str) -> None:
+    """Raise if the format of a source belongs to another content than its dataset's."""
+    content = content_of(role)
+    if source.format == AUTO or source.format in formats_of(content):
+        return
+    known = ", ".join((AUTO, *formats_of(content)))
+    raise DataError(
+        f"download.{role}.format: found {source.format}, expected one of {known} since"
+        f" {Role.parse(role).name} holds {content}"
+    )
 
 
 def files_fingerprint(source: SourceConfig, role: str, hashes: Iterable[tuple[str, str]]) -> str:

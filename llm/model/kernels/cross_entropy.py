@@ -40,6 +40,7 @@ def head_losses(
     *,
     vocab_size: int,
     soft_cap: float,
+    temperature: float,
     is_weighted: bool,
     is_compiled: bool,
 ) -> Tensor:
@@ -50,6 +51,7 @@ def head_losses(
     head = _Head(
         vocab_size=vocab_size,
         soft_cap=soft_cap,
+        temperature=temperature,
         dtype=_product_dtype(x),
         is_grad_early=torch.is_grad_enabled() and not is_weighted,
         is_compiled=is_compiled,
@@ -71,6 +73,8 @@ class _Head:
     """V: the rows of the weight after these are padding and get no probability."""
     soft_cap: float
     """Logits x become cap * tanh(x / cap); 0: unchanged."""
+    temperature: float
+    """Divides the logits after that."""
     dtype: torch.dtype
     """Of the matrix products and a chunk's logits. Sums and the weight's gradient are wider."""
     is_grad_early: bool
@@ -206,6 +210,8 @@ def _softmax_losses(
     scores = logits.to(head.wide_dtype)
     if head.soft_cap:
         scores = head.soft_cap * torch.tanh(scores / head.soft_cap)
+    if head.temperature != 1:
+        scores, grad_output = scores / head.temperature, grad_output / head.temperature
     scores[:, head.vocab_size :] = -torch.inf  # no probability for padding
     probabilities = scores.softmax(dim=-1)
     # max z - log max softmax(z): the gradient needs softmax in any case, and a logsumexp beside it
@@ -216,7 +222,7 @@ def _softmax_losses(
     if needs_grad:
         grads = probabilities.mul_(grad_output[:, None])
         if head.soft_cap:  # the slope of cap * tanh(x / cap) is 1 - tanh^2
-            slopes = 1.0 - (scores / head.soft_cap) ** 2
+            slopes = 1.0 - (scores / (head.soft_cap / head.temperature)) ** 2
             grads = grads.mul_(slopes)
             target_grads = target_grads * slopes[rows, columns]
         grads[:, head.vocab_size :] = 0.0  # with a cap 0 * (1 - inf^2) there, not a number

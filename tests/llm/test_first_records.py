@@ -1,4 +1,4 @@
-"""Records of an unknown layout: an early error that names the expected keys."""
+"""Records of an unknown format: an early error that names the keys found and the known formats."""
 
 import io
 import json
@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from llm.artifact import Json
-from llm.data.raw.record_layouts import FIRST_RECORDS
+from llm.data.raw.first_records import FIRST_RECORDS
 from llm.errors import DataError
 from llm.runtime.job import write_job
 from tests.llm.cleaning import TEXTS, corpus, jsonl, make_job, run_clean
 
 ROOT = Path(__file__).parents[2]
-PAIRS: list[Json] = [{"prompt": f"Say {n}.", "response": f"{n}"} for n in range(1000)]
+PAIRS: list[Json] = [{"ask": f"Say {n}.", "reply": f"{n}"} for n in range(1000)]
 SHARES: list[Json] = [
-    {"messages": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": f"{n}"}]}
+    {"messages": [{"speaker": "human", "text": "Hi"}, {"speaker": "gpt", "text": f"{n}"}]}
     for n in range(1000)
 ]
 CHATS: list[Json] = [
@@ -46,10 +46,11 @@ def test_chats_of_other_keys_are_an_error_with_the_keys_and_the_remedy(
 ) -> None:
     message = run_stage_as_a_process(tmp_path, jsonl(PAIRS), "chats", num_workers)
     assert message.startswith(
-        "a.jsonl: none of the first 100 records, from line 1 on, has a known layout; found the keys"
-        " prompt, response; expected 'messages', a list of 'role' and 'content', or else"
-        " 'instruction', 'output' and perhaps 'input'; rename the keys in the files of"
-        " download.chats, with jq for example: jq -c '{messages: ["
+        "a.jsonl: none of the first 100 records, from line 1 on, has a known format; found the keys"
+        " ask, reply; known formats of chats: messages (messages), sharegpt (conversations), alpaca"
+        " (instruction, output), prompt_response (prompt, response), prompt_completion (prompt,"
+        " completion), question_answer (question, answer); rename the keys in the files, with jq"
+        " for example: jq -c '{prompt: .A, response: .B}'"
     )
 
 
@@ -57,10 +58,12 @@ def test_chats_of_other_keys_are_an_error_with_the_keys_and_the_remedy(
     ("content", "records", "found", "expected"),
     [
         ("text", [{"content": "x", "id": 1}] * 200, "the keys content, id", "corpus.text_key"),
-        ("chats", SHARES, "in its messages 'from', 'value'", "'role' and 'content'"),
-        ("chats", [{"instruction": "Do."}] * 200, "the keys instruction;", "'output' and perhaps"),
+        ("chats", SHARES, "in its messages 'speaker', 'text'", "messages (messages)"),
+        ("chats", [{"instruction": "Do."}] * 200, "the keys instruction;", "(instruction, output)"),
+        ("preferences", [{"prompt": "x", "chosen": "y"}] * 200, "the keys prompt, chosen;",
+         "prompt_pair (prompt, chosen, rejected), alpaca_pair (instruction, chosen, rejected)"),
     ],
-)
+)  # fmt: skip
 def test_found_and_expected_keys_are_named_for_texts_and_chats(
     tmp_path: Path, content: str, records: list[Json], found: str, expected: str
 ) -> None:
@@ -112,7 +115,14 @@ def test_a_few_such_records_are_counted_wherever_they_stand(tmp_path: Path, num_
             tmp_path / name, {"a.jsonl": jsonl(records)}, "chats", validation_fraction=0.3
         )
         assert summary["skipped"] == {"missing key": len(records) - len(CHATS)}
-        assert outputs["rejected"][0]["excerpt"].startswith("the keys prompt, response: {")
+        assert outputs["rejected"][0]["excerpt"].startswith("the keys ask, reply: {")
+
+
+def test_records_without_the_keys_of_the_format_that_is_set_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        run_clean(tmp_path, {"a.jsonl": jsonl([*CHATS, *CHATS])}, "chats", record_format="messages")
+    assert "known formats of chats: messages (messages); rename" in str(caught.value)
+    assert str(caught.value).endswith("or set download.chats.format to auto")
 
 
 def test_a_small_file_of_such_records_alone_is_said_at_the_end(tmp_path: Path) -> None:
@@ -120,5 +130,5 @@ def test_a_small_file_of_such_records_alone_is_said_at_the_end(tmp_path: Path) -
         run_clean(tmp_path, {"a.jsonl": jsonl(PAIRS[:7])}, "chats")
     assert str(caught.value).startswith(
         "of 7 documents 0 are left (skipped: 7 missing key, the first in a.jsonl line 1); found the"
-        " keys prompt, response; expected 'messages'"
+        " keys ask, reply; known formats of chats: messages (messages), "
     )
