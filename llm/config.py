@@ -540,7 +540,7 @@ class FinetuneConfig(TuningConfig):
     """
     new_token_embeddings: Literal["keep", "mean"] = "keep"
     """mean: all control tokens but `<|bos|>`, which are in no text, start as the mean of the
-    embeddings of text tokens. For the first stage on chats: a later one would forget them.
+    embeddings of text tokens. For the first stage on chats: a later one refuses it.
     """
 
 
