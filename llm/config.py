@@ -931,6 +931,22 @@ def lora_problems(model: ModelConfig, lora: LoraConfig, prefix: str) -> list[str
     ]
 
 
+def align_problems(model: ModelConfig, align: AlignConfig, prefix: str) -> list[str]:
+    """Return why a model cannot be aligned by these settings, each with its dotted key."""
+    problems: list[str] = []
+    if not model.is_causal:
+        problems.append(
+            "model.is_causal: found false, expected true for align: a masked language model gives"
+            " no probability to an answer"
+        )
+    if align.method == "dpo" and align.lora.rank and align.lora.dropout:
+        problems.append(
+            f"{prefix}.lora.dropout: found {align.lora.dropout:g}, expected 0 for the method dpo,"
+            " which compares with a reference without dropout"
+        )
+    return problems
+
+
 def _apply_override(tree: dict[str, object], override: str, problems: list[str]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llm.artifact import ArtifactWriter, Json, write_bytes_atomically
-from llm.config import AlignConfig, DpoConfig
+from llm.config import AlignConfig, DpoConfig, align_problems
 from llm.data.packed import PackedArrays, PackedSequences
 from llm.errors import ConfigError, DataError, Interrupted
 from llm.model.loss import IGNORED, ModelWithLoss
@@ -51,18 +51,10 @@ def dpo(job: Job, writer: ArtifactWriter, config: AlignConfig) -> dict[str, Json
             f"align.data: found {content} in {folder}, expected preference pairs for the method"
             " dpo; name a dataset of preferences"
         )
-    if config.lora.dropout:
-        raise ConfigError(
-            f"align.lora.dropout: found {config.lora.dropout:g}, expected 0 for the method dpo,"
-            " which compares with a reference without dropout"
-        )
     start = Path(job.inputs[STARTING_MODEL])
     model = load_model(start)
-    if not model.config.is_causal:
-        raise ConfigError(
-            "model.is_causal: found false, expected true for align: a masked language model gives"
-            " no probability to an answer"
-        )
+    if problems := align_problems(model.config, config, job.stage):
+        raise ConfigError("; ".join(problems))
     return train(job, writer, model, config, start, partial(preference_pairs, config=config.dpo))
 
 
