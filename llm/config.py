@@ -886,13 +886,16 @@ def tuning_problems(section: OptimizationConfig, prefix: str) -> list[str]:
                 f" {prefix}.global_batch_size = {total} sequences, expected at least one of each"
                 " kind in every step"
             )
-    if isinstance(section, FinetuneConfig) and section.lora.rank:
-        if section.new_token_embeddings == "mean":
-            problems.append(
-                f"{prefix}.new_token_embeddings: found mean, expected keep with {prefix}.lora.rank"
-                f" = {section.lora.rank}: embeddings are then not trained, and new tokens would"
-                " stay equal"
-            )
+    if (
+        isinstance(section, FinetuneConfig)
+        and section.lora.rank
+        and section.new_token_embeddings == "mean"
+    ):
+        problems.append(
+            f"{prefix}.new_token_embeddings: found mean, expected keep with {prefix}.lora.rank ="
+            f" {section.lora.rank}: embeddings are then not trained, and new tokens would stay"
+            " equal"
+        )
     if isinstance(section, AlignConfig):
         problems += _align_problems(section, prefix)
     return problems
@@ -929,22 +932,6 @@ def lora_problems(model: ModelConfig, lora: LoraConfig, prefix: str) -> list[str
         f"{prefix}.targets: found {', '.join(unknown) or 'none'}, expected some of"
         f" {', '.join(layers)}, the linear layers of this model's blocks"
     ]
-
-
-def align_problems(model: ModelConfig, align: AlignConfig, prefix: str) -> list[str]:
-    """Return why a model cannot be aligned by these settings, each with its dotted key."""
-    problems: list[str] = []
-    if not model.is_causal:
-        problems.append(
-            "model.is_causal: found false, expected true for align: a masked language model gives"
-            " no probability to an answer"
-        )
-    if align.method == "dpo" and align.lora.rank and align.lora.dropout:
-        problems.append(
-            f"{prefix}.lora.dropout: found {align.lora.dropout:g}, expected 0 for the method dpo,"
-            " which compares with a reference without dropout"
-        )
-    return problems
 
 
 def _apply_override(tree: dict[str, object], override: str, problems: list[str]) -> None:

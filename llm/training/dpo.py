@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llm.artifact import ArtifactWriter, Json, write_bytes_atomically
-from llm.config import AlignConfig, DpoConfig, align_problems
+from llm.config import AlignConfig, DpoConfig
 from llm.data.packed import PackedArrays, PackedSequences
 from llm.errors import ConfigError, DataError, Interrupted
 from llm.model.loss import IGNORED, ModelWithLoss
@@ -41,7 +41,7 @@ def dpo(job: Job, writer: ArtifactWriter, config: AlignConfig) -> dict[str, Json
     """Train on preference pairs from the starting model's weights, which are the reference too.
 
     Raises:
-        ConfigError: a model that is not causal, or dropout.
+        ConfigError: a model that is not causal.
         DataError: sequences of something else than preference pairs.
     """
     folder = Path(job.inputs["sequences"])
@@ -53,8 +53,11 @@ def dpo(job: Job, writer: ArtifactWriter, config: AlignConfig) -> dict[str, Json
         )
     start = Path(job.inputs[STARTING_MODEL])
     model = load_model(start)
-    if problems := align_problems(model.config, config, job.stage):
-        raise ConfigError("; ".join(problems))
+    if not model.config.is_causal:
+        raise ConfigError(
+            "model.is_causal: found false, expected true for align: a masked language model gives"
+            " no probability to an answer"
+        )
     return train(job, writer, model, config, start, partial(preference_pairs, config=config.dpo))
 
 
