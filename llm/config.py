@@ -886,8 +886,11 @@ def tuning_problems(section: OptimizationConfig, prefix: str) -> list[str]:
                 f" {prefix}.global_batch_size = {total} sequences, expected at least one of each"
                 " kind in every step"
             )
-    has_mean = isinstance(section, FinetuneConfig) and section.new_token_embeddings == "mean"
-    if isinstance(section, TuningConfig) and section.lora.rank and has_mean:
+    if (
+        isinstance(section, FinetuneConfig)
+        and section.lora.rank
+        and section.new_token_embeddings == "mean"
+    ):
         problems.append(
             f"{prefix}.new_token_embeddings: found mean, expected keep with {prefix}.lora.rank ="
             f" {section.lora.rank}: embeddings are then not trained, and new tokens would stay"
