@@ -97,7 +97,8 @@ def test_every_step_works_on_both_answers_of_a_pair(tmp_path: Path) -> None:
         tmp_path / "before", {"a.jsonl": jsonl(pairs)}, "preferences", masks_emails=True
     )
     assert {pair["rejected"] for pair in before["train"]} == {"Mail [email]."}
-    secret = str(before["validation"][0]["chosen"])
+    secret = " ".join(str(before["validation"][0]["chosen"]).split()[:15])
+    secret = f"{secret} {sentences(900)}"
     leak: Json = {"prompt": "Leak?", "chosen": "x", "rejected": secret, "group": "train"}
     copies: list[Json] = [
         {"prompt": "Near?", "chosen": "x", "rejected": text} for text in near_copies(99, 5)
@@ -112,8 +113,10 @@ def test_every_step_works_on_both_answers_of_a_pair(tmp_path: Path) -> None:
     }  # fmt: skip
     assert summary["masked_emails"] == 203
     assert not {"Leak?", "Mail?"} & {pair["messages"][0]["content"] for pair in after["train"]}  # type: ignore[index]
-    sizes = [sum(map(len, ("Which, 0?", text, "Mail [email]."))) for text in texts[:1]]
-    assert 0 < sizes[0] < summary["train_bytes"]  # type: ignore[operator]
+    assert summary["train_bytes"] == sum(
+        len(str(text)) for pair in after["train"]
+        for text in (pair["messages"][0]["content"], pair["chosen"], pair["rejected"])  # type: ignore[index]
+    )  # fmt: skip
 
 
 def test_training_documents_that_give_validation_away_are_dropped_or_counted(

@@ -274,9 +274,9 @@ def test_a_format_can_be_set_where_the_first_one_is_not_meant(tmp_path: Path) ->
 
 
 def test_edited_conversations_are_counted(tmp_path: Path) -> None:
-    records: list[Json] = [
-        {"messages": messages((U, "Hi"), (A, f"Ho {number}"), (U, "And?"))} for number in range(50)
-    ]
+    records: list[Json] = []
+    for number in range(50):
+        records += [{"messages": messages((U, "Hi"), (A, f"Ho {number}"), (U, "And?"))}]
     records += [{"messages": messages((U, "a"), (U, "b"), (A, "c"))}]
     summary, _, _ = run_clean(
         tmp_path, {"a.jsonl": jsonl(records)}, "chats", validation_fraction=0.3
@@ -287,7 +287,7 @@ def test_edited_conversations_are_counted(tmp_path: Path) -> None:
 
 
 def test_tool_turns_are_dropped_or_become_text(tmp_path: Path) -> None:
-    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    call: Json = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     records: list[Json] = [
         {"messages": [{"role": "user", "content": f"Add {number}."},
                       {"role": "assistant", "content": None, "tool_calls": [call]},

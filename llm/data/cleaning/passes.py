@@ -125,7 +125,8 @@ class _Stager(Closing):
         self.stats = CleaningStats()
         self._masked, self._removed_lines = MaskCounts(), Counter[str]()
         self._edits = Counter[str]()
-        self._settings, self._content, self._has_sources = settings, raw.content, raw.has_sources
+        self._settings, self._has_sources = settings, raw.has_sources
+        self._content: Content = raw.content
         self._seen = set[bytes]()
         self._signer = self._ngrams = None
         if settings.near_duplicates.unit != "none":
