@@ -35,6 +35,8 @@ from llm.settings import (
     did_you_mean,
 )
 from llm.tokenizer.kinds import TOKENIZER_KINDS
+from llm.training.rewards import reward_problems
+from llm.training.shares import replayed_per_step
 
 Section = TypeVar("Section")
 DATASET_NAME = re.compile(r"(corpus|chats|preferences)-[a-z0-9-]+")
@@ -351,7 +353,9 @@ class PackConfig:
     sequence are not cut, and sequences may end in padding. Chats are always packed by best_fit.
     """
     long_chats: Literal["drop", "truncate_left", "truncate_right"] = "truncate_right"
-    """Chats longer than a sequence: drop them, or cut off their beginning or their end."""
+    """Chats longer than a sequence: drop them, or cut off their beginning, but for a system message
+    in front, or their end. Preference pairs longer than a sequence are dropped.
+    """
     shard_bytes: Positive = 64 << 20
     """Size of the documents packed together, by one process that holds all their tokens in memory.
     More means fewer, larger files, and less padding.
@@ -857,6 +861,60 @@ def model_problems(model: ModelConfig, prefix: str) -> list[str]:
     return problems
 
 
+def tuning_problems(section: OptimizationConfig, prefix: str) -> list[str]:
+    """Return the inconsistencies between the settings of a training stage."""
+    problems: list[str] = []
+    if isinstance(section, TuningConfig):
+        best = section.best
+        if best.every_steps and section.averaging == "snapshots":
+            problems.append(
+                f"{prefix}.averaging: found snapshots, expected none or ema with"
+                f" {prefix}.best.every_steps > 0: snapshots count back from the last step, and the"
+                " best weights are earlier ones"
+            )
+        if best.patience and not best.every_steps:
+            problems.append(
+                f"{prefix}.best.patience: found {best.patience}, expected 0 where"
+                f" {prefix}.best.every_steps is 0 and no validation decides"
+            )
+    if isinstance(section, FinetuneConfig) and section.replay_fraction:
+        total = section.global_batch_size
+        replayed = replayed_per_step(section.replay_fraction, total)
+        if not 0 < replayed < total:
+            problems.append(
+                f"{prefix}.replay_fraction: found {section.replay_fraction}, which is {replayed} of"
+                f" {prefix}.global_batch_size = {total} sequences, expected at least one of each"
+                " kind in every step"
+            )
+    if isinstance(section, FinetuneConfig) and section.lora.rank:
+        if section.new_token_embeddings == "mean":
+            problems.append(
+                f"{prefix}.new_token_embeddings: found mean, expected keep with {prefix}.lora.rank"
+                f" = {section.lora.rank}: embeddings are then not trained, and new tokens would"
+                " stay equal"
+            )
+    if isinstance(section, AlignConfig):
+        problems += _align_problems(section, prefix)
+    return problems
+
+
+def _align_problems(section: AlignConfig, prefix: str) -> list[str]:
+    problems: list[str] = []
+    if section.lora.dropout:
+        problems.append(
+            f"{prefix}.lora.dropout: found {section.lora.dropout:g}, expected 0: {section.method}"
+            " compares probabilities, and dropout would add noise to them"
+        )
+    if section.method == "grpo":
+        problems += reward_problems(section.grpo.rewards, f"{prefix}.grpo.rewards")
+        if section.global_batch_size % section.grpo.group_size:
+            problems.append(
+                f"{prefix}.global_batch_size: found {section.global_batch_size} answers, expected a"
+                f" multiple of {prefix}.grpo.group_size = {section.grpo.group_size}"
+            )
+    return problems
+
+
 def lora_problems(model: ModelConfig, lora: LoraConfig, prefix: str) -> list[str]:
     """Return why an adapter does not fit a model, each with its dotted key; none if rank is 0."""
     layers = ["query", "key", "value", "output", "gate", "up", "down"]
@@ -871,17 +929,6 @@ def lora_problems(model: ModelConfig, lora: LoraConfig, prefix: str) -> list[str
         f"{prefix}.targets: found {', '.join(unknown) or 'none'}, expected some of"
         f" {', '.join(layers)}, the linear layers of this model's blocks"
     ]
-
-
-def finetune_problems(finetune: FinetuneConfig, prefix: str) -> list[str]:
-    """Return the problems between settings of a fine-tuning stage, each with its dotted key."""
-    if finetune.lora.rank and finetune.new_token_embeddings == "mean":
-        return [
-            f"{prefix}.new_token_embeddings: found mean, expected keep with {prefix}.lora.rank ="
-            f" {finetune.lora.rank}: embeddings are then not trained, and new tokens would stay"
-            " equal"
-        ]
-    return []
 
 
 def _apply_override(tree: dict[str, object], override: str, problems: list[str]) -> None:
@@ -950,6 +997,14 @@ def _cross_checks(config: RunConfig) -> list[str]:
             problems.append(
                 f"{dotted}.warmup_steps: found {section.warmup_steps}, expected less than"
                 f" {dotted}.num_steps = {section.num_steps}"
+            )
+        problems += tuning_problems(section, dotted)
+        if isinstance(section, TuningConfig):
+            problems += lora_problems(config.pretrain.model, section.lora, f"{dotted}.lora")
+        if isinstance(section, AlignConfig) and not config.pretrain.model.is_causal:
+            problems.append(
+                f"{dotted}.method: found {section.method}, expected no stage align for"
+                " pretrain.model.is_causal = false: a masked language model generates no answers"
             )
     problems += _training_problems(config)
     for slot in ("corpus", "chats", "preferences"):

@@ -1,4 +1,4 @@
-"""The stage `pack`: encode documents, texts or chats, and pack them into sequences of tokens.
+"""The stage `pack`: encode texts, chats or preference pairs and pack them into sequences of tokens.
 
 The documents of a split, in a seeded order, are divided into parts of about `shard_bytes`. Each
 part is encoded and packed alone, as a shard.
@@ -6,7 +6,8 @@ part is encoded and packed alone, as a shard.
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +17,8 @@ import numpy.typing as npt
 
 from llm.artifact import ArtifactWriter, Json, canonical
 from llm.config import PackConfig, ShareConfig, read_section
-from llm.data.chat import render_chats
 from llm.data.documents import SPLITS, Document, DocumentReader, read_content
+from llm.data.encoding import DocumentEncoder
 from llm.data.mixture import DocumentSize, SourceTally, add_tallies, mix_sources
 from llm.data.packed import (
     PackedCounts,
@@ -64,8 +65,6 @@ class EncodedBatch:
     encoded: list[EncodedDocument] = field(default_factory=list[EncodedDocument])
     size_bytes: int = 0
     """Of all lines read."""
-    num_left_out: int = 0
-    """Documents with characters outside the vocabulary."""
 
 
 def pack(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
@@ -103,11 +102,10 @@ def pack(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
         made = [shard for part, shard in finished if part.split == split]
         splits[split] = _adopt(writer, split, made)
         counts = add_counts(splits[split])
-        _refuse_too_little(counts, layout, split, file.path)
+        losses = _add_losses(made)
+        _refuse_too_little(counts, losses, layout, split, file.path)
         summary |= {f"{split}_{name.removeprefix('num_')}": n for name, n in asdict(counts).items()}
-        if num_left_out := sum(cast(int, shard.summary["num_left_out"]) for shard in made):
-            # only by a vocabulary of characters without byte fallback
-            summary[f"{split}_documents_with_unknown_characters"] = num_left_out
+        summary |= {f"{split}_{name}": n for name, n in losses.items()}
     sources = _report_sources(config.shares, [shard for _, shard in finished], num_of_source)
     for number, source in enumerate(sources):
         summary |= {f"source_{number}_{name}": value for name, value in source.items()}
@@ -120,22 +118,28 @@ def pack_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     config = read_section(PackConfig, job.settings)
     part = SplitPart(**cast(dict[str, Any], job.shard))
     layout, tokenizer = _read_layout(job, config)
+    encoder = DocumentEncoder(
+        tokenizer=tokenizer,
+        content=layout.content,
+        max_tokens=layout.seq_len + 1,
+        long_chats=config.long_chats,
+    )
     file = DocumentReader(Path(job.inputs["documents"]), part.split)
     seed = derive_seed(job.seed, "document order", part.split)
     is_mixed = bool(config.shares) and part.split == "train"  # validation has each document once
     tallies = [SourceTally() for _ in config.shares] if is_mixed else []
     batches = (
-        _mixed_batches(file, config.shares, part, seed, tokenizer, tallies)
+        _mixed_batches(file, config.shares, part, seed, encoder, tallies)
         if is_mixed
-        else _batches(file, _take_part(np.arange(len(file)), part, seed), tokenizer)
+        else _batches(file, _take_part(np.arange(len(file)), part, seed), encoder)
     )
     documents = EncodedDocuments(layout.dtype)
-    done_bytes = num_left_out = num_bytes = 0
+    done_bytes = num_bytes = 0
     total_bytes = len(part.of(file.size_bytes))
     for batch in batches:
         documents.add(batch.encoded)
-        num_bytes += sum(map(_num_target_bytes, batch.documents))
-        num_left_out += batch.num_left_out
+        pairs = zip(batch.documents, batch.encoded, strict=True)
+        num_bytes += sum(_num_target_bytes(*pair, tokenizer.token_bytes) for pair in pairs)
         done_bytes = min(done_bytes + batch.size_bytes, total_bytes)
         job.report_progress(done_bytes, total_bytes, "bytes")
     is_concatenated = config.packing == "concatenate" and layout.content == "text"
@@ -147,7 +151,7 @@ def pack_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     assert found == expected, f"wrote {found} tokens and target bytes of {expected}"
     return {
         "info": canonical(info),
-        "num_left_out": num_left_out,
+        "losses": encoder.losses.counts(),
         "tallies": [canonical(tally) for tally in tallies],
     }
 
@@ -194,7 +198,7 @@ def _take_part(ordinals: Ordinals, part: SplitPart, seed: int) -> Ordinals:
 
 
 def _batches(
-    file: DocumentReader, ordinals: Ordinals, tokenizer: Tokenizer
+    file: DocumentReader, ordinals: Ordinals, encoder: DocumentEncoder
 ) -> Iterator[EncodedBatch]:
     """Yield these documents encoded, about ENCODE_BATCH_BYTES at a time."""
     read: list[Document] = []
@@ -203,19 +207,18 @@ def _batches(
         read.append(document)
         size_bytes += document.size_bytes
         if size_bytes >= ENCODE_BATCH_BYTES:
-            yield _encoded(read, size_bytes, tokenizer)
+            yield _encoded(read, size_bytes, encoder)
             read, size_bytes = [], 0
     if read:
-        yield _encoded(read, size_bytes, tokenizer)
+        yield _encoded(read, size_bytes, encoder)
 
 
-def _encoded(read: Sequence[Document], size_bytes: int, tokenizer: Tokenizer) -> EncodedBatch:
-    known = [document for document in read if all(map(tokenizer.can_encode, document.texts))]
+def _encoded(read: Sequence[Document], size_bytes: int, encoder: DocumentEncoder) -> EncodedBatch:
+    pairs = encoder.encode(read)
     return EncodedBatch(
-        documents=known,
-        encoded=_encode(known, tokenizer),
+        documents=[document for document, _ in pairs],
+        encoded=[encoded for _, encoded in pairs],
         size_bytes=size_bytes,
-        num_left_out=len(read) - len(known),
     )
 
 
@@ -224,7 +227,7 @@ def _mixed_batches(
     shares: Sequence[ShareConfig],
     part: SplitPart,
     seed: int,
-    tokenizer: Tokenizer,
+    encoder: DocumentEncoder,
     tallies: Sequence[SourceTally],
 ) -> Iterator[EncodedBatch]:
     """Yield this part's documents of several sources, mixed."""
@@ -232,7 +235,7 @@ def _mixed_batches(
 
     def read(number: int) -> Iterator[tuple[Document, EncodedDocument]]:
         ordinals = _take_part(np.flatnonzero(numbers == number), part, seed + number)
-        for some in _batches(file, ordinals, tokenizer):
+        for some in _batches(file, ordinals, encoder):
             yield from zip(some.documents, some.encoded, strict=True)
 
     batch = EncodedBatch()
@@ -262,32 +265,13 @@ def _size_of(item: tuple[Document, EncodedDocument]) -> DocumentSize:
     return DocumentSize(num_tokens=len(encoded.tokens), num_bytes=num_bytes)
 
 
-def _encode(batch: Sequence[Document], tokenizer: Tokenizer) -> list[EncodedDocument]:
-    if batch and batch[0].messages:
-        rendered = render_chats([document.messages for document in batch], tokenizer)
-        return [
-            EncodedDocument(
-                id=document.id,
-                tokens=np.array(chat.ids, dtype=np.uint32),
-                mask=np.array(chat.mask, dtype=np.bool_),
-                kind=document.kind,
-            )
-            for document, chat in zip(batch, rendered, strict=True)
-        ]
-    encoded = tokenizer.encode_arrays([document.text for document in batch])
-    bos = np.array([tokenizer.bos_id], dtype=np.uint32)
-    return [
-        EncodedDocument(id=document.id, tokens=np.concatenate([bos, ids]))
-        for document, ids in zip(batch, encoded, strict=True)
-    ]
-
-
-def _num_target_bytes(document: Document) -> int:
-    """Return the UTF-8 bytes of the targets: all of a text, the assistant's messages of a chat."""
-    if not document.messages:
+def _num_target_bytes(
+    document: Document, encoded: EncodedDocument, token_bytes: npt.NDArray[np.int64]
+) -> int:
+    """Return the bytes of the targets: all of a text, or those of the tokens of the mask."""
+    if encoded.mask is None:
         return len(document.text.encode())
-    answers = (m["content"] for m in document.messages if m["role"] == "assistant")
-    return sum(len(answer.encode()) for answer in answers)
+    return int(token_bytes[encoded.tokens[encoded.mask]].sum())
 
 
 def _adopt(writer: ArtifactWriter, split: str, made: Sequence[FinishedShard]) -> list[PackedShard]:
@@ -344,15 +328,29 @@ def _refuse_empty(files: Iterable[DocumentReader]) -> None:
         )
 
 
-def _refuse_too_little(counts: PackedCounts, layout: PackedLayout, split: str, path: Path) -> None:
+def _add_losses(made: Sequence[FinishedShard]) -> dict[str, int]:
+    """Return how many documents all shards of a split left out or truncated, by kind of loss."""
+    total: Counter[str] = Counter()
+    for shard in made:
+        total.update(cast(dict[str, int], shard.summary["losses"]))
+    return dict(total)
+
+
+def _refuse_too_little(
+    counts: PackedCounts, losses: Mapping[str, int], layout: PackedLayout, split: str, path: Path
+) -> None:
+    longest = f"pack.seq_len + 1 = {layout.seq_len + 1}"
     if counts.num_target_tokens == 0:
+        lost = "".join(f"; {name.replace('_', ' ')}: {count}" for name, count in losses.items())
         raise DataError(
-            f"{path}: no targets to learn; expected text, or chats with answers of the assistant"
+            f"{path}: no targets to learn in {counts.num_documents} documents{lost}; expected text,"
+            f" or chats or pairs with answers of the assistant. They are whole up to {longest}"
+            " tokens: raise pack.seq_len, change pack.long_chats, or give more data"
         )
     if layout.content == "text" and split == "train" and counts.num_tokens <= layout.seq_len:
         raise DataError(
-            f"{path}: {counts.num_tokens} tokens, less than one sequence of pack.seq_len + 1 ="
-            f" {layout.seq_len + 1}; lower pack.seq_len or give more text"
+            f"{path}: {counts.num_tokens} tokens, less than one sequence of {longest}; lower"
+            " pack.seq_len or give more text"
         )
 
 

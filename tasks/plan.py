@@ -18,11 +18,13 @@ from llm.config import (
     flatten,
     mixture_of,
 )
+from llm.data.sources.detected_format import detected_format
 from llm.data.sources.fingerprint import fingerprint
 from llm.errors import ArtifactError, ConfigError
-from llm.models import MODELS, trainings
+from llm.models import MODELS, Training, trainings
 from llm.runtime.code import code_digests
 from llm.tokenizer.kinds import TOKENIZER_KINDS
+from llm.training.rewards import source_digests
 from tasks.stages import (
     CLEAN,
     DOWNLOAD,
@@ -94,7 +96,7 @@ class PlannedStep:
     digest: str = UNKNOWN
     record: KeyRecord | None = None
     note: str = ""
-    """A remark on a cached step: built with another torch, declared by --reuse."""
+    """A remark: built with another torch, declared by --reuse, the format of local records."""
 
 
 def make_plan(
@@ -104,7 +106,7 @@ def make_plan(
 
     Raises:
         ArtifactError: `--only` names a stage whose inputs are not all built.
-        DataError: a source's files are missing.
+        DataError: a source's files are missing, or its records have no known format.
     """
     planned: dict[PipelineStep, PlannedStep] = {}
     for step in selection.takes(steps):
@@ -128,12 +130,7 @@ def section_of(step: PipelineStep, config: RunConfig) -> dict[str, Json]:
     if step.stage is DOWNLOAD:
         return _fields(SourceConfig, source_of(step, config))
     if step.stage.name in TUNING:
-        [settings] = [
-            training.settings
-            for training in trainings(config)
-            if (training.stage, training.role) == (step.stage.name, step.role.name)
-        ]
-        return _fields(TUNING[step.stage.name], settings)
+        return _fields(TUNING[step.stage.name], training_of(step, config).settings)
     settings = _clean(config) if step.stage is CLEAN else getattr(config, step.stage.name)
     section = cast(dict[str, Json], canonical(settings, step.stage.name))
     if step.stage is PACK:
@@ -142,6 +139,16 @@ def section_of(step: PipelineStep, config: RunConfig) -> dict[str, Json]:
     if step.stage is EVALUATE:
         section["models"] = [training.model_name for training in trainings(config)]
     return section
+
+
+def training_of(step: PipelineStep, config: RunConfig) -> Training:
+    """Return the training of a step."""
+    [found] = [
+        training
+        for training in trainings(config)
+        if (training.stage, training.role) == (step.stage.name, step.role.name)
+    ]
+    return found
 
 
 def source_of(step: PipelineStep, config: RunConfig) -> SourceConfig:
@@ -173,9 +180,18 @@ def key_parts(
         settings=settings,
         seed=config.seed if stage.has_seed else None,
         inputs=inputs,
-        libraries=library_versions(libraries),
+        libraries=library_versions(libraries) | _own_code(step, config),
         code=code_digests(stage.name),
     )
+
+
+def _own_code(step: PipelineStep, config: RunConfig) -> dict[str, str]:
+    """Return the digests of the user's modules that a step calls, by name."""
+    if step.stage.name not in TUNING:
+        return {}
+    settings = training_of(step, config).settings
+    is_grpo = isinstance(settings, AlignConfig) and settings.method == "grpo"
+    return source_digests(settings.grpo.rewards) if is_grpo else {}
 
 
 def explain(parts: KeyParts, store: ArtifactStore) -> str:
@@ -238,10 +254,16 @@ def _plan_step(
 ) -> PlannedStep:
     inputs = {name: planned[dependency].digest for name, dependency in step.inputs.items()}
     parts = key_parts(step, config, inputs, store)
+    note = ""
+    if step.stage is DOWNLOAD and (
+        found := detected_format(source_of(step, config), str(step.role))
+    ):
+        note = f"format {found}"
     if UNKNOWN in inputs.values():
         return PlannedStep(step=step, status="build", reason=_first_reason(parts, store))
     if selection.is_forced(step.stage):
-        return PlannedStep(step=step, status="build", reason="requested (--force or --from)")
+        reason = "requested (--force or --from)"
+        return PlannedStep(step=step, status="build", reason=reason, note=note)
     record = store.record(parts.stage, parts.key)
     if record is not None and not store.damage(record):
         return PlannedStep(
@@ -250,14 +272,14 @@ def _plan_step(
             reason="unchanged",
             digest=record.digest,
             record=record,
-            note=_note(record, store),
+            note="; ".join(filter(None, (note, _note(record, store)))),
         )
     if step.stage.name in selection.reuse and (record := reusable(parts, store)) is not None:
         reason = f"reused from {record.key[:8]} by --reuse"
         return PlannedStep(
             step=step, status="cached", reason=reason, digest=record.digest, record=record
         )
-    return PlannedStep(step=step, status="build", reason=explain(parts, store))
+    return PlannedStep(step=step, status="build", reason=explain(parts, store), note=note)
 
 
 def _first_reason(parts: KeyParts, store: ArtifactStore) -> str:

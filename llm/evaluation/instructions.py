@@ -1,19 +1,16 @@
-"""Held-out instructions: read from the validation chats, answered, and compared by exact match.
-
-A packed chat is `<|bos|>`, then for each message its role token, its text and `<|end|>`. The prompt
-ends with `<|assistant|>`; the answer follows, up to `<|end|>`.
-"""
+"""Held-out instructions: read from the validation chats, answered, and compared by exact match."""
 
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import compress, pairwise
 
 import numpy as np
 
-from llm.data.packed import PackedSequences
+from llm.data.chat import RenderedChat, split_last_answer
+from llm.data.packed import PADDING_ID, PackedSequences
 from llm.evaluation.report import Metric, rounded
 from llm.inference.generate import generate
 from llm.inference.options import GenerationOptions
@@ -31,7 +28,7 @@ class Instruction:
     """One question with its expected answer."""
 
     prompt_ids: tuple[int, ...]
-    """Ends with `<|assistant|>`, so that a model continues with the answer."""
+    """Ends where the answer begins, so that a model continues with it."""
     prompt: str
     expected: str
     kind: str = ""
@@ -44,50 +41,45 @@ class HeldOut:
 
     instructions: tuple[Instruction, ...]
     num_other_shapes: int
-    """Chats, before the limit was reached, that are not one question and one answer."""
-    num_too_long: int
-    """Chats longer than the context."""
+    """Chats, before the limit was reached, that do not end with their only answer, or lost parts of
+    it because they are longer than a sequence.
+    """
 
 
 def read_instructions(sequences: PackedSequences, tokenizer: Tokenizer, limit: int) -> HeldOut:
-    """Return the first `limit` chats of one question and one answer, or all if there are fewer."""
+    """Return the first `limit` chats that end with their only answer, or all if there are fewer."""
     found: list[Instruction] = []
     num_other_shapes = 0
-    for ordinal, ids in read_whole_documents(sequences):
+    for ordinal, chat in read_chats(sequences):
         if len(found) == limit:
             break
-        split = ids.index(tokenizer.assistant_id) + 1 if tokenizer.assistant_id in ids else 0
-        prompt, expected = ids[:split], ids[split:]
-        if prompt.count(tokenizer.user_id) != 1 or expected.count(tokenizer.end_id) != 1:
+        num_answers = [*compress(chat.ids, chat.mask)].count(tokenizer.end_id)
+        split = split_last_answer(*chat, tokenizer) if num_answers == 1 else None
+        if split is None:
             num_other_shapes += 1
         else:
             found.append(
                 Instruction(
-                    prompt_ids=tuple(prompt),
-                    prompt=_prompt_text(prompt, tokenizer),
-                    expected=tokenizer.decode(expected),
+                    prompt_ids=tuple(split.prompt_ids),
+                    prompt=_prompt_text(split.prompt_ids, tokenizer),
+                    expected=split.answer,
                     kind=NOT_IN_METRIC_NAMES.sub("_", sequences.kind(ordinal)),
                 )
             )
-    return HeldOut(
-        instructions=tuple(found),
-        num_other_shapes=num_other_shapes,
-        num_too_long=sequences.info.num_cut_documents,
-    )
+    return HeldOut(instructions=tuple(found), num_other_shapes=num_other_shapes)
 
 
-def read_whole_documents(sequences: PackedSequences) -> Iterator[tuple[int, list[int]]]:
-    """Yield ordinal and ids, bos first, of every document that lies in a single sequence."""
-    cut = set(sequences.cut_documents().tolist())
+def read_chats(sequences: PackedSequences) -> Iterator[tuple[int, RenderedChat]]:
+    """Yield the ordinal and the tokens of every packed chat, bos first."""
     for start in range(0, sequences.num_sequences, SEQUENCES_PER_READ):
         indices = np.arange(start, min(start + SEQUENCES_PER_READ, sequences.num_sequences))
-        tokens, _, documents = sequences.read(indices)
-        for row, owners in zip(tokens, documents, strict=True):
-            ends = np.flatnonzero(np.diff(owners, append=-1)) + 1
-            for begin, end in pairwise([0, *ends.tolist()]):
-                ids = row[begin:end]
-                if int(owners[begin]) not in cut:
-                    yield int(owners[begin]), ids[ids != sequences.layout.pad_id].tolist()
+        for tokens, mask, owners in zip(*sequences.read(indices), strict=True):  # (T+1,) each
+            is_begin = np.diff(owners, prepend=PADDING_ID) != 0
+            ends = [*np.flatnonzero(is_begin)[1:].tolist(), len(owners)]
+            for begin, end in pairwise([0, *ends]):
+                if owners[begin] != PADDING_ID:
+                    chat = RenderedChat(tokens[begin:end].tolist(), mask[begin:end].tolist())
+                    yield int(owners[begin]), chat
 
 
 def answer_instructions(
@@ -149,7 +141,7 @@ def one_of_each_kind(instructions: Sequence[Instruction], count: int) -> list[in
 
 
 def _prompt_text(prompt: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Return the texts of a prompt's messages, separated by blank lines."""
+    """Return the text of a prompt, with blank lines where a message ends."""
     messages: list[list[int]] = [[]]
     for token in prompt:
         if token == tokenizer.end_id:

@@ -155,9 +155,7 @@ def _instruction_notes(data: EvaluationData) -> Iterator[str]:
     if found < wanted:
         yield f"{wanted} held-out instructions were requested, only {found} exist."
     if data.held_out.num_other_shapes:
-        yield f"{data.held_out.num_other_shapes} chats skipped: not one question and one answer."
-    if data.held_out.num_too_long:
-        yield f"{data.held_out.num_too_long} chats skipped: longer than the context."
+        yield f"{data.held_out.num_other_shapes} chats skipped: not ending with their only answer."
 
 
 def _leaks(evaluated: Evaluated, data: EvaluationData) -> TaskResult:

@@ -8,14 +8,15 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from llm.config import OptimizationConfig
-from llm.data.packed import PackedSequences, sequence_order
+from llm.data.packed import PackedSequences
 from llm.model.loss import IGNORED
 from llm.runtime.prefetch import prefetch
 from llm.training.objectives import Batch, Objective
+from llm.training.sequences import Source, read_samples
+from llm.training.shares import share_of
 
 READ_TOKENS = 1 << 17  # 2 to 3 MB: small steps share the fixed cost of a read
 POSITIONS = "positions"  # of StepBatches.sums: input positions, where a step's are not fixed
@@ -45,6 +46,7 @@ def batches_of_steps(
     num_processes: int,
     micro_batch_size: int,
     device: torch.device,
+    replay: Source | None = None,
 ) -> Generator[StepBatches]:
     """Yield one process's share of every step from `first_step` on.
 
@@ -57,6 +59,9 @@ def batches_of_steps(
     num_read = -(-largest // micro_batch_size) * micro_batch_size
     # a pass that is not full is filled with the sequences after it, their targets removed below
     indices = np.minimum(share.start + np.arange(num_read), config.global_batch_size - 1)
+    replayed = [replay] if replay else []
+    own = config.global_batch_size - sum(source.per_step for source in replayed)
+    sources = [Source(sequences=sequences, seed=seed, per_step=own), *replayed]
     steps_at_once = max(1, READ_TOKENS // (num_read * sequences.seq_len))
 
     def read() -> Iterator[_Read]:
@@ -64,8 +69,7 @@ def batches_of_steps(
             steps = np.arange(start, min(start + steps_at_once, config.num_steps))
             # global numbers: which process reads a sequence never changes what is in it
             samples = (steps[:, None] * config.global_batch_size + indices).ravel()
-            arrays = sequences.read(sample_sequences(seed, samples, sequences.num_sequences))
-            batch = objective.make_batch(arrays, samples)
+            batch = objective.make_batch(read_samples(sources, samples), samples)
             by_step = (len(steps), num_read)
             batch.targets.unflatten(0, by_step)[:, len(share) :] = IGNORED
             # after the line above, so that filled-up sequences count nothing
@@ -82,40 +86,6 @@ def batches_of_steps(
                     micro_batches=[batch.sequences(start, micro_batch_size) for start in starts],
                     num_targets=num_targets,
                 )
-
-
-def share_of(num_sequences: int, process: int, num_processes: int) -> range:
-    """Return the sequences of a step that a process trains on. The last share is a largest one."""
-    # shares differ by one at most; boundaries rounded down give the longer ones to the last
-    return range(
-        process * num_sequences // num_processes, (process + 1) * num_sequences // num_processes
-    )
-
-
-def even_size(num_sequences: int, limit: int) -> int:
-    """Return a micro-batch size, at most `limit`, that leaves the last micro-batch nearly full."""
-    # Only sizes over half of the limit: a smaller one would double the number of passes. A divisor
-    # of num_sequences wastes nothing and wins; among equals the largest.
-    limit = min(limit, num_sequences)
-    return min(range(limit // 2 + 1, limit + 1), key=lambda size: (-num_sequences % size, -size))
-
-
-def sample_sequences(
-    seed: int, samples: npt.NDArray[np.int64], num_sequences: int
-) -> npt.NDArray[np.int64]:
-    """Return the packed sequences at indices `samples` of training's endless sequence of them.
-
-    It is epoch after epoch, each a permutation of all. A function of its arguments alone: there is
-    no state to save, and the number of processes does not matter.
-    """
-    # a step may span two epochs, so no sequence is ever dropped at the end of one
-    epochs, positions = samples // num_sequences, samples % num_sequences
-    chosen = np.empty(len(samples), dtype=np.int64)
-    for epoch in np.unique(epochs):
-        is_in_epoch = epochs == epoch
-        order = sequence_order(seed, int(epoch), positions[is_in_epoch], num_sequences)
-        chosen[is_in_epoch] = order
-    return chosen
 
 
 @dataclass(frozen=True, slots=True)

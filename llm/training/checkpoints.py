@@ -1,7 +1,8 @@
 """Checkpoints: training resumes from one with the bits of an uninterrupted run.
 
-`checkpoints/step-00000050/` holds weights and optimizer state as safetensors, `state.json`, and a
-manifest with their sha256. It is renamed to that name once all of it is on the disk.
+`checkpoints/step-00000050/` holds the weights in training, the optimizer state and the kept weights
+(average and best, if any) as safetensors, `state.json`, and a manifest with their sha256. It is
+renamed to that name once all of it is on the disk.
 """
 
 import json
@@ -11,22 +12,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
+from accelerate import Accelerator
+
 from llm.artifact import ArtifactWriter, file_sha256, fsync_folder, read_manifest
 from llm.errors import ArtifactError, DiskFullError
 from llm.model.transformer import Transformer
 from llm.model.weights import WEIGHTS, read_tensors, set_weights, trained_weights_of, write_tensors
 from llm.runtime.disk import disk_full
 from llm.runtime.failpoints import failpoint
+from llm.training.kept_weights import KeptWeights
 from llm.training.loop import TrainState
 from llm.training.optimizers import Optimizer
 
 PREFIX, DAMAGED_PREFIX = "step-", "damaged-"
 WRITING, REMOVING = ".writing", ".removing"
-OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+OPTIMIZER, KEPT, STATE = "optimizer.safetensors", "kept.safetensors", "state.json"
 
 
 def save_checkpoint(
-    folder: Path, model: Transformer, optimizer: Optimizer, state: TrainState, *, keep: int
+    folder: Path,
+    model: Transformer,
+    optimizer: Optimizer,
+    state: TrainState,
+    *,
+    keep: int,
+    kept: KeptWeights | None = None,
 ) -> None:
     """Write a checkpoint to `folder`, then remove all but the newest `keep`.
 
@@ -35,8 +45,11 @@ def save_checkpoint(
     """
     final = folder / f"{PREFIX}{state.step:08d}"
     if final.exists():
-        return  # saved before a resume: the same settings and seed give the same bytes
+        # saved before a resume: the same settings and seed give the same bytes, but for the choice
+        # of the best weights at this very step, which resuming repeats
+        return
     weights, moments = trained_weights_of(model), optimizer.state_dict()
+    copies = kept.state_dict() if kept else {}
     try:
         writer = ArtifactWriter(folder / WRITING)
         with writer.open(WEIGHTS) as file:
@@ -44,12 +57,17 @@ def save_checkpoint(
         # two files: exporters and `load_model` read the weights alone
         with writer.open(OPTIMIZER) as file:
             write_tensors(file, moments)
+        if copies:
+            with writer.open(KEPT) as file:
+                write_tensors(file, copies)
         # JSON, not pickle: a checkpoint can be read by eye and cannot run code
         writer.write_json(STATE, asdict(state))
         writer.finish(stage="checkpoint", summary={"step": state.step})
     except (OSError, DiskFullError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
-        needed = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values()))
+        needed = sum(
+            tensor.nbytes for tensor in (*weights.values(), *moments.values(), *copies.values())
+        )
         # with the bytes of the whole checkpoint, not of the one write that failed
         full = disk_full(cast(OSError, cause), folder, needed)
         shutil.rmtree(folder / WRITING, ignore_errors=True)
@@ -65,6 +83,23 @@ def save_checkpoint(
         failpoint("checkpoint.removing")
         shutil.rmtree(folder / REMOVING)
         failpoint("checkpoint.removed")
+
+
+def resume(
+    accelerator: Accelerator,
+    folder: Path,
+    model: Transformer,
+    optimizer: Optimizer,
+    kept: KeptWeights,
+) -> TrainState:
+    """Load the newest whole checkpoint, the same on every process, or start from step 0."""
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        newest_checkpoint(folder)  # renames damaged ones before other processes list the folder
+    accelerator.wait_for_everyone()
+    # every process reads the same bytes, so nothing is broadcast
+    path = newest_checkpoint(folder)
+    return load_checkpoint(path, model, optimizer, kept) if path else TrainState()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -84,8 +119,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path, model: Transformer, optimizer: Optimizer) -> TrainState:
-    """Load weights and optimizer state from `path`; return the training state.
+def load_checkpoint(
+    path: Path, model: Transformer, optimizer: Optimizer, kept: KeptWeights | None = None
+) -> TrainState:
+    """Load weights, optimizer state and kept weights from `path`; return the training state.
 
     Raises:
         ArtifactError: it belongs to another model, optimizer or version.
@@ -99,6 +136,8 @@ def load_checkpoint(path: Path, model: Transformer, optimizer: Optimizer) -> Tra
     # into the existing tensors, which the optimizer and DDP hold
     set_weights(model, read_tensors(path / WEIGHTS), path / WEIGHTS)
     optimizer.load_state_dict(read_tensors(path / OPTIMIZER), path / OPTIMIZER)
+    if kept and (path / KEPT).exists():  # the manifest says so: an absent file is not a lost one
+        kept.load_state_dict(read_tensors(path / KEPT), path / KEPT)
     return state
 
 

@@ -24,11 +24,13 @@ from llm.runtime.failpoints import failpoint
 from llm.seeds import derive_seed
 from llm.training.async_metrics import AsyncMetrics, StepInFlight
 from llm.training.batches import POSITIONS, StepBatches, batches_of_steps
+from llm.training.kept_weights import KeptWeights
 from llm.training.loss_scale import INITIAL_LOSS_SCALE, LossScale, StepGuard
 from llm.training.objectives import Batch, Objective, OnPolicyObjective
 from llm.training.optimizers import Optimizer
 from llm.training.processes import sum_on_devices, sum_over_processes
 from llm.training.schedules import learning_rate_factor
+from llm.training.sequences import Source
 
 UPDATE_NORM_EVERY_STEPS = 10  # measuring it takes a copy of the weights
 # Steps in flight beside the one that is awaited. One hides the host's work; more would only make
@@ -51,7 +53,7 @@ class TrainState:
     tokens: int = 0
     """Input positions, padding included: sequences times their length."""
     epoch: int = 0
-    """Completed passes over the training sequences."""
+    """Completed passes over the training sequences; replayed ones do not count."""
     row: int = 0
     """Sequences read in the current epoch."""
     skipped_steps: int = 0
@@ -63,6 +65,10 @@ class TrainState:
     """fp16: the factor of the loss."""
     loss_scale_steps: int = 0
     """fp16: steps since `loss_scale` last changed."""
+    best_step: int = 0
+    """Step of the best weights so far; 0: none yet."""
+    best_loss: float | None = None
+    """Their validation loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +114,10 @@ class TrainingSetup:
     seed: int
     """Decides the order of the sequences, and dropout."""
     micro_batch_size: int
+    replay: Source | None = None
+    """Of `global_batch_size`; the other sequences of a step are those of `sequences`."""
+    kept: KeptWeights | None = None
+    """Takes the weights of each step into their average."""
 
 
 def training_steps(
@@ -181,6 +191,7 @@ class _Worker:
             num_processes=accelerator.num_processes,
             micro_batch_size=training.micro_batch_size,
             device=self._device,
+            replay=training.replay,
         )
 
     def start(
@@ -198,6 +209,9 @@ class _Worker:
             self._seed_dropout(number)
             means = self._accumulate_gradient(batches.micro_batches, num_targets)
             metrics = means | self._update(number, means["loss"])
+        if self._training.kept:
+            # queued behind the update, so it reads the weights of this step
+            self._training.kept.update_average(number + 1)
         return StepInFlight(
             number=number,
             num_targets=num_targets,
@@ -231,7 +245,8 @@ class _Worker:
         in_sequences = config.global_batch_size * training.sequences.seq_len
         num_tokens = int(step.sums.get(POSITIONS, in_sequences))
         state.tokens += num_tokens
-        num_read = state.step * config.global_batch_size
+        num_replayed = training.replay.per_step if training.replay else 0
+        num_read = state.step * (config.global_batch_size - num_replayed)
         state.epoch, state.row = divmod(num_read, training.sequences.num_sequences)
         done_at = time.perf_counter()
         # the device began when it got the step, or after the step before: in flight they overlap

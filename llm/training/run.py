@@ -16,9 +16,8 @@ from accelerate import Accelerator
 from torch.utils.checkpoint import checkpoint
 
 from llm.artifact import ArtifactWriter, Json
-from llm.config import OptimizationConfig, RuntimeConfig, TuningConfig
-from llm.data.packed import PackedSequences
-from llm.errors import DataError, Interrupted
+from llm.config import OptimizationConfig, RuntimeConfig, TuningConfig, tuning_problems
+from llm.errors import ConfigError, Interrupted
 from llm.model.lora import add_adapters, merge_adapters, save_adapter
 from llm.model.loss import ModelWithLoss
 from llm.model.precision import fp32_products
@@ -28,19 +27,21 @@ from llm.monitoring.metrics import METRICS_FILE, MetricsWriter, write_num_parame
 from llm.monitoring.throughput import TERA, flops_per_token, peak_flops, peak_memory_bytes
 from llm.runtime.job import STARTING_MODEL, Job
 from llm.seeds import derive_seed
-from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.load import load_tokenizer
-from llm.training.batches import even_size
-from llm.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
-from llm.training.loop import Step, TrainingSetup, TrainState, divergence, training_steps
+from llm.training.checkpoints import resume, save_checkpoint
+from llm.training.kept_weights import KeptWeights, describe_weights
+from llm.training.loop import Step, TrainingSetup, divergence, training_steps
 from llm.training.objectives import (
     MakeObjective,
     ModelWithObjective,
     TrainingStart,
     language_modeling,
 )
-from llm.training.optimizers import Optimizer, make_optimizer
+from llm.training.optimizers import make_optimizer
 from llm.training.processes import make_accelerator
+from llm.training.selection import make_selection
+from llm.training.sequences import open_replay, open_sequences
+from llm.training.shares import even_size, idle_share, uneven_warning
 from llm.training.validation import Validation, validate
 
 # Memory for the activations of a micro-batch. On a CPU more does not make a step faster; on a GPU
@@ -67,17 +68,20 @@ def train(
         StageError: the loss is not finite.
         Interrupted: asked to stop; the last step is saved.
     """
+    if problems := tuning_problems(config, job.stage):
+        raise ConfigError("; ".join(problems))
     run = _Run(job, model, config, tokenizer_folder, make_objective)
     # around everything: the backward pass must use the same precision as the forward pass
     with fp32_products(config.precision, run.accelerator.device.type):
-        validation = _train(job, run)
-    state = run.state
-    if state.step < config.num_steps:
-        run.save()  # whatever checkpoint_every_steps says: no finished step is lost
-        # the launcher takes a rank that ends before the others for a failed one
-        run.accelerator.wait_for_everyone()
-        raise Interrupted(f"{job.stage} was asked to stop after step {state.step}")
-    assert validation is not None, "the last step is followed by a validation"
+        last = _train(job, run)
+        state = run.state
+        if state.step < config.num_steps:
+            run.save()  # whatever checkpoint_every_steps says: no finished step is lost
+            if not run.selection.has_stopped_early:
+                # the launcher takes a rank that ends before the others for a failed one
+                run.accelerator.wait_for_everyone()
+                raise Interrupted(f"{job.stage} was asked to stop after step {state.step}")
+        validation = run.finish(last)
     num_trained = sum(weight.numel() for weight in trained_weights_of(model).values())
     if run.lora:
         if run.is_writer:
@@ -92,8 +96,11 @@ def train(
         "content": run.content,
         "num_parameters": model.num_parameters(),
         "num_trained_parameters": num_trained,
+        "weights": describe_weights(config, state.best_step),
         "num_steps": state.step,
+        **run.selection.summary(),
         "num_tokens": state.tokens,
+        **run.epochs(),
         "num_skipped_steps": state.skipped_steps,
         "train_loss": state.loss,
         "val_loss": validation.loss,
@@ -110,20 +117,18 @@ def _train(job: Job, run: "_Run") -> Validation | None:
     runtime = job.runtime
     # Before training too: the first point of the curve is the loss of random weights. On resuming,
     # a validation at the checkpoint's step is repeated, since the kill may have come before it.
-    is_due = run.is_due(run.state.step, runtime.validate_every_steps)
-    validation = run.validate() if is_due else None
+    validation = run.validate_if_due()
     with closing(run.steps()) as steps:
         for step in steps:
             if run.is_due(step.step, runtime.log_every_steps):
                 run.log(run.point(step))
             if run.is_due(step.step, runtime.checkpoint_every_steps):
                 run.save()  # first, so that a failure of validation loses no step
-            if run.is_due(step.step, runtime.validate_every_steps):
-                validation = run.validate()
+            validation = run.validate_if_due()
             if run.is_writer:
                 # the loop stops all processes at the same step; this one must not stop alone
                 with suppress(Interrupted):
-                    job.report_progress(step.step, run.num_steps, run.unit)
+                    job.report_progress(*run.progress())
     return validation
 
 
@@ -151,7 +156,7 @@ class _Run:
             seed = derive_seed(job.seed, job.stage, "lora")
             add_adapters(model, self.lora, seed, f"{job.stage}.lora")
         self.tokenizer = load_tokenizer(tokenizer_folder)
-        sequences, self._validation_sequences = _open_sequences(job, model, self.tokenizer)
+        sequences, self._validation_sequences = open_sequences(job, model, self.tokenizer)
         self.content = sequences.layout.content
         self.flops_per_token = flops_per_token(model)
         self.peak = peak_flops(device, config.precision)
@@ -182,10 +187,11 @@ class _Run:
             replace(start, sequences=self._validation_sequences, seed=seed)
         )
         module = ModelWithObjective(self._model_with_loss, objective)
+        # after _place, which moves the weights: these and the optimizer hold on to the tensors
+        self._kept = KeptWeights(model, config)
         self._training = TrainingSetup(
             accelerator=self.accelerator,
             model=self.accelerator.prepare_model(module),
-            # after _place, which moves the weights: the optimizer holds on to the tensors
             optimizer=make_optimizer(model, config),
             sequences=sequences,
             objective=objective,
@@ -193,14 +199,19 @@ class _Run:
             stage=job.stage,
             seed=derive_seed(job.seed, job.stage, "rows"),
             micro_batch_size=micro_batch_size,
+            replay=open_replay(job, config, model, self.tokenizer),
+            kept=self._kept,
         )
-        idle_share = _idle_share(config, self.accelerator.num_processes)
-        self.unit = "steps" if not idle_share else f"steps ({idle_share:.0%} of all devices idle)"
-        if self.is_writer and idle_share:  # a warning only: the result is right, the time wasted
-            print(_uneven(job.stage, config, self.accelerator.num_processes), file=sys.stderr)
+        shares = config.global_batch_size, self.accelerator.num_processes
+        idle = idle_share(*shares)
+        self._unit = f"steps ({idle:.0%} of all devices idle)" if idle else "steps"
+        if self.is_writer and idle:  # a warning only: the result is right, the time wasted
+            print(uneven_warning(job.stage, *shares), file=sys.stderr)
         self._checkpoints = job.work / "checkpoints"
         # last: it loads into weights and optimizer state on their device
-        self.state = _resume(self.accelerator, self._checkpoints, model, self._training.optimizer)
+        optimizer = self._training.optimizer
+        self.state = resume(self.accelerator, self._checkpoints, model, optimizer, self._kept)
+        self.selection = make_selection(config, self.state, self._kept)
         path = job.work / METRICS_FILE
         # only now is it known where the curves continue
         self._metrics = MetricsWriter(path, self.state.step) if self.is_writer else None
@@ -212,16 +223,32 @@ class _Run:
             self._training,
             self.state,
             # this process's own wish; the loop asks for those of the others
-            is_stopping=lambda: self._job.is_stopping,
+            is_stopping=lambda: self._job.is_stopping or self.selection.has_stopped_early,
             needs_weights=lambda step: (
                 self.is_due(step, runtime.checkpoint_every_steps)
                 or self.is_due(step, runtime.validate_every_steps)
+                or self.selection.is_due(step)
             ),
         )
 
     def is_due(self, step: int, every_steps: int) -> bool:
         """Tell whether something done every so many steps, and after the last, is due."""
         return step % every_steps == 0 or step == self.num_steps
+
+    def progress(self) -> tuple[int, int, str]:
+        """Return steps done, in total, and what they are; all are done where training ends."""
+        step = self.state.step
+        if self.selection.has_stopped_early:
+            return step, step, f"{self._unit}, stopped early of {self.num_steps:,}"
+        return step, self.num_steps, self._unit
+
+    def epochs(self) -> dict[str, Json]:
+        """Return the passes over the stage's data, and over replayed text, for the summary."""
+        state, training = self.state, self._training
+        own = state.epoch + state.row / training.sequences.num_sequences
+        if training.replay is None:
+            return {"epochs": own}
+        return {"epochs": own, "replay_epochs": training.replay.epochs(state.step)}
 
     def log(self, values: Mapping[str, float]) -> None:
         """Add a point to the metrics file."""
@@ -262,14 +289,43 @@ class _Run:
             self._metrics.make_durable()
             keep = self._job.runtime.keep_checkpoints
             optimizer = self._training.optimizer
-            save_checkpoint(self._checkpoints, self._model, optimizer, self.state, keep=keep)
+            save_checkpoint(
+                self._checkpoints, self._model, optimizer, self.state, keep=keep, kept=self._kept
+            )
 
-    def validate(self) -> Validation:
-        """Measure the current weights and log the result.
+    def validate_if_due(self) -> Validation | None:
+        """Measure and log what is due at this step; return the validation of the curve.
+
+        The curve `val/loss` is that of the weights in training. The best weights are chosen by
+        `val/selection_loss`: of the averaged weights, where there is an average.
 
         Raises:
-            StageError: the validation loss is not finite.
+            StageError: a validation loss is not finite.
         """
+        found = None
+        if self.is_due(self.state.step, self._job.runtime.validate_every_steps):
+            found = self._measure(self._job.runtime.validation_sequences)
+            self._log_now(
+                {"val/loss": found.loss} | {f"val/{k}": v for k, v in found.metrics.items()}
+            )
+        if self.selection.is_due(self.state.step):
+            with self._kept.averaged():
+                loss = self._measure(self.selection.config.num_sequences).loss
+                self.selection.consider(loss)
+            self._log_now({"val/selection_loss": loss})
+        return found
+
+    def finish(self, last: Validation | None) -> Validation:
+        """Put the kept weights into the model, if any, and measure them; `last` is that of the
+        last step's weights.
+        """
+        if self._kept.use():
+            # for the summary, no point of the curve: these are not the weights in training
+            return self._measure(self._job.runtime.validation_sequences)
+        assert last is not None, "the last step is followed by a validation"
+        return last
+
+    def _measure(self, num_sequences: int) -> Validation:
         if self._metrics:
             self._metrics.write()  # validation takes long: the curves are shown as they are
         found = validate(
@@ -279,17 +335,19 @@ class _Run:
             self._validation_objective,
             self.tokenizer.token_bytes,
             precision=self._config.precision,
-            num_sequences=self._job.runtime.validation_sequences,
+            num_sequences=num_sequences,
             max_batch_size=self._training.micro_batch_size,
         )
         # the training loss of this step was finite, so the last update broke the weights
         if not math.isfinite(found.loss):
             what = f"a validation loss of {found.loss}"
             raise divergence(self._job.stage, self.state.step, what, self._config)
-        self.log({"val/loss": found.loss} | {f"val/{k}": v for k, v in found.metrics.items()})
+        return found
+
+    def _log_now(self, values: Mapping[str, float]) -> None:
+        self.log(values)
         if self._metrics:
             self._metrics.write()  # a rare point: shown at once
-        return found
 
 
 def _place(model: Transformer, device: torch.device, runtime: RuntimeConfig) -> ModelWithLoss:
@@ -314,52 +372,6 @@ def _place(model: Transformer, device: torch.device, runtime: RuntimeConfig) -> 
     return model_with_loss
 
 
-def _resume(
-    accelerator: Accelerator, folder: Path, model: Transformer, optimizer: Optimizer
-) -> TrainState:
-    """Load the newest whole checkpoint, the same on every process, or start from step 0."""
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        newest_checkpoint(folder)  # renames damaged ones before other processes list the folder
-    accelerator.wait_for_everyone()
-    # every process reads the same bytes, so nothing is broadcast
-    path = newest_checkpoint(folder)
-    return load_checkpoint(path, model, optimizer) if path else TrainState()
-
-
-def _open_sequences(
-    job: Job, model: Transformer, tokenizer: Tokenizer
-) -> tuple[PackedSequences, PackedSequences]:
-    """Open the training and validation split and check that they fit the model.
-
-    Raises:
-        DataError: another context or vocabulary, or no sequences.
-    """
-    folder = Path(job.inputs["sequences"])
-    splits = PackedSequences(folder, "train"), PackedSequences(folder, "validation")
-    layout = splits[0].layout
-    problems: list[str] = []  # all at once: each run that fails costs the start of a process
-    if layout.seq_len != model.seq_len:
-        problems.append(f"seq_len: found {layout.seq_len}, expected the model's {model.seq_len}")
-    for what, found in (("sequences", layout.vocab_size), ("tokenizer", tokenizer.vocab_size)):
-        if found != model.vocab_size:
-            problems.append(
-                f"vocab_size: found {found} in the {what}, expected the model's {model.vocab_size}"
-            )
-    for name, split in zip(("train", "validation"), splits, strict=True):
-        if not split.num_sequences or not split.info.num_target_tokens:
-            problems.append(
-                f"{name}: found {split.num_sequences} sequences with {split.info.num_target_tokens}"
-                " target tokens, expected some; give more data or change clean.validation_fraction"
-            )
-    if problems:
-        raise DataError(
-            f"{folder}: these sequences do not fit the model; pack them with its tokenizer and"
-            " context\n" + "\n".join(f"  {problem}" for problem in problems)
-        )
-    return splits
-
-
 def _micro_batch_size(
     model: Transformer, accelerator: Accelerator, config: OptimizationConfig, limit: int = 0
 ) -> int:
@@ -375,22 +387,3 @@ def _micro_batch_size(
     # of the process with the most sequences: all use the same size, hence the same shape
     largest_share = -(-config.global_batch_size // accelerator.num_processes)
     return even_size(largest_share, limit or max(1, room_bytes // sequence_bytes))
-
-
-def _idle_share(config: OptimizationConfig, num_processes: int) -> float:
-    """Return the share of all processes' time spent waiting for those with a sequence more."""
-    largest_share = -(-config.global_batch_size // num_processes)
-    return 1 - config.global_batch_size / (largest_share * num_processes)
-
-
-def _uneven(stage: str, config: OptimizationConfig, num_processes: int) -> str:
-    """Return the warning about shares of different sizes, with a number of processes that avoids
-    them.
-    """
-    largest_share = -(-config.global_batch_size // num_processes)
-    return (
-        f"{stage}.global_batch_size: {config.global_batch_size} sequences among {num_processes}"
-        f" processes: some train on {largest_share} in each step, the others on fewer and wait,"
-        f" {_idle_share(config, num_processes):.0%} of all time. As fast:"
-        f" runtime.num_processes={-(-config.global_batch_size // largest_share)}"
-    )

@@ -16,9 +16,9 @@ from llm.data.packed import PackedSequences
 from llm.errors import DataError
 from llm.model.loss import IGNORED, ModelWithLoss
 from llm.model.precision import Precision, autocast
-from llm.training.batches import even_size
 from llm.training.objectives import Objective
 from llm.training.processes import sum_over_processes
+from llm.training.shares import even_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 
 from llm.artifact import ArtifactWriter, Json, load_artifact
 from llm.config import ModelConfig, RuntimeConfig
-from llm.data.chat import Message, render_chat, render_prompt
+from llm.data.chat import CHAT_FORMATS, Message, render_chat, render_prompt
 from llm.data.packed import PackedSequences
 from llm.errors import ArtifactError, ConfigError, Interrupted
 from llm.evaluate import evaluate
@@ -23,8 +23,8 @@ from llm.evaluation.instructions import (
     exact_match,
     exact_match_by_kind,
     one_of_each_kind,
+    read_chats,
     read_instructions,
-    read_whole_documents,
 )
 from llm.evaluation.report import Metric, Report
 from llm.evaluation.tasks import TASKS, Evaluated, EvaluationData, EvaluationTask, TaskResult
@@ -348,7 +348,9 @@ def test_without_single_questions_there_is_no_exact_match(
     inputs["chat_sequences"] = make_rows("several", [chat_of("hi", " hello", "bye", " see you")])
     folder, summary = run_evaluate(evaluate, SETTINGS, **inputs)
     assert not any("exact_match" in name for name in summary)
-    assert "1 chats skipped: not one question and one answer" in " ".join(read_report(folder).notes)
+    assert "1 chats skipped: not ending with their only answer" in " ".join(
+        read_report(folder).notes
+    )
 
 
 def test_a_prompt_longer_than_the_context_is_named(
@@ -384,48 +386,46 @@ def test_it_stops_when_asked(
         run_evaluate(evaluate, SETTINGS, **inputs)
 
 
-def test_instructions_are_the_first_single_questions_and_skipped_chats_are_counted(
-    make_rows: MakeRows, tokenizer: ByteLevelBPE
+@pytest.mark.parametrize("chat_format", CHAT_FORMATS)
+def test_instructions_are_the_first_single_answers_and_skipped_chats_are_counted(
+    chat_format: str,
+    make_documents: MakeDocuments,
+    run_stage: RunStage,
+    tokenizer: ByteLevelBPE,
+    tmp_path: Path,
 ) -> None:
+    tokenizer = ByteLevelBPE.from_json(tokenizer.library_json())
+    tokenizer.chat_format = chat_format
+    for name, data in tokenizer.to_files().items():
+        (tmp_path / name).write_bytes(data)
     system = Message(role="system", content="be brief")
     chats: list[Chat] = [
-        *(chat_of(f"question {n}?", f"answer {n}") for n in range(8)),
-        [system, *chat_of("with a system?", "yes")],
+        *(chat_of(f"question {n}?\n", f"\n\nanswer {n}" * (n % 3)) for n in range(8)),
+        [system, *chat_of("with a system? ### Response:\n", "yes")],
         chat_of("one", "1", "two", "2"),
+        chat_of("answered?", "yes", "and now?"),
         chat_of("alone"),
-        chat_of("a long one " * 40, "word " * 40),
+        chat_of("a long answer", "word " * 120),
     ]
-    rows = PackedSequences(make_rows("mixed", chats), "validation")
+    documents = make_documents(chats, chats)
+    settings = {"seq_len": 4 * SEQ_LEN}
+    folder, _ = run_stage(pack, settings, documents=documents, tokenizer=tmp_path)
+    rows = PackedSequences(folder, "validation")
+    rendered = [render_chat(chat, tokenizer) for chat in chats]
+    cut = [tuple(each[: rows.seq_len + 1] for each in one) for one in rendered]
+    assert sorted(tuple(chat) for _, chat in read_chats(rows)) == sorted(cut)
     found = read_instructions(rows, tokenizer, limit=100)
-    assert (found.num_other_shapes, found.num_too_long) == (2, 1)
+    assert found.num_other_shapes == 4
     expected = {
         tuple(render_prompt(chat[:-1], tokenizer)): chat[-1]["content"] for chat in chats[:9]
     }
     assert {one.prompt_ids: one.expected for one in found.instructions} == expected
     prompts = {one.prompt for one in found.instructions}
-    assert {"question 0?", "be brief\n\nwith a system?"} <= prompts
+    if chat_format == "turns":
+        assert {"question 0?\n", "be brief\n\nwith a system? ### Response:\n"} <= prompts
+    assert all(any(f"question {n}?" in prompt for prompt in prompts) for n in range(8))
     first = read_instructions(rows, tokenizer, limit=3)
     assert first.instructions == found.instructions[:3]
-
-
-def test_every_chat_in_one_sequence_is_read_and_the_others_are_counted(
-    make_rows: MakeRows, tokenizer: ByteLevelBPE
-) -> None:
-    # what remains of a chat of more than a row stands in a row with whole ones
-    chats = [chat_of("long " * 30, "long " * n) for n in range(10, 60)] + CHATS
-    rows = PackedSequences(make_rows("mixed", chats), "validation")
-    found = sorted(tuple(ids) for _, ids in read_whole_documents(rows))
-    rendered = [
-        (*render_prompt(chat[:-1], tokenizer), *answer, tokenizer.end_id)
-        for chat, answer in zip(
-            chats, tokenizer.encode_batch([chat[-1]["content"] for chat in chats]), strict=True
-        )
-    ]
-    whole = sorted(ids for ids in rendered if len(ids) <= rows.seq_len + 1)
-    assert found == whole
-    held_out = read_instructions(rows, tokenizer, 100)
-    assert len(held_out.instructions) == len(whole) >= len(CHATS)
-    assert held_out.num_too_long == len(chats) - len(whole) > 0
 
 
 def test_exact_match_ignores_white_space_at_the_ends() -> None:

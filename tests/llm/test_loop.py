@@ -21,10 +21,12 @@ from llm.model.masked_lm import Masking
 from llm.model.transformer import Transformer
 from llm.tokenizer.bpe import ByteLevelBPE
 from llm.training import loop
-from llm.training.batches import batches_of_steps, sample_sequences
+from llm.training.batches import batches_of_steps
+from llm.training.kept_weights import KeptWeights
 from llm.training.loop import Step, TrainingSetup, TrainState, training_steps
 from llm.training.objectives import MaskedTokens, ModelWithObjective, NextToken
 from llm.training.optimizers import make_optimizer
+from llm.training.sequences import sample_sequences
 from llm.training.validation import Validation, validate
 from tests.llm.training_setup import (
     SEQ_LEN,
@@ -83,6 +85,7 @@ def run(
         stage="pretrain",
         seed=3,
         micro_batch_size=micro_batch_size,
+        kept=more.pop("kept", None),
     )
     more = {"is_stopping": lambda: False, **more}
     return training_steps(training, state or TrainState(), **more)
@@ -363,6 +366,30 @@ def test_fp16_skips_what_overflows_halves_its_scale_and_learns(
     assert [step.loss_scale for step in steps] == [2.0 ** (40 - n) for n in range(len(steps))]
     assert (state.loss_scale, state.loss_scale_steps) == (2.0 ** (41 - len(steps)), 1)
     assert not all(map(torch.equal, weights, model.parameters()))
+
+
+def test_an_average_holds_the_steps_up_to_the_one_awaited_skipped_ones_too(
+    text: Path, fp16_on_a_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oracle adds up the weights of each step of a training that is never a step ahead."""
+    ema = {"averaging": "ema", "ema_decay": 0.8, "precision": "fp16", "num_steps": 30}
+    config, sequences = replace(CONFIG, **ema), PackedSequences(text, "train")
+    model, ahead = tiny_model(), tiny_model()
+    history = [
+        model.norm.weight.detach().double()
+        for _ in run(model, sequences, config, state=TrainState(loss_scale=2.0**30))
+    ]
+    monkeypatch.setitem(loop.STEPS_AHEAD, "cpu", 1)
+    state, awaited, kept = TrainState(loss_scale=2.0**30), {20, 30}, KeptWeights(ahead, config)
+    more: dict[str, Any] = {"state": state, "kept": kept, "needs_weights": awaited.__contains__}
+    for step in run(ahead, sequences, config, **more):
+        if step.step in awaited:
+            shares = [0.8 ** (step.step - number) for number in range(1, step.step + 1)]
+            sums = sum(s * past for s, past in zip(shares, history, strict=False))
+            with kept.averaged():
+                found = ahead.norm.weight.detach().double()
+            torch.testing.assert_close(found, sums / sum(shares), rtol=1e-5, atol=0)
+    assert 5 < state.skipped_steps < 20 and len(history) == 30
 
 
 def test_fp16_learns_what_fp32_learns(text: Path, fp16_on_a_cpu: None) -> None:

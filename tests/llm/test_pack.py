@@ -9,7 +9,7 @@ import pytest
 
 from llm import pack as pack_module
 from llm.artifact import Json, read_manifest
-from llm.data.chat import render_chat
+from llm.data.chat import CHAT_FORMATS, RenderedChat, render_chat, truncate_left
 from llm.data.documents import SPLITS, Message
 from llm.data.packed import HEADER, PackedSequences
 from llm.errors import ArtifactError, ConfigError, DataError
@@ -17,7 +17,7 @@ from llm.pack import pack
 from llm.runtime.job import PROGRESS, Interrupted, Job
 from llm.tokenizer.base import TOKENIZER_JSON
 from llm.tokenizer.bpe import ByteLevelBPE
-from llm.tokenizer.characters import CharacterTokenizer
+from llm.tokenizer.characters import ByteTokenizer, CharacterTokenizer
 from tests.llm.cleaning import lines_of
 from tests.llm.conftest import write_lines
 
@@ -88,27 +88,148 @@ def test_every_chat_is_restored_with_its_mask(
     tokenizer_folder: Path,
     tokenizer: ByteLevelBPE,
 ) -> None:
-    long = chat("say a lot", "word " * 300)
-    train, validation = [*CHATS[:150], long], CHATS[150:]
+    train, validation = CHATS[:150], CHATS[150:]
     documents = make_documents(train, validation)
     out, summary = run_stage(pack, {"seq_len": 64}, documents=documents, tokenizer=tokenizer_folder)
     rows = PackedSequences(out, "train")
     rendered = [render_chat(messages, tokenizer) for messages in train]
-    in_one_row = [ids for ids, _ in rendered if len(ids) <= 65]
+    cut = [RenderedChat(ids[:65], mask[:65]) for ids, mask in rendered]
     contents = contents_of_documents(out, "train").values()
-    assert sorted(ids for ids in contents if len(ids) <= 65) == sorted(in_one_row)
+    assert sorted(contents) == sorted(ids for ids, _ in cut)
     tokens, mask, _ = rows.read(np.arange(rows.num_sequences))
-    assert mask.sum() == sum(sum(each) for _, each in rendered)
+    assert mask.sum() == sum(sum(each) for _, each in cut)
     expected = sorted(
-        token
-        for ids, each in rendered
-        for token, is_target in zip(ids, each, strict=True)
-        if is_target
+        token for ids, each in cut for token, is_target in zip(ids, each, strict=True) if is_target
     )
     assert sorted(tokens[mask].tolist()) == expected
-    assert rows.info.num_bytes == sum(len(messages[1]["content"]) for messages in train)
+    assert rows.info.num_bytes == len(tokenizer.decode_bytes(expected))
     num_long = sum(len(ids) > 65 for ids, _ in rendered)
-    assert summary["train_cut_documents"] == num_long < len(train) / 2
+    assert summary["train_truncated_chats"] == num_long > 0
+    assert summary["train_cut_documents"] == 0, "no chat is in two sequences"
+
+
+@pytest.mark.parametrize("chat_format", CHAT_FORMATS)
+@pytest.mark.parametrize("long_chats", ["drop", "truncate_left", "truncate_right"])
+def test_long_chats_are_dropped_or_cut_and_counted_in_every_format(
+    long_chats: str,
+    chat_format: str,
+    make_documents: MakeDocuments,
+    run_stage: RunStage,
+    tmp_path: Path,
+) -> None:
+    tokenizer = ByteTokenizer()
+    tokenizer.chat_format = chat_format
+    for name, data in tokenizer.to_files().items():
+        (tmp_path / name).write_bytes(data)
+    system = Message(role="system", content="S")
+    short = chat("q", "a" * 9)
+    long = [[system, *chat("q" * 9, letter * 300)] for letter in "xyz"]
+    hopeless = [
+        [system, *chat("q" * 300, "a")],  # no answer left at its beginning
+        [Message(role="system", content="s" * 400), *chat("q", "aa")],  # no room for an answer
+    ]
+    documents = make_documents([short, *long, *hopeless], [short])
+    out, summary = run_stage(
+        pack,
+        {"seq_len": 299, "long_chats": long_chats},
+        documents=documents,
+        tokenizer=tmp_path,
+    )
+    contents = contents_of_documents(out, "train")
+    rendered = [render_chat(messages, tokenizer) for messages in (short, *long, *hopeless)]
+    found = sorted(map(len, contents.values()))
+    num_kept = {"drop": 1, "truncate_left": 5, "truncate_right": 4}[long_chats]
+    assert found == sorted([len(rendered[0].ids), *[300] * (num_kept - 1)])
+    expected = {
+        "drop": (5, None),
+        "truncate_left": (1, 4),
+        "truncate_right": (2, 3),
+    }[long_chats]
+    counts = (summary.get("train_dropped_chats"), summary.get("train_truncated_chats"))
+    assert counts == expected
+    assert not [name for name in summary if name.startswith("validation") and "chats" in name]
+    if long_chats == "truncate_left":
+        wanted = [truncate_left(long[0], rendered[1], 300, tokenizer).ids]
+        wanted.append(truncate_left(hopeless[0], rendered[4], 300, tokenizer).ids)
+        assert all(ids in contents.values() for ids in wanted)
+        assert tokenizer.decode_bytes(wanted[0]).strip().endswith(b"x" * 200)
+        assert b"S" in tokenizer.decode_bytes(wanted[0]).split(b"x")[0]
+    if long_chats == "truncate_right":
+        assert rendered[1].ids[:300] in contents.values()
+
+
+def test_a_split_of_chats_that_are_all_too_long_is_refused_with_the_counts(
+    make_documents: MakeDocuments, run_stage: RunStage, tokenizer_folder: Path
+) -> None:
+    documents = make_documents([chat(f"{n} " * 99, "yes") for n in range(7)], CHATS[1:3])
+    for long_chats in ("drop", "truncate_right"):
+        with pytest.raises(
+            DataError, match=r"train: no targets .* in 0 documents; dropped chats: 7"
+        ):
+            run_stage(
+                pack,
+                {"seq_len": 32, "long_chats": long_chats},
+                documents=documents,
+                tokenizer=tokenizer_folder,
+            )
+
+
+PAIRS = [
+    ([Message(role="user", content=f"what is {n}?")], f"it is {n}" * (n % 5 + 1), f"no {n}")
+    for n in range(60)
+]
+
+
+def write_pairs(folder: Path, pairs: Sequence[tuple[list[Message], str, str]]) -> Path:
+    lines = [
+        json.dumps(
+            {"id": f"{n:032x}", "messages": m, "chosen": c, "rejected": r, "kind": f"{n % 2}"}
+        )
+        for n, (m, c, r) in enumerate(pairs)
+    ]
+    write_lines(folder, {"train": lines, "validation": lines[:9]}, "preferences")
+    return folder
+
+
+def test_a_pair_is_packed_whole_and_its_halves_are_found(
+    tmp_path: Path, run_stage: RunStage, tokenizer_folder: Path, tokenizer: ByteLevelBPE
+) -> None:
+    long = ([Message(role="user", content="why? " * 9)], "so " * 30, "that " * 30)
+    documents = write_pairs(tmp_path / "pairs", [*PAIRS, long])
+    out, summary = run_stage(pack, {"seq_len": 96}, documents=documents, tokenizer=tokenizer_folder)
+    rows = PackedSequences(out, "train")
+    assert rows.layout.content == summary["content"] == "preferences"
+    assert summary["train_dropped_pairs"] == 1 and "validation_dropped_pairs" not in summary
+    assert rows.info.num_documents == len(PAIRS) and rows.info.num_cut_documents == 0
+    arrays = rows.read(np.arange(rows.num_sequences))
+    halves = arrays.half_ids(rows.layout.bos_id)
+    found: list[tuple[list[int], list[bool]]] = []
+    for row in range(rows.num_sequences):
+        for half in range(int(halves[row].max()) + 1):
+            where = halves[row] == half
+            assert len(set(arrays.document_ids[row][where])) == 1, "a half is of one pair"
+            found.append((arrays.tokens[row][where].tolist(), arrays.mask[row][where].tolist()))
+    assert rows.num_sequences < len(PAIRS), "a row holds several pairs"
+    expected = [
+        render_chat([*messages, Message(role="assistant", content=answer)], tokenizer)
+        for messages, *answers in PAIRS
+        for answer in answers
+    ]
+    couples, wanted = (
+        sorted(zip(each[::2], each[1::2], strict=True))
+        for each in (found, [tuple(one) for one in expected])
+    )
+    assert couples == wanted
+    assert rows.info.num_bytes == sum(len(c) + len(r) for _, c, r in PAIRS)
+    assert {rows.kind(ordinal) for ordinal in range(len(PAIRS))} == {"0", "1"}
+
+
+def test_pairs_that_are_all_too_long_are_refused(
+    tmp_path: Path, run_stage: RunStage, tokenizer_folder: Path
+) -> None:
+    documents = write_pairs(tmp_path / "pairs", PAIRS)
+    with pytest.raises(DataError, match=r"train: no targets .* dropped pairs: 60.*pack\.seq_len"):
+        run_stage(pack, {"seq_len": 8}, documents=documents, tokenizer=tokenizer_folder)
 
 
 def test_documents_with_unknown_characters_are_left_out_and_counted(
