@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llm.artifact import MANIFEST, ArtifactWriter, Json, read_manifest
-from llm.config import FinetuneConfig, finetune_problems, read_section
+from llm.config import FinetuneConfig, read_section
 from llm.errors import ConfigError
 from llm.model.weights import load_model
 from llm.runtime.job import STARTING_MODEL, Job
@@ -17,11 +17,9 @@ def finetune(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     """Train from the base model's weights.
 
     Raises:
-        ConfigError: settings that contradict each other, or the starting model.
+        ConfigError: settings that contradict the starting model.
     """
     config = read_section(FinetuneConfig, job.settings)
-    if problems := finetune_problems(config, job.stage):
-        raise ConfigError("; ".join(problems))
     base = Path(job.inputs[STARTING_MODEL])
     model, tokenizer = load_model(base), load_tokenizer(base)
     if config.new_token_embeddings == "mean":

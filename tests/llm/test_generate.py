@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm.errors import ConfigError, DataError
-from llm.inference import generate as module
 from llm.inference.generate import generate, generate_texts, stream, stream_texts
 from llm.inference.options import GenerationOptions
 from llm.inference.packed import is_packed, packed
