@@ -17,7 +17,7 @@ def finetune(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     """Train from the base model's weights.
 
     Raises:
-        ConfigError: settings that contradict each other, or the starting model.
+        ConfigError: settings that contradict the starting model.
     """
     config = read_section(FinetuneConfig, job.settings)
     base = Path(job.inputs[STARTING_MODEL])

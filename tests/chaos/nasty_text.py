@@ -207,6 +207,7 @@ RANDOM_FILES: dict[str, Callable[[Path, random.Random], None]] = {
     "lines of JSON": try_jsonl,
     "an array of JSON": try_array,
     "chats": try_chats,
+    "preference pairs": try_preferences,
     "a table": try_csv,
     "a table without the key": try_csv_without_the_key,
     "Parquet": try_parquet,
