@@ -90,29 +90,34 @@ class PreferencePairs:
         """Return the number of pairs of each sequence, (B,)."""
         return _is_pair(batch).sum(dim=1)  # (B, M) -> (B,)
 
-    def loss(self, model: ModelWithLoss, batch: Batch) -> Tensor:
-        """Return the sum of the losses of all pairs."""
-        rewards = self._rewards(model, batch)
-        return (self._losses(rewards) * _is_pair(batch)).sum()
+    def loss(self, model: ModelWithLoss, batch: Batch) -> dict[str, Tensor]:
+        """Return the sum of the losses of all pairs, and those of the other measures."""
+        found, is_pair = self._measures(model, batch), _is_pair(batch)
+        totals = {name: (each * is_pair).sum() for name, each in found.items()}
+        loss = totals.pop("loss")
+        return {"loss": loss, **{f"train/{name}": each.detach() for name, each in totals.items()}}
 
     def measure(
         self, model: ModelWithLoss, batch: Batch, token_bytes: Tensor
     ) -> Mapping[str, Tensor]:
         """Return sums of the loss, of the pairs in the right order, and of the rewards."""
-        rewards, is_pair = self._rewards(model, batch), _is_pair(batch)
+        found, is_pair = self._measures(model, batch), _is_pair(batch)
+        return {name: sums(each * is_pair, is_pair) for name, each in found.items()}
+
+    def _measures(self, model: ModelWithLoss, batch: Batch) -> dict[str, Tensor]:
+        """Return loss and measures of each pair, by name, (B, M) each."""
+        rewards = self._rewards(model, batch)  # (B, M, 2)
         margins = rewards[..., 0] - rewards[..., 1]  # (B, M, 2) -> (B, M)
-        values = {
-            "loss": self._losses(rewards),
+        return {
+            "loss": self._losses(margins),
             "preference_accuracy": margins > 0,  # at the start all are 0: none counts as right
             "reward_margin": margins,
             "chosen_reward": rewards[..., 0],
             "rejected_reward": rewards[..., 1],
         }
-        return {name: sums(value * is_pair, is_pair) for name, value in values.items()}
 
-    def _losses(self, rewards: Tensor) -> Tensor:
-        """Return the loss of each pair, (B, M), from the rewards (B, M, 2)."""
-        margins = rewards[..., 0] - rewards[..., 1]
+    def _losses(self, margins: Tensor) -> Tensor:
+        """Return the loss of each pair, (B, M), from the differences of its rewards."""
         # "Conservative DPO": with a share s of pairs labeled the wrong way round, the loss is least
         # where sigmoid(margin) = 1 - s; without it a margin grows forever (Mitchell 2023, "A note
         # on DPO with noisy preferences")

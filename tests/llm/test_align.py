@@ -110,6 +110,7 @@ def test_margin_and_accuracy_rise_on_held_out_pairs_from_a_loss_of_ln_2(
     assert curve(tmp_path, "val/preference_accuracy")[-1] > least_accuracy
     chosen, rejected = curve(tmp_path, "val/chosen_reward"), curve(tmp_path, "val/rejected_reward")
     assert np.subtract(chosen, rejected) == pytest.approx(margins, abs=1e-5)
+    assert curve(tmp_path, "train/reward_margin")[-1] > curve(tmp_path, "train/reward_margin")[0]
     assert summary["val_reward_margin"] == margins[-1]
 
 
