@@ -540,7 +540,7 @@ class FinetuneConfig(TuningConfig):
     """
     new_token_embeddings: Literal["keep", "mean"] = "keep"
     """mean: all control tokens but `<|bos|>`, which are in no text, start as the mean of the
-    embeddings of text tokens. For the first stage on chats: a later one would forget them.
+    embeddings of text tokens. For the first stage on chats: a later one refuses it.
     """
 
 
@@ -886,13 +886,16 @@ def tuning_problems(section: OptimizationConfig, prefix: str) -> list[str]:
                 f" {prefix}.global_batch_size = {total} sequences, expected at least one of each"
                 " kind in every step"
             )
-    if isinstance(section, FinetuneConfig) and section.lora.rank:
-        if section.new_token_embeddings == "mean":
-            problems.append(
-                f"{prefix}.new_token_embeddings: found mean, expected keep with {prefix}.lora.rank"
-                f" = {section.lora.rank}: embeddings are then not trained, and new tokens would"
-                " stay equal"
-            )
+    if (
+        isinstance(section, FinetuneConfig)
+        and section.lora.rank
+        and section.new_token_embeddings == "mean"
+    ):
+        problems.append(
+            f"{prefix}.new_token_embeddings: found mean, expected keep with {prefix}.lora.rank ="
+            f" {section.lora.rank}: embeddings are then not trained, and new tokens would stay"
+            " equal"
+        )
     if isinstance(section, AlignConfig):
         problems += _align_problems(section, prefix)
     return problems
