@@ -196,9 +196,10 @@ def test_loss_and_gradient_of_packed_answers_equal_plain_torch_on_each_answer_al
             k3 = (known.detach() - new).exp() - (known.detach() - new) - 1
             total = total + (0.3 * k3 - torch.minimum(ratio * advantage, limited * advantage)).sum()
             num_clipped += int((limited * advantage < ratio * advantage).sum())
-            divergence += float(k3.sum())
+            divergence += k3.sum().item()
             num_tokens += len(new)
     total.backward()
+    second["loss"], total = second["loss"].detach(), total.detach()
     assert step.num_targets == num_tokens
     assert float(first["policy/clip_fraction"]) == 0, "the ratio of the first update is 1"
     assert float(second["loss"]) == pytest.approx(float(total), rel=1e-5, abs=1e-5)
@@ -220,7 +221,7 @@ def test_the_first_ratio_is_exactly_one_with_and_without_kept_log_probabilities(
         grpo, begin = objective(inputs, tmp_path, config)
         step = next(grpo.sampled_steps(0))
         found = loss_sum(grpo, begin.model, step)
-        losses.append(float(found["loss"]))
+        losses.append(found["loss"].item())
         batch = step.micro_batches[0]
         assert ("old" in batch.extras) == (num_updates == 2)
         expected = -sum(float(each.extras["advantages"].sum()) for each in step.micro_batches)
@@ -270,7 +271,7 @@ def test_multi_turn_chats_end_in_the_reference(tokenizer: ByteLevelBPE) -> None:
     words = ["user one", "assistant two", "user three", "assistant four"]
     messages = [{"role": word.split()[0], "content": word.split()[1]} for word in words]
     chat = render_chat(messages, tokenizer)
-    half = len(chat.ids) // 2
+    half = chat.mask.index(True) + 1  # inside the first answer
     ids = [*chat.ids, *chat.ids[:half], tokenizer.pad_id]
     mask = [*chat.mask, *chat.mask[:half], False]
     documents = [0] * len(chat.ids) + [1] * half + [PADDING_ID]
