@@ -1,8 +1,9 @@
 """Measure GRPO on the quickstart's chats, from its fine-tuned model: speed, rewards, exact match.
 
-    python -m benchmarks.grpo ARTIFACTS [--minutes 10] [align.key=value ...]
+    python -m benchmarks.grpo ARTIFACTS [--steps 80] [--base MODEL] [align.key=value ...]
 
-ARTIFACTS is the folder of a finished `fromscratch run quickstart`. Prints seconds per step, answers
+ARTIFACTS is the folder of a finished `fromscratch run quickstart`; MODEL the folder of another chat
+model with the same tokenizer. Prints seconds per step, answers
 per second and the share of time spent sampling; then held-out exact match, and bits per byte on
 text, before and after.
 """
@@ -35,14 +36,14 @@ from llm.training.objectives import NextToken
 SETTINGS = [
     "align.method=grpo",
     "align.optimizer=adamw",
-    "align.learning_rate=3e-4",
-    "align.global_batch_size=256",
+    "align.learning_rate=2e-4",
+    "align.global_batch_size=512",
     "align.warmup_steps=5",
     "align.weight_decay=0",
     "align.precision=bf16",
-    "align.schedule=linear",
+    "align.final_learning_rate_fraction=1.0",
     "align.document_mask=true",
-    "align.grpo.max_new_tokens=48",
+    "align.grpo.max_new_tokens=16",
 ]
 
 
@@ -50,8 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     """Train and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifacts", type=Path)
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--base", type=Path, default=None)

@@ -1,7 +1,7 @@
 """Training objectives: next token, masked tokens. Each makes its batches and owns its loss.
 
-The loop, the optimizer and DDP see an `Objective` only, so a preference or policy-gradient
-objective is one more class here: tests/llm/test_objectives.py trains with one of each.
+The loop, the optimizer and DDP see an `Objective` only, so those of preferences and of rewards,
+llm.training.dpo and llm.training.grpo, are one more class each.
 
 Shapes: B sequences, T positions, V vocabulary, N masked tokens.
 """

@@ -20,6 +20,7 @@ from llm.config import AlignConfig, GrpoConfig, LoraConfig, RuntimeConfig
 from llm.data.chat import render_chat, render_prompt
 from llm.data.packed import PADDING_ID, PackedArrays, PackedSequences
 from llm.errors import ArtifactError, ConfigError, DataError, StageError
+from llm.finetune import finetune
 from llm.inference.packed import packed
 from llm.model.loss import ModelWithLoss
 from llm.model.transformer import Transformer
@@ -39,31 +40,35 @@ from tests.llm.training_setup import (
     points,
     run_inside,
     start,
+    tiny_finetune,
     tiny_model,
     write_chat_sequences,
     write_job_file,
     write_text_sequences,
 )
 
-REWARD = "regex:[aeiou]"  # a model with random weights gets it for about half of its answers
+REWARD = "regex:[02468]$"  # of a model that answers with numbers, about half
 
 
 def tiny_align(grpo: dict[str, Any] | None = None, **settings: Any) -> AlignConfig:
     """Six steps of four prompts with four answers each, changed by `settings`."""
     few = {"method": "grpo", "num_steps": 6, "global_batch_size": 16, "warmup_steps": 1}
-    sampling = {"group_size": 4, "max_new_tokens": 4, "rewards": (REWARD,)}
+    sampling = {"group_size": 4, "max_new_tokens": 8, "rewards": (REWARD,)}
     return AlignConfig(**{**few, **settings}, grpo=GrpoConfig(**{**sampling, **(grpo or {})}))
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer: ByteLevelBPE) -> dict[str, Path]:
-    """A starting model with random weights, and packed chats."""
+    """A model that has learned to answer in the form `it is 36`, and the packed chats."""
     folder = tmp_path_factory.mktemp("inputs")
-    writer = ArtifactWriter(folder / "base")
+    writer = ArtifactWriter(folder / "random")
     save_model(writer, tiny_model(vocab_size=tokenizer.vocab_size), tokenizer.to_files())
-    writer.finish(stage="finetune", summary={})
+    writer.finish(stage="pretrain", summary={})
     sequences = write_chat_sequences(folder / "sequences", tokenizer, 60)
-    return {"base": folder / "base", "sequences": sequences}
+    config = tiny_finetune(num_steps=40, global_batch_size=16, learning_rate=1e-2)
+    begin = {"base": folder / "random", "sequences": sequences}
+    run_inside(finetune, write_job_file(folder / "chat", "finetune", config, begin))
+    return {"base": folder / "chat" / "out", "sequences": sequences}
 
 
 def objective(
@@ -191,9 +196,10 @@ def test_loss_and_gradient_of_packed_answers_equal_plain_torch_on_each_answer_al
             k3 = (known.detach() - new).exp() - (known.detach() - new) - 1
             total = total + (0.3 * k3 - torch.minimum(ratio * advantage, limited * advantage)).sum()
             num_clipped += int((limited * advantage < ratio * advantage).sum())
-            divergence += float(k3.sum())
+            divergence += k3.sum().item()
             num_tokens += len(new)
     total.backward()
+    second["loss"], total = second["loss"].detach(), total.detach()
     assert step.num_targets == num_tokens
     assert float(first["policy/clip_fraction"]) == 0, "the ratio of the first update is 1"
     assert float(second["loss"]) == pytest.approx(float(total), rel=1e-5, abs=1e-5)
@@ -215,7 +221,7 @@ def test_the_first_ratio_is_exactly_one_with_and_without_kept_log_probabilities(
         grpo, begin = objective(inputs, tmp_path, config)
         step = next(grpo.sampled_steps(0))
         found = loss_sum(grpo, begin.model, step)
-        losses.append(float(found["loss"]))
+        losses.append(found["loss"].item())
         batch = step.micro_batches[0]
         assert ("old" in batch.extras) == (num_updates == 2)
         expected = -sum(float(each.extras["advantages"].sum()) for each in step.micro_batches)
@@ -265,7 +271,7 @@ def test_multi_turn_chats_end_in_the_reference(tokenizer: ByteLevelBPE) -> None:
     words = ["user one", "assistant two", "user three", "assistant four"]
     messages = [{"role": word.split()[0], "content": word.split()[1]} for word in words]
     chat = render_chat(messages, tokenizer)
-    half = len(chat.ids) // 2
+    half = chat.mask.index(True) + 1  # inside the first answer
     ids = [*chat.ids, *chat.ids[:half], tokenizer.pad_id]
     mask = [*chat.mask, *chat.mask[:half], False]
     documents = [0] * len(chat.ids) + [1] * half + [PADDING_ID]
@@ -280,7 +286,7 @@ def test_reward_on_held_out_prompts_rises(
     seed: int, tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     config = tiny_align(
-        {"rewards": (REWARD, "0.5*format")}, num_steps=30, global_batch_size=64, learning_rate=1e-2
+        {"rewards": (REWARD, "0.5*format")}, num_steps=30, global_batch_size=64, learning_rate=3e-3
     )
     path = write_job_file(tmp_path, "align", config, inputs, validate_every_steps=10)
     job = json.loads(path.read_text()) | {"seed": seed}
@@ -294,10 +300,10 @@ def test_reward_on_held_out_prompts_rises(
     assert all("val/bits_per_byte" in point for point in found if "val/loss" in point)
     first = found[1]
     assert first["reward/mean"] == pytest.approx(
-        first["reward/regex_aeiou"] + 0.5 * first["reward/format"]
+        first["reward/regex_02468"] + 0.5 * first["reward/format"]
     )
     assert 0 < first["groups/equal"] < 1
-    assert 0 < first["answers/mean_tokens"] <= 4
+    assert 0 < first["answers/mean_tokens"] <= 8
     samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").open()]
     assert {sample["step"] for sample in samples} == {0, 10, 20}
     assert samples[0].keys() >= {"prompt", "answer", "reference", "reward", "rewards"}
@@ -407,7 +413,7 @@ def test_a_group_whose_reward_function_fails_is_left_out_and_counted(
 ) -> None:
     own.write_text(
         "def judge(prompt, answer, reference):\n"
-        "    return float('nan') if '7' in prompt else float('e' in answer)\n"
+        "    return float('nan') if '7' in prompt else float('1' in answer)\n"
     )
     config = tiny_align({"rewards": (f"{own.stem}:judge",)}, num_steps=3, global_batch_size=64)
     run_inside(align, write_job_file(tmp_path, "align", config, inputs))
@@ -423,7 +429,7 @@ def test_a_function_that_always_fails_stops_training_and_the_checkpoint_stays(
 ) -> None:
     own.write_text(
         "calls = []\ndef judge(prompt, answer, reference):\n    calls.append(1)\n"
-        "    return float('e' in answer) if len(calls) < 90 else 1 / 0\n"
+        "    return float('1' in answer) if len(calls) < 90 else 1 / 0\n"
     )
     config = tiny_align({"rewards": (f"{own.stem}:judge",)})
     path = write_job_file(tmp_path, "align", config, inputs, checkpoint_every_steps=1)
