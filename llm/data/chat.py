@@ -52,7 +52,7 @@ class ChatPart(NamedTuple):
 
 
 Parts = tuple[ChatPart, ...]
-BEGIN = ChatPart("<|bos|>", is_control=True)
+BEGIN, END = (ChatPart(name, is_control=True) for name in ("<|bos|>", "<|end|>"))
 
 
 class ChatFormat(NamedTuple):
@@ -138,9 +138,12 @@ def make_format(
         )
 
     halves = {role: templates[role].partition(TEXT) for role in ROLES}
+    after = {role: parse(text) for role, (_, _, text) in halves.items()}
+    # generation stops there, and targets and packed pairs are found by it
+    assert after["assistant"][0] == END, "<|end|> must follow the assistant's text"
     return ChatFormat(
-        before={role: parse(before) for role, (before, _, _) in halves.items()},
-        after={role: parse(after) for role, (_, _, after) in halves.items()},
+        before={role: parse(text) for role, (text, _, _) in halves.items()},
+        after=after,
         preamble=parse(preamble),
     )
 
