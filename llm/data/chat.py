@@ -203,7 +203,8 @@ def truncate_left(
     num_head = sum(_encode([is_head], tokenizer)[0].mask)
     start = len(chat.ids) - max(0, num_tokens - num_head)
     return RenderedChat(
-        *((each[:num_head] + each[start:])[:num_tokens] for each in (chat.ids, chat.mask))
+        ids=(chat.ids[:num_head] + chat.ids[start:])[:num_tokens],
+        mask=(chat.mask[:num_head] + chat.mask[start:])[:num_tokens],
     )
 
 
