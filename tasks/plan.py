@@ -255,7 +255,9 @@ def _plan_step(
     inputs = {name: planned[dependency].digest for name, dependency in step.inputs.items()}
     parts = key_parts(step, config, inputs, store)
     note = ""
-    if step.stage is DOWNLOAD and (found := detected_format(source_of(step, config), str(step.role))):
+    if step.stage is DOWNLOAD and (
+        found := detected_format(source_of(step, config), str(step.role))
+    ):
         note = f"format {found}"
     if UNKNOWN in inputs.values():
         return PlannedStep(step=step, status="build", reason=_first_reason(parts, store))
