@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm.artifact import ArtifactWriter
+from llm.artifact import ArtifactWriter, Json
 from llm.evaluation.items import Items, ModelItems, make_items, read_items, write_items
 from llm.evaluation.paired import compare_models
 
@@ -52,7 +52,7 @@ def seconds_of_the_command(items: dict[str, dict[str, Items]]) -> tuple[float, f
         writer = ArtifactWriter(Path(folder) / "evaluate" / "items")
         write_items(writer, items)
         digests = {model: f"{index:032x}" for index, model in enumerate(items, start=1)}
-        settings = {"models": list(items)}
+        settings: dict[str, Json] = {"models": [*items]}
         writer.finish(stage="evaluate", summary={}, settings=settings, inputs=digests)
         command = [sys.executable, "-m", "flows.cli", "compare", *digests.values()]
         started_at = time.monotonic()

@@ -15,7 +15,7 @@ from llm.data.packed import PackedSequences
 from llm.errors import ArtifactError, ConfigError
 from llm.evaluation.baselines import Baselines, measure_baselines
 from llm.evaluation.instructions import SEQUENCES_PER_READ, read_instructions
-from llm.evaluation.items import write_items
+from llm.evaluation.items import ModelItems, write_items
 from llm.evaluation.paired import compare_models
 from llm.evaluation.prompts import encode_prompts
 from llm.evaluation.report import Metric, Report, Sample, rounded, samples_json
@@ -77,12 +77,7 @@ def evaluate(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     for task_name, task in tasks.items():
         metrics |= _metrics(task, results[task_name])
         samples += _samples([result.samples for result in results[task_name].values()])
-    items = {
-        name: {
-            metric: found for task in tasks for metric, found in results[task][name].items.items()
-        }
-        for name in folders
-    }
+    items = _items(results, config.models)
     report = Report(
         models=config.models,
         metrics=metrics,
@@ -211,6 +206,20 @@ def _samples(by_model: Sequence[Sequence[Sample]]) -> Iterator[Sample]:
         completions = [each.completions for each in same_prompt]
         merged = {model: text for each in completions for model, text in each.items()}
         yield replace(same_prompt[0], completions=merged)
+
+
+def _items(
+    results: Mapping[str, Mapping[str, TaskResult]], models: Sequence[str]
+) -> dict[str, ModelItems]:
+    """Return the items of each model from the results by task and model."""
+    return {
+        model: {
+            metric: items
+            for of_task in results.values()
+            for metric, items in of_task[model].items.items()
+        }
+        for model in models
+    }
 
 
 def _compared_pairs(models: Sequence[str]) -> list[tuple[str, str]]:

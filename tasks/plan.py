@@ -190,8 +190,9 @@ def _own_code(step: PipelineStep, config: RunConfig) -> dict[str, str]:
     if step.stage.name not in TUNING:
         return {}
     settings = training_of(step, config).settings
-    is_grpo = isinstance(settings, AlignConfig) and settings.method == "grpo"
-    return source_digests(settings.grpo.rewards) if is_grpo else {}
+    if not isinstance(settings, AlignConfig) or settings.method != "grpo":
+        return {}
+    return source_digests(settings.grpo.rewards)
 
 
 def explain(parts: KeyParts, store: ArtifactStore) -> str:
@@ -254,11 +255,10 @@ def _plan_step(
 ) -> PlannedStep:
     inputs = {name: planned[dependency].digest for name, dependency in step.inputs.items()}
     parts = key_parts(step, config, inputs, store)
-    note = ""
-    if step.stage is DOWNLOAD and (
-        found := detected_format(source_of(step, config), str(step.role))
-    ):
-        note = f"format {found}"
+    found = None
+    if step.stage is DOWNLOAD:
+        found = detected_format(source_of(step, config), str(step.role))
+    note = f"format {found}" if found else ""
     if UNKNOWN in inputs.values():
         return PlannedStep(step=step, status="build", reason=_first_reason(parts, store))
     if selection.is_forced(step.stage):

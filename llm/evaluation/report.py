@@ -93,10 +93,11 @@ class Comparison:
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> "Comparison":
         """Read what `asdict` made, through JSON."""
-        metrics = {
-            name: Difference(**{**found, "interval": tuple(found["interval"])})
-            for name, found in tree["metrics"].items()
-        }
+        metrics: dict[str, Difference] = {}
+        for name, found in tree["metrics"].items():
+            fields = dict(found)
+            low, high = fields.pop("interval")
+            metrics[name] = Difference(interval=(low, high), **fields)
         return cls(a=tree["a"], b=tree["b"], metrics=metrics, notes=tuple(tree["notes"]))
 
 
