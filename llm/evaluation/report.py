@@ -319,7 +319,7 @@ def _comparison_section(comparisons: Sequence[Comparison]) -> str:
             found.verdict,
         )
         for one in comparisons
-        for name, found in one.metrics.items()
+        for name, found in sorted(one.metrics.items())
     ]
     if not rows:
         return ""
