@@ -35,6 +35,7 @@ from llm.settings import (
     did_you_mean,
 )
 from llm.tokenizer.kinds import TOKENIZER_KINDS
+from llm.training.rewards import reward_problems
 from llm.training.shares import replayed_per_step
 
 Section = TypeVar("Section")
@@ -539,7 +540,7 @@ class FinetuneConfig(TuningConfig):
     """
     new_token_embeddings: Literal["keep", "mean"] = "keep"
     """mean: all control tokens but `<|bos|>`, which are in no text, start as the mean of the
-    embeddings of text tokens. For the first stage on chats: a later one would forget them.
+    embeddings of text tokens. For the first stage on chats: a later one refuses it.
     """
 
 
@@ -885,6 +886,35 @@ def tuning_problems(section: OptimizationConfig, prefix: str) -> list[str]:
                 f" {prefix}.global_batch_size = {total} sequences, expected at least one of each"
                 " kind in every step"
             )
+    if (
+        isinstance(section, FinetuneConfig)
+        and section.lora.rank
+        and section.new_token_embeddings == "mean"
+    ):
+        problems.append(
+            f"{prefix}.new_token_embeddings: found mean, expected keep with {prefix}.lora.rank ="
+            f" {section.lora.rank}: embeddings are then not trained, and new tokens would stay"
+            " equal"
+        )
+    if isinstance(section, AlignConfig):
+        problems += _align_problems(section, prefix)
+    return problems
+
+
+def _align_problems(section: AlignConfig, prefix: str) -> list[str]:
+    problems: list[str] = []
+    if section.lora.dropout:
+        problems.append(
+            f"{prefix}.lora.dropout: found {section.lora.dropout:g}, expected 0: {section.method}"
+            " compares probabilities, and dropout would add noise to them"
+        )
+    if section.method == "grpo":
+        problems += reward_problems(section.grpo.rewards, f"{prefix}.grpo.rewards")
+        if section.global_batch_size % section.grpo.group_size:
+            problems.append(
+                f"{prefix}.global_batch_size: found {section.global_batch_size} answers, expected a"
+                f" multiple of {prefix}.grpo.group_size = {section.grpo.group_size}"
+            )
     return problems
 
 
@@ -902,17 +932,6 @@ def lora_problems(model: ModelConfig, lora: LoraConfig, prefix: str) -> list[str
         f"{prefix}.targets: found {', '.join(unknown) or 'none'}, expected some of"
         f" {', '.join(layers)}, the linear layers of this model's blocks"
     ]
-
-
-def finetune_problems(finetune: FinetuneConfig, prefix: str) -> list[str]:
-    """Return the problems between settings of a fine-tuning stage, each with its dotted key."""
-    if finetune.lora.rank and finetune.new_token_embeddings == "mean":
-        return [
-            f"{prefix}.new_token_embeddings: found mean, expected keep with {prefix}.lora.rank ="
-            f" {finetune.lora.rank}: embeddings are then not trained, and new tokens would stay"
-            " equal"
-        ]
-    return []
 
 
 def _apply_override(tree: dict[str, object], override: str, problems: list[str]) -> None:
@@ -983,6 +1002,13 @@ def _cross_checks(config: RunConfig) -> list[str]:
                 f" {dotted}.num_steps = {section.num_steps}"
             )
         problems += tuning_problems(section, dotted)
+        if isinstance(section, TuningConfig):
+            problems += lora_problems(config.pretrain.model, section.lora, f"{dotted}.lora")
+        if isinstance(section, AlignConfig) and not config.pretrain.model.is_causal:
+            problems.append(
+                f"{dotted}.method: found {section.method}, expected no stage align for"
+                " pretrain.model.is_causal = false: a masked language model generates no answers"
+            )
     problems += _training_problems(config)
     for slot in ("corpus", "chats", "preferences"):
         problems += _mixture_problems(mixture_of(config.download, slot), f"download.{slot}")

@@ -151,7 +151,7 @@ def pack_shard(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     assert found == expected, f"wrote {found} tokens and target bytes of {expected}"
     return {
         "info": canonical(info),
-        "losses": encoder.losses.counts(),
+        "losses": {**encoder.losses.counts()},
         "tallies": [canonical(tally) for tally in tallies],
     }
 

@@ -52,7 +52,7 @@ class ChatPart(NamedTuple):
 
 
 Parts = tuple[ChatPart, ...]
-BEGIN = ChatPart("<|bos|>", is_control=True)
+BEGIN, END = (ChatPart(name, is_control=True) for name in ("<|bos|>", "<|end|>"))
 
 
 class ChatFormat(NamedTuple):
@@ -138,9 +138,12 @@ def make_format(
         )
 
     halves = {role: templates[role].partition(TEXT) for role in ROLES}
+    after = {role: parse(text) for role, (_, _, text) in halves.items()}
+    # generation stops there, and targets and packed pairs are found by it
+    assert after["assistant"][0] == END, "<|end|> must follow the assistant's text"
     return ChatFormat(
-        before={role: parse(before) for role, (before, _, _) in halves.items()},
-        after={role: parse(after) for role, (_, _, after) in halves.items()},
+        before={role: parse(text) for role, (text, _, _) in halves.items()},
+        after=after,
         preamble=parse(preamble),
     )
 
@@ -200,7 +203,8 @@ def truncate_left(
     num_head = sum(_encode([is_head], tokenizer)[0].mask)
     start = len(chat.ids) - max(0, num_tokens - num_head)
     return RenderedChat(
-        *((each[:num_head] + each[start:])[:num_tokens] for each in (chat.ids, chat.mask))
+        ids=(chat.ids[:num_head] + chat.ids[start:])[:num_tokens],
+        mask=(chat.mask[:num_head] + chat.mask[start:])[:num_tokens],
     )
 
 

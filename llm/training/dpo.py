@@ -41,7 +41,7 @@ def dpo(job: Job, writer: ArtifactWriter, config: AlignConfig) -> dict[str, Json
     """Train on preference pairs from the starting model's weights, which are the reference too.
 
     Raises:
-        ConfigError: a model that is not causal, or dropout.
+        ConfigError: a model that is not causal.
         DataError: sequences of something else than preference pairs.
     """
     folder = Path(job.inputs["sequences"])
@@ -50,11 +50,6 @@ def dpo(job: Job, writer: ArtifactWriter, config: AlignConfig) -> dict[str, Json
         raise DataError(
             f"align.data: found {content} in {folder}, expected preference pairs for the method"
             " dpo; name a dataset of preferences"
-        )
-    if config.lora.dropout:
-        raise ConfigError(
-            f"align.lora.dropout: found {config.lora.dropout:g}, expected 0 for the method dpo,"
-            " which compares with a reference without dropout"
         )
     start = Path(job.inputs[STARTING_MODEL])
     model = load_model(start)

@@ -68,6 +68,10 @@ def set_to_mean(model: Transformer, tokens: Sequence[int], text_tokens: Sequence
         weight[list(tokens)] = weight[list(text_tokens)].mean(dim=0)
 
 
-def untrained_tokens(tokenizer: Tokenizer) -> list[int]:
-    """Return the control tokens that no text holds: all but `<|bos|>`, which begins documents."""
-    return [index for index in tokenizer.control_ids if index != tokenizer.bos_id]
+def untrained_tokens(tokenizer: Tokenizer, is_causal: bool) -> list[int]:
+    """Return the control tokens that training on text never shows a model.
+
+    Those are all but `<|bos|>`, which begins documents, and `<|mask|>` of a masked language model.
+    """
+    seen = {tokenizer.bos_id} if is_causal else {tokenizer.bos_id, tokenizer.mask_id}
+    return [index for index in tokenizer.control_ids if index not in seen]

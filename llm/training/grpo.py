@@ -31,7 +31,7 @@ from llm.model.precision import autocast
 from llm.model.weights import load_model
 from llm.runtime.job import STARTING_MODEL, Job
 from llm.seeds import derive_seed
-from llm.training.batches import POSITIONS, StepBatches, sample_sequences, share_of
+from llm.training.batches import POSITIONS, StepBatches
 from llm.training.checkpoints import PREFIX
 from llm.training.objectives import Batch, NextToken, TrainingStart, sums
 from llm.training.packed_answers import PackedAnswers, has_gradient
@@ -48,6 +48,8 @@ from llm.training.rollouts import (
     write_groups,
 )
 from llm.training.run import train
+from llm.training.sequences import sample_sequences
+from llm.training.shares import share_of
 
 SAMPLES_FILE = "samples.jsonl"
 SAMPLED_PROMPTS = 4  # whose answers are written to SAMPLES_FILE, of each step that is

@@ -22,10 +22,9 @@ class KeptWeights:
     def __init__(self, model: nn.Module, config: OptimizationConfig) -> None:
         self._config = config
         # frozen weights never change, so their average is themselves: no memory for them
-        trained = {
-            name: weight for name, weight in model.named_parameters() if weight.requires_grad
-        }
-        self._trained: dict[str, Tensor] = {name: w.detach() for name, w in trained.items()}
+        # The parameters, not their tensors of now: Accelerate gives parameters other tensors when
+        # it wraps a model for several processes.
+        self._trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
         self._copies: dict[str, dict[str, Tensor]] = {AVERAGE: {}, BEST: {}}
 
     @torch.no_grad()
@@ -35,7 +34,7 @@ class KeptWeights:
         # they were: so a step in flight on a GPU needs no answer from it
         share = averaging_share(step, self._config)
         if share == 1.0:
-            self._copies[AVERAGE] = {name: w.clone() for name, w in self._trained.items()}
+            self._copies[AVERAGE] = {name: w.detach().clone() for name, w in self._trained.items()}
         elif share > 0.0:
             # fp32, like the weights. A running mean needs one copy, whatever the number of steps.
             # One call: on a GPU it is a few kernels for all weights, not one for each.
@@ -56,7 +55,8 @@ class KeptWeights:
     def keep_best(self) -> None:
         """Copy the model's weights as the best so far."""
         # to the host: they are read at the end and by checkpoints only
-        self._copies[BEST] = {name: w.to("cpu", copy=True) for name, w in self._trained.items()}
+        trained = self._trained.items()
+        self._copies[BEST] = {name: w.detach().to("cpu", copy=True) for name, w in trained}
 
     @torch.no_grad()
     def use(self) -> bool:

@@ -125,7 +125,8 @@ def make_optimizer(model: nn.Module, config: OptimizationConfig) -> Optimizer:
     # frozen weights have no state: with an adapter its memory falls by their share
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # Muon for matrices inside the blocks only: embedding and head stay with AdamW, as in "Muon is
-    # Scalable for LLM Training" (arXiv 2502.16982)
+    # Scalable for LLM Training" (arXiv 2502.16982). A and B of an adapter are such matrices too: 30
+    # steps on the quickstart's chats gave 4.34 nats at Muon's 0.02, 4.24 at AdamW's 0.01.
     for_muon = (
         [p for name, p in parameters.items() if name.startswith("blocks.") and p.ndim == 2]
         if config.optimizer == "muon"

@@ -13,8 +13,8 @@ from torch import Tensor
 from llm.config import GrpoConfig
 from llm.data.packed import PADDING_ID, PackedArrays
 from llm.data.packing import pack_best_fit
-from llm.training.batches import even_size
 from llm.training.rollouts import Group
+from llm.training.shares import even_size
 
 MIN_POSITIONS = 64  # of a sequence: shorter ones leave matrix products too small
 

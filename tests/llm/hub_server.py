@@ -134,11 +134,17 @@ def send(request: BaseHTTPRequestHandler, status: int, body: bytes, **headers: s
 
 
 def download(
-    folder: Path, hub: HubServer, *, token: str = "", planned: str = "", **settings: Json
+    folder: Path,
+    hub: HubServer,
+    *,
+    role: str = "corpus",
+    token: str = "",
+    planned: str = "",
+    **settings: Json,
 ) -> subprocess.CompletedProcess[str]:
     """Run the stage in its own process, which reads the environment."""
     chosen: dict[str, Json] = {"kind": "hub", "hub_name": NAME, "hub_revision": COMMIT, **settings}
-    job = Job(stage="download", role="corpus", settings=chosen)
+    job = Job(stage="download", role=role, settings=chosen)
     job.out, job.work = folder / "out", folder / "work"
     job.input_digests = {"source": planned} if planned else {}
     folder.mkdir(exist_ok=True)

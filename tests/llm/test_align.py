@@ -41,10 +41,10 @@ def tiny_align(**settings: Any) -> AlignConfig:
 
 
 def make_pairs(num_pairs: int, seed: int) -> list[tuple[str, str, str]]:
-    """Questions whose better answer names the last of three words asked for."""
+    """Three words, of which the better answer names the last, in another tense."""
     generator = np.random.default_rng(seed)
     words = [generator.choice(NOUNS, 3, replace=False).tolist() for _ in range(num_pairs)]
-    return [(" ".join(three), f"is {three[2]}", f"is {three[0]}") for three in words]
+    return [(" ".join(three), f"is {three[2]}", f"was {three[0]}") for three in words]
 
 
 @pytest.fixture(scope="module")
@@ -86,22 +86,28 @@ def curve(folder: Path, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])  # where a CPU lacks bf16, fp32 twice
-@pytest.mark.parametrize("settings", [{}, {"lora": LoraConfig(rank=4)}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("lora", "least_margin", "least_accuracy"),
+    # an adapter of random weights, whose embeddings are frozen, learns less
+    [(LoraConfig(), 1.0, 0.9), (LoraConfig(rank=8), 0.2, 0.9)],
+    ids=["full", "lora"],
+)
 def test_margin_and_accuracy_rise_on_held_out_pairs_from_a_loss_of_ln_2(
-    precision: str, settings: dict[str, Any], tmp_path: Path, inputs: dict[str, Path]
+    precision: str,
+    lora: LoraConfig,
+    least_margin: float,
+    least_accuracy: float,
+    tmp_path: Path,
+    inputs: dict[str, Path],
 ) -> None:
-    settings = {"learning_rate": 1e-2, "num_steps": 60, "precision": precision, **settings}
-    job = write_job_file(tmp_path, "align", tiny_align(**settings), inputs, validate_every_steps=20)
+    settings = tiny_align(learning_rate=1e-2, num_steps=60, precision=precision, lora=lora)
+    job = write_job_file(tmp_path, "align", settings, inputs, validate_every_steps=20)
     summary = run_inside(align, job)
     for name in ("val/loss", "train/loss"):
         assert curve(tmp_path, name)[0] == pytest.approx(math.log(2), abs=1e-4)
-    accuracies, margins = (
-        curve(tmp_path, "val/preference_accuracy"),
-        curve(tmp_path, "val/reward_margin"),
-    )
-    assert margins[0] == pytest.approx(0, abs=2e-4)
-    assert margins == sorted(margins) and margins[-1] > 0.5
-    assert accuracies[-1] > 0.8
+    margins = curve(tmp_path, "val/reward_margin")
+    assert margins[0] == pytest.approx(0, abs=2e-4) and margins[-1] > least_margin
+    assert curve(tmp_path, "val/preference_accuracy")[-1] > least_accuracy
     chosen, rejected = curve(tmp_path, "val/chosen_reward"), curve(tmp_path, "val/rejected_reward")
     assert np.subtract(chosen, rejected) == pytest.approx(margins, abs=1e-5)
     assert summary["val_reward_margin"] == margins[-1]

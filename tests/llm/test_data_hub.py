@@ -10,6 +10,7 @@ import pytest
 
 from llm.artifact import Json, load_artifact
 from llm.data.sources.hub import HubFile, digest_of
+from tests.llm.cleaning import run_clean
 from tests.llm.hub_server import COMMIT, NAME, HubServer, download
 
 needs_client = pytest.mark.skipif(
@@ -67,6 +68,39 @@ def test_the_files_of_a_split_come_as_they_are_from_the_commit_a_branch_is(
         assert found == {name: files[name] for name in ("lines/a.jsonl", "lines/b.jsonl")}
     served = [line for line in hub.requests if "GET" in line and "/resolve/" in line]
     assert served and all(f"/resolve/{COMMIT}/" in line for line in served)
+
+
+@needs_client
+def test_pairs_of_nested_columns_are_streamed_and_cleaned(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = importlib.import_module("pyarrow.parquet")
+    user = {"role": "user", "content": "Which?"}
+    rows = [
+        {"chosen": [user, {"role": "assistant", "content": f"right {n}"}], "score": 1.0,
+         "rejected": [user, {"role": "assistant", "content": f"wrong {n}"}], "group": str(n)}
+        for n in range(60)
+    ]  # fmt: skip
+    table = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    with HubServer({"data/train.parquet": table.getvalue()}) as hub:
+        result = download(
+            tmp_path, hub, role="preferences", is_hub_streamed=True, format="implicit_pair"
+        )
+    assert result.returncode == 0, result.stderr
+    raw = load_artifact(tmp_path / "out").path
+    source = json.loads((raw / "source.json").read_bytes())
+    assert (source["content"], source["format"]) == ("preferences", "implicit_pair")
+    found = [json.loads(line) for line in (raw / "files/hub.jsonl").read_bytes().splitlines()]
+    assert all(set(record) == {"chosen", "rejected", "group"} for record in found)
+    summary, outputs, _ = run_clean(
+        tmp_path / "clean", {"hub.jsonl": (raw / "files/hub.jsonl").read_bytes()}, "preferences",
+        record_format=source["format"], validation_fraction=0.3,
+    )  # fmt: skip
+    assert summary["skipped"] == {}
+    pairs = outputs["train"] + outputs["validation"]
+    assert {(pair["chosen"], pair["rejected"]) for pair in pairs} == {
+        (f"right {n}", f"wrong {n}") for n in range(60)
+    }
 
 
 @needs_client

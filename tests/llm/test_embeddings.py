@@ -65,8 +65,10 @@ def test_new_tokens_start_as_the_mean_of_text_tokens(
 ) -> None:
     model = tiny_model(vocab_size=tokenizer.vocab_size, tie_embeddings=tie_embeddings)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    tokens = untrained_tokens(tokenizer)
+    tokens = untrained_tokens(tokenizer, is_causal=True)
     assert tokens == [id for id in tokenizer.control_ids if id != tokenizer.bos_id]
+    masked = untrained_tokens(tokenizer, is_causal=False)
+    assert set(tokens) - set(masked) == {tokenizer.mask_id}
     text = np.flatnonzero(tokenizer.token_bytes).tolist()
     set_to_mean(model, tokens, text)
     changed = {"embedding.weight"} | ({"head.weight"} - {"head.weight" * tie_embeddings})

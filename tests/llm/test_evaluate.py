@@ -20,6 +20,7 @@ from llm.errors import ArtifactError, ConfigError, Interrupted
 from llm.evaluate import evaluate
 from llm.evaluation.instructions import (
     Instruction,
+    answer_instructions,
     exact_match,
     exact_match_by_kind,
     one_of_each_kind,
@@ -35,6 +36,7 @@ from llm.model.weights import save_model
 from llm.pack import pack
 from llm.runtime import job as job_module
 from llm.runtime.job import PROGRESS, Job, StageFunction, write_job
+from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.bpe import ByteLevelBPE
 from tests.llm.conftest import document_id
 
@@ -95,6 +97,11 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def chat_model(tokenizer: ByteLevelBPE) -> Transformer:
     """A model overfitted on CHATS, so that it knows all answers."""
+    return overfitted(tokenizer)
+
+
+def overfitted(tokenizer: Tokenizer, seq_len: int = SEQ_LEN) -> Transformer:
+    """Train on CHATS in the tokenizer's format until the answers are known."""
     rendered = [render_chat(chat, tokenizer) for chat in CHATS]
     width = max(len(chat.ids) for chat in rendered)
     tokens = torch.full((len(CHATS), width), tokenizer.pad_id)
@@ -102,7 +109,7 @@ def chat_model(tokenizer: ByteLevelBPE) -> Transformer:
     for row, (ids, mask) in enumerate(rendered):
         tokens[row, : len(ids)] = torch.tensor(ids)
         targets[row, : len(ids)] = torch.where(torch.tensor(mask), torch.tensor(ids), IGNORED)
-    model = new_model(tokenizer, seed=2)
+    model = new_model(tokenizer, 2, seq_len)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(100):
         loss = token_losses(model(tokens[:, :-1]), targets[:, 1:]).mean()
@@ -145,8 +152,8 @@ def run_evaluate(run_stage: RunStage) -> RunStage:
     return run
 
 
-def new_model(tokenizer: ByteLevelBPE, seed: int) -> Transformer:
-    model = Transformer(SHAPE, tokenizer.vocab_size, SEQ_LEN)
+def new_model(tokenizer: Tokenizer, seed: int, seq_len: int = SEQ_LEN) -> Transformer:
+    model = Transformer(SHAPE, tokenizer.vocab_size, seq_len)
     model.initialize(torch.Generator().manual_seed(seed))
     return model
 
@@ -457,6 +464,27 @@ def test_instructions_are_the_first_single_answers_and_skipped_chats_are_counted
     assert all(any(f"question {n}?" in prompt for prompt in prompts) for n in range(8))
     first = read_instructions(rows, tokenizer, limit=3)
     assert first.instructions == found.instructions[:3]
+
+
+@pytest.mark.parametrize("chat_format", ["chatml", "llama3", "alpaca"])
+def test_a_model_that_knows_the_answers_gives_them_and_stops_in_every_format(
+    chat_format: str,
+    make_documents: MakeDocuments,
+    run_stage: RunStage,
+    tokenizer: ByteLevelBPE,
+    tmp_path: Path,
+) -> None:
+    tokenizer = ByteLevelBPE.from_json(tokenizer.library_json())
+    tokenizer.chat_format = chat_format
+    for name, data in tokenizer.to_files().items():
+        (tmp_path / name).write_bytes(data)
+    documents = make_documents(CHATS, CHATS)
+    folder, _ = run_stage(pack, {"seq_len": 128}, documents=documents, tokenizer=tmp_path)
+    held_out = read_instructions(PackedSequences(folder, "validation"), tokenizer, limit=100)
+    model = overfitted(tokenizer, 128).eval()
+    (answers,) = answer_instructions(model, tokenizer, held_out.instructions, max_new_tokens=16)
+    assert sorted(answers) == sorted(f" {word}" for word in WORDS)
+    assert exact_match(answers, held_out.instructions).value == 1
 
 
 def test_exact_match_ignores_white_space_at_the_ends() -> None:

@@ -205,6 +205,18 @@ def test_settings_that_cannot_train_are_refused_before_the_first_step(
         run_inside(finetune, job)
 
 
+def test_control_tokens_that_were_trained_are_not_set_to_the_mean(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    process = start(write_job_file(tmp_path / "1", "finetune", tiny_finetune(), inputs), "finetune")
+    assert process.communicate(timeout=60) and process.returncode == 0
+    again = tiny_finetune(new_token_embeddings="mean")
+    inputs = {**inputs, "base": tmp_path / "1" / "out"}
+    expected = "finetune.new_token_embeddings: found mean, .* starting model was trained on chats"
+    with pytest.raises(ConfigError, match=expected):
+        run_inside(finetune, write_job_file(tmp_path / "2", "finetune", again, inputs))
+
+
 def test_a_damaged_base_is_refused_by_file(tmp_path: Path, inputs: dict[str, Path]) -> None:
     path = inputs["base"] / "model.safetensors"
     path.write_bytes(path.read_bytes()[:500])

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm.errors import ConfigError, DataError
-from llm.inference import generate as module
 from llm.inference.generate import generate, generate_texts, stream, stream_texts
 from llm.inference.options import GenerationOptions
 from llm.inference.packed import is_packed, packed
@@ -50,6 +49,18 @@ def test_batched_greedy_output_equals_generation_without_a_cache(
     found = generate(model, PROMPTS, options, sequences_per_batch=sequences_per_batch)
     assert found == [without_cache(model, prompt, 15) for prompt in PROMPTS]
     assert len(set(map(tuple, found))) == len(PROMPTS)
+
+
+def test_equal_prompts_are_read_once_and_answered_as_if_alone(model: Transformer) -> None:
+    prompts = [prompt for prompt in PROMPTS[:4] for _ in range(3)]
+    seeds = list(range(len(prompts)))
+    options = GenerationOptions(max_new_tokens=12, temperature=1.0)
+    found = generate(model, prompts, options, seeds)
+    for prompt, seed, expected in zip(prompts, seeds, found, strict=True):
+        assert generate(model, [prompt], options, [seed]) == [expected]
+    assert len(set(map(tuple, found))) == len(prompts)
+    same = generate(model, prompts[:2], options, [5, 5])
+    assert same[0] == same[1], "the seed alone decides"
 
 
 def test_a_completion_ends_where_the_context_does(model: Transformer) -> None:

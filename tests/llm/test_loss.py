@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from llm.model.kernels import cross_entropy
-from llm.model.loss import IGNORED, token_losses
+from llm.model.loss import IGNORED, ModelWithLoss, token_losses
+from tests.llm.training_setup import tiny_model
 
 
 @pytest.mark.parametrize("softmax_logits", [1, 97, 1 << 20], ids=["rows", "uneven", "whole"])
@@ -40,3 +41,20 @@ def test_a_loss_is_minus_the_logarithm_of_the_targets_probability() -> None:
             exponentials = logits[b, t].double().exp()
             expected = -(exponentials[targets[b, t]] / exponentials.sum()).log()
             assert float(token_losses(logits, targets)[b, t]) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 3.0])
+def test_a_temperature_divides_the_logits_after_their_cap(soft_cap: float) -> None:
+    model = tiny_model(logit_soft_cap=soft_cap)
+    tokens = torch.randint(0, 600, (2, 9), generator=torch.Generator().manual_seed(2))
+    targets, weights = tokens[:, 1:].clone(), torch.linspace(-1, 1, 16).view(2, 8)
+    targets[0, :3] = IGNORED
+    found = ModelWithLoss(model)(tokens[:, :-1], targets, None, is_weighted=True, temperature=0.6)
+    (found * weights).sum().backward()
+    gradients = [weight.grad for weight in model.parameters()]
+    model.zero_grad()
+    expected = token_losses(model(tokens[:, :-1]) / 0.6, targets)
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(found, expected)
+    for gradient, weight in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-6)

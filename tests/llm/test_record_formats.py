@@ -276,8 +276,8 @@ def test_a_format_can_be_set_where_the_first_one_is_not_meant(tmp_path: Path) ->
 def test_edited_conversations_are_counted(tmp_path: Path) -> None:
     records: list[Json] = []
     for number in range(50):
-        records += [{"messages": messages((U, "Hi"), (A, f"Ho {number}"), (U, "And?"))}]
-    records += [{"messages": messages((U, "a"), (U, "b"), (A, "c"))}]
+        records.append({"messages": messages((U, "Hi"), (A, f"Ho {number}"), (U, "And?"))})
+    records.append({"messages": messages((U, "a"), (U, "b"), (A, "c"))})
     summary, _, _ = run_clean(
         tmp_path, {"a.jsonl": jsonl(records)}, "chats", validation_fraction=0.3
     )

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from llm.artifact import ArtifactWriter
-from llm.config import BestConfig, FinetuneConfig
+from llm.config import BestConfig, FinetuneConfig, LoraConfig
 from llm.errors import ConfigError, DataError
 from llm.finetune import finetune
 from llm.model.weights import load_model, save_model
@@ -40,6 +40,7 @@ SNAPSHOTS: dict[str, Any] = {
     "averaged_snapshots": 3,
     "snapshot_every_steps": 2,
 }
+LORA = LoraConfig(rank=2, dropout=0.1)
 SHARES = {  # of the weights after steps 1 to 8, by definition
     "ema": np.array([0.7 ** (8 - step) for step in range(1, 9)]),
     "snapshots": np.array([0, 0, 0, 1, 0, 1, 0, 1]),
@@ -119,8 +120,13 @@ def test_the_model_holds_the_average_of_the_weights_of_every_step(
 
 @pytest.mark.parametrize(
     "settings",
-    [EMA, SNAPSHOTS, {"best": best()}, {**EMA, "best": best()}, {"replay_fraction": 0.25}],
-    ids=["ema", "snapshots", "best", "best ema", "replay"],
+    [
+        SNAPSHOTS,
+        {"best": best()},
+        {**EMA, "best": best(), "replay_fraction": 0.25},
+        {**EMA, "lora": LORA},
+    ],
+    ids=["snapshots", "best", "best, ema, replay", "lora, ema"],
 )
 def test_a_resumed_training_gives_the_same_bits(
     settings: dict[str, Any], tmp_path: Path, inputs: dict[str, Path]
@@ -280,10 +286,26 @@ def test_settings_that_do_not_go_together_are_refused(
         run_inside(finetune, job)
 
 
-def test_a_finetuned_model_is_finetuned_further(tmp_path: Path, inputs: dict[str, Path]) -> None:
+def test_an_adapter_is_averaged_alone(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    settings = finetune_settings(lora=LORA, **EMA)
+    job = write_job_file(tmp_path, "finetune", settings, inputs, checkpoint_every_steps=8)
+    assert run_inside(finetune, job)["weights"] == "ema 0.7"
+    kept = load_file(tmp_path / "work" / "checkpoints" / "step-00000008" / "kept.safetensors")
+    assert kept and all(".adapter." in name for name in kept)
+    base, found = weights(inputs["base"]), weights(tmp_path / "out")
+    name = "blocks.0.attention.query"
+    a, b = (kept[f"average/{name}.adapter.{part}"] for part in "ab")
+    # of the factors, not of their product
+    torch.testing.assert_close(found[f"{name}.weight"], base[f"{name}.weight"] + 8.0 * b @ a)
+
+
+@pytest.mark.parametrize("settings", [EMA, {"lora": LORA}], ids=["full", "lora"])
+def test_a_finetuned_model_is_finetuned_further(
+    settings: dict[str, Any], tmp_path: Path, inputs: dict[str, Path]
+) -> None:
     """Training on text and then on chats, as in mid-training: each from the weights before."""
     of_text = {"base": inputs["base"], "sequences": inputs["replay_sequences"]}
-    first = write_job_file(tmp_path / "1", "finetune", finetune_settings(**EMA), of_text)
+    first = write_job_file(tmp_path / "1", "finetune", finetune_settings(**settings), of_text)
     assert run_inside(finetune, first)["content"] == "text"
     after_first = {**inputs, "base": tmp_path / "1" / "out"}
     second = write_job_file(tmp_path / "2", "finetune", finetune_settings(), after_first)
@@ -294,3 +316,20 @@ def test_a_finetuned_model_is_finetuned_further(tmp_path: Path, inputs: dict[str
     run_inside(finetune, alone)
     assert curve[0] != points(tmp_path / "3")[0]["metrics"]["val/loss"], "another start"
     load_model(tmp_path / "2" / "out")
+
+
+@pytest.mark.distributed
+def test_two_processes_choose_and_stop_as_one(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    """An odd number of sequences, of which one is replayed: unequal shares, of unequal kinds."""
+    more = {**EMA, "best": best(patience=1), "replay_fraction": 0.2, "global_batch_size": 5}
+    settings = finetune_settings(**{**RISING, "num_steps": 20}, **more)
+    one = run_inside(finetune, write_job_file(tmp_path / "1", "finetune", settings, inputs))
+    assert str(one["ended"]).startswith("stopped early")
+    job = write_job_file(tmp_path / "2", "finetune", settings, inputs, num_processes=2)
+    _, errors = start(job, "finetune").communicate(timeout=120)
+    two = json.loads((tmp_path / "2" / "out" / "manifest.json").read_text())["summary"]
+    for name in ("num_steps", "best_step", "ended", "epochs", "replay_epochs", "weights"):
+        assert two[name] == one[name], errors
+    for name in ("val_loss", "best_loss"):
+        # sums in another order, grown tenfold in each step by a rate this high
+        assert two[name] == pytest.approx(one[name], rel=1e-3)
