@@ -1,6 +1,6 @@
 """The command line, `fromscratch` or `python -m flows.cli`.
 
-    run | sweep | up | down | tokenizers | chat | export | merge | import | doctor
+    run | sweep | compare | up | down | tokenizers | chat | export | merge | import | doctor
 
 A run whose steps are all cached imports neither prefect nor mlflow and needs no server.
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from flows.commands.compare import add_compare_command
 from flows.commands.models import add_model_commands
 from flows.commands.options import EXIT_BAD_SETTINGS, EXIT_FAILED
 from flows.commands.runs import add_run_commands
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_run_commands(commands)
+    add_compare_command(commands)
     add_server_commands(commands)
     add_model_commands(commands)
     add_doctor_command(commands)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +15,8 @@ from llm.data.packed import PackedSequences
 from llm.errors import ArtifactError, ConfigError
 from llm.evaluation.baselines import Baselines, measure_baselines
 from llm.evaluation.instructions import SEQUENCES_PER_READ, read_instructions
+from llm.evaluation.items import ModelItems, write_items
+from llm.evaluation.paired import compare_models
 from llm.evaluation.prompts import encode_prompts
 from llm.evaluation.report import Metric, Report, Sample, rounded, samples_json
 from llm.evaluation.tasks import (
@@ -34,7 +37,8 @@ from llm.tokenizer.load import load_tokenizer
 
 
 def evaluate(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
-    """Measure the models among the inputs; write report.json, report.md and samples.json.
+    """Measure the models among the inputs; write report.json, report.md, samples.json and
+    items.jsonl.
 
     Raises:
         ArtifactError: models, sequences and tokenizer do not match, or a model is damaged.
@@ -73,13 +77,16 @@ def evaluate(job: Job, writer: ArtifactWriter) -> dict[str, Json]:
     for task_name, task in tasks.items():
         metrics |= _metrics(task, results[task_name])
         samples += _samples([result.samples for result in results[task_name].values()])
+    items = _items(results, config.models)
     report = Report(
         models=config.models,
         metrics=metrics,
         samples=tuple(samples),
         settings=_settings(*shapes[0], data, manifests),
         notes=tuple(note for task in tasks.values() for note in task.notes(data)),
+        comparisons=tuple(compare_models(items, _compared_pairs(config.models))),
     )
+    write_items(writer, items)
     writer.write_bytes("report.json", report.to_json())
     writer.write_bytes("report.md", report.to_markdown().encode())
     writer.write_json("samples.json", samples_json(report.samples))
@@ -199,6 +206,26 @@ def _samples(by_model: Sequence[Sequence[Sample]]) -> Iterator[Sample]:
         completions = [each.completions for each in same_prompt]
         merged = {model: text for each in completions for model, text in each.items()}
         yield replace(same_prompt[0], completions=merged)
+
+
+def _items(
+    results: Mapping[str, Mapping[str, TaskResult]], models: Sequence[str]
+) -> dict[str, ModelItems]:
+    """Return the items of each model from the results by task and model."""
+    return {
+        model: {
+            metric: items
+            for of_task in results.values()
+            for metric, items in of_task[model].items.items()
+        }
+        for model in models
+    }
+
+
+def _compared_pairs(models: Sequence[str]) -> list[tuple[str, str]]:
+    """Return each later model after the first, and after the one before it, which is another."""
+    with_first = [(models[0], model) for model in models[1:]]
+    return with_first + list(pairwise(models[1:]))
 
 
 def _data_metrics(data: EvaluationData, baselines: Baselines) -> dict[str, Metric]:

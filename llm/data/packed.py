@@ -249,6 +249,11 @@ class PackedSequences:
             found.append(first + np.flatnonzero(np.bincount(shard.array("pieces")[:, 0]) > 1))
         return np.concatenate(found)
 
+    def document_ids(self) -> list[str]:
+        """Return the ids that `clean` gave, of all documents in the order of their ordinals."""
+        arrays = [shard.array("document_ids") for shard in self._shards]
+        return [row.tobytes().hex() for array in arrays for row in array]
+
     def kind(self, ordinal: int) -> str:
         """Return the kind of chat `ordinal`; empty if its source had none."""
         number = int(np.searchsorted(self._first_documents, ordinal, side="right")) - 1

@@ -49,9 +49,14 @@ class DocumentScores:
         weights = num_bytes.astype(np.float64)  # exact below 2**53
         self.num_bytes[ordinals] += np.bincount(indices, weights=weights).astype(np.int64)
 
+    @property
+    def bits(self) -> np.ndarray:
+        """The loss of each document in bits, (N,)."""
+        return self.nats / math.log(2)
+
     def bits_per_byte(self) -> Metric:
         """Return the bits of all targets over their bytes, with the standard error by document."""
-        return ratio(self.nats / math.log(2), self.num_bytes, "bits per byte")
+        return ratio(self.bits, self.num_bytes, "bits per byte")
 
     def nats_per_token(self) -> Metric:
         """Return the mean loss of a target."""

@@ -97,17 +97,21 @@ def answer_instructions(
         yield [tokenizer.decode(ids) for ids in completions]
 
 
+def are_right(answers: Sequence[str], instructions: Sequence[Instruction]) -> list[bool]:
+    """Return whether each answer is the expected one, ignoring white space at the ends."""
+    pairs = zip(answers, instructions, strict=True)
+    return [found.strip() == wanted.expected.strip() for found, wanted in pairs]
+
+
 def exact_match(answers: Sequence[str], instructions: Sequence[Instruction]) -> Metric:
-    """Return the share of answers equal to the expected ones, ignoring white space at the ends.
+    """Return the share of answers that are right.
 
     The error is half the width of Wilson's interval at one standard error: unlike the binomial
     error it is not zero when all answers are right, or none.
 
     Source: Wilson 1927, doi:10.1080/01621459.1927.10502953.
     """
-    count = len(instructions)
-    pairs = zip(answers, instructions, strict=True)
-    num_right = sum(found.strip() == wanted.expected.strip() for found, wanted in pairs)
+    count, num_right = len(instructions), sum(are_right(answers, instructions))
     share = num_right / count
     error = math.sqrt(share * (1 - share) / count + 1 / (4 * count**2)) / (1 + 1 / count)
     return Metric(

@@ -8,7 +8,7 @@ Shapes: B sequences in a batch, T positions, N documents.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch
 from llm.data.packed import PackedSequences
 from llm.errors import ArtifactError
 from llm.evaluation.bits_per_byte import DIVERGED, ratio
+from llm.evaluation.items import hashed_id
 from llm.evaluation.leak import NOT_APPLICABLE
 from llm.evaluation.report import Metric, rounded
 from llm.model.loss import IGNORED
@@ -39,14 +40,51 @@ NOTES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class FilledIn:
-    """How well a model predicts the masked tokens of a split."""
+    """How well a model predicts the masked tokens of a split, by document (N,)."""
 
-    loss: Metric
-    """Nats per masked token."""
-    accuracy: Metric
-    """Share of masked tokens that the model ranks first."""
+    nats: np.ndarray
+    num_right: np.ndarray
+    """Masked tokens that the model ranks first."""
+    num_tokens: np.ndarray
+    """Masked tokens."""
+
+    @property
+    def loss(self) -> Metric:
+        """Nats per masked token."""
+        return ratio(self.nats, self.num_tokens, "nats per masked token")
+
+    @property
+    def accuracy(self) -> Metric:
+        """Share of masked tokens that the model ranks first."""
+        return ratio(self.num_right, self.num_tokens, "share of masked tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PseudoLikelihood:
+    """Nats of text tokens, each masked alone, by sequence (N,)."""
+
+    ids: tuple[str, ...]
+    """A hash of each sequence's tokens."""
+    nats: np.ndarray
+    num_tokens: np.ndarray
+
+    @property
+    def loss(self) -> Metric:
+        """Nats per token."""
+        return ratio(self.nats, self.num_tokens, "nats per token, each masked alone")
+
+    @property
+    def perplexity(self) -> Metric:
+        """exp of the loss; its standard error is propagated to first order."""
+        value, error = math.exp(self.loss.value), self.loss.standard_error
+        return replace(
+            self.loss,
+            value=rounded(value),
+            unit="pseudo-perplexity",
+            standard_error=None if error is None else rounded(value * error),
+        )
 
 
 @torch.inference_mode()
@@ -91,10 +129,7 @@ def measure_filled_in(
         raise ArtifactError("no token of the validation data was masked; provide more data")
     if not np.isfinite(nats).all():
         raise ArtifactError(DIVERGED)
-    return FilledIn(
-        loss=ratio(nats, num_tokens, "nats per masked token"),
-        accuracy=ratio(num_right, num_tokens, "share of masked tokens"),
-    )
+    return FilledIn(nats=nats, num_right=num_right, num_tokens=num_tokens)
 
 
 def num_pseudo_sequences(sequences: PackedSequences) -> int:
@@ -106,7 +141,7 @@ def num_pseudo_sequences(sequences: PackedSequences) -> int:
 
 
 @torch.inference_mode()
-def pseudo_perplexity(
+def pseudo_likelihood(
     model: Transformer,
     sequences: PackedSequences,
     masking: Masking,
@@ -114,10 +149,8 @@ def pseudo_perplexity(
     document_mask: bool,
     precision: Precision,
     advance: Advance,
-) -> Metric:
-    """Return exp of the mean nats of text tokens, each masked alone, on a sample of sequences.
-
-    The standard error is by sequence, propagated through the exponential to first order.
+) -> PseudoLikelihood:
+    """Measure the nats of text tokens, each masked alone, on a sample of sequences.
 
     Source: "Masked Language Model Scoring" (arXiv 1910.14659), section 2.
     """
@@ -145,12 +178,5 @@ def pseudo_perplexity(
             nats[n] += float(costs.double().sum())
             num_tokens[n] += B
         advance(1)
-    mean = ratio(nats, num_tokens, "nats per token")
-    value = math.exp(mean.value)
-    error = mean.standard_error
-    return Metric(
-        value=rounded(value),
-        unit="pseudo-perplexity",
-        num_examples=mean.num_examples,
-        standard_error=None if error is None else rounded(value * error),
-    )
+    ids = tuple(hashed_id(tokens) for tokens in arrays.tokens.tolist())
+    return PseudoLikelihood(ids=ids, nats=nats, num_tokens=num_tokens)

@@ -12,6 +12,15 @@ from llm.errors import ArtifactError
 
 FORMAT, VERSION = "report", 1
 SIGNIFICANT_DIGITS = 6  # further digits depend on the order of sums: threads, batch sizes
+HOW_COMPARED = (
+    "Both models of a row are measured on the same items. The difference is that of the model minus"
+    " that of the baseline, with its 95 % bootstrap interval over items. p is two-sided: McNemar's"
+    " exact test where answers are right or wrong, else a sign-flip test; after Holm's correction"
+    " for all rows. Below 0.05 there is a verdict. It is about these models: another seed of the"
+    " same training is another model."
+)
+
+Verdict = Literal["better", "worse", "not distinguishable"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +60,48 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """One metric of model b compared with that of model a, on the items of both."""
+
+    a: float
+    b: float
+    difference: float
+    """b - a."""
+    interval: tuple[float, float]
+    """Of the difference, 95 %."""
+    p_value: float
+    p_holm: float
+    """After Holm's correction for everything compared at once."""
+    verdict: Verdict
+    """Of b."""
+    num_items: int
+    """Of both models."""
+    num_unpaired: int
+    """Items of one model only, left out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Model b compared with model a."""
+
+    a: str
+    b: str
+    metrics: Mapping[str, Difference]
+    notes: tuple[str, ...] = ()
+    """What could not be compared, and why."""
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> "Comparison":
+        """Read what `asdict` made, through JSON."""
+        metrics: dict[str, Difference] = {}
+        for name, found in tree["metrics"].items():
+            fields = dict(found)
+            low, high = fields.pop("interval")
+            metrics[name] = Difference(interval=(low, high), **fields)
+        return cls(a=tree["a"], b=tree["b"], metrics=metrics, notes=tuple(tree["notes"]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """All metrics and samples of one evaluation."""
 
@@ -64,6 +115,8 @@ class Report:
     """
     notes: tuple[str, ...] = ()
     """What a metric leaves out, and how much."""
+    comparisons: tuple[Comparison, ...] = ()
+    """Of each later model with the first, and with the one before."""
 
     def values(self) -> dict[str, float]:
         """Return the value of every metric by name, sorted."""
@@ -89,8 +142,16 @@ class Report:
                 raise ValueError(f"found {found}, expected {(FORMAT, VERSION)}")
             metrics = {name: Metric(**metric) for name, metric in tree.pop("metrics").items()}
             samples = tuple(Sample.from_tree(sample) for sample in tree.pop("samples"))
+            comparisons = tuple(map(Comparison.from_tree, tree.pop("comparisons")))
             models, notes = tuple(tree.pop("models")), tuple(tree.pop("notes"))
-            return cls(models=models, metrics=metrics, samples=samples, notes=notes, **tree)
+            return cls(
+                models=models,
+                metrics=metrics,
+                samples=samples,
+                notes=notes,
+                comparisons=comparisons,
+                **tree,
+            )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ArtifactError(
                 f"report.json: no report of this version ({error}); evaluate again"
@@ -105,6 +166,7 @@ class Report:
             _text_section(self.metrics, models),
             _answers_section(self.metrics, models),
             _masked_section(self.metrics, models),
+            _comparison_section(self.comparisons),
             "\n".join(f"- {escape_markdown(note)}" for note in self.notes),
             *_samples_sections(self.samples, models),
             _settings_section(self.settings),
@@ -243,6 +305,33 @@ def _answers_section(metrics: Mapping[str, Metric], models: Sequence[str]) -> st
 
 def _is_masked(metrics: Mapping[str, Metric], models: Sequence[str]) -> bool:
     return any(f"{model}/masked_loss" in metrics for model in models)
+
+
+def _comparison_section(comparisons: Sequence[Comparison]) -> str:
+    rows = [
+        (
+            *(one.b, one.a, escape_markdown(name)),
+            *(f"{value:.4f}" for value in (found.b, found.a)),
+            f"{found.difference:+.4f}",
+            f"{found.interval[0]:+.4f} to {found.interval[1]:+.4f}",
+            f"{found.p_holm:.2g}",
+            f"{found.num_items:,}",
+            found.verdict,
+        )
+        for one in comparisons
+        for name, found in sorted(one.metrics.items())
+    ]
+    if not rows:
+        return ""
+    header = ("model", "baseline", "metric", "of the model", "of the baseline", "difference",
+              "95 % interval", "p", "items", "the model is")  # fmt: skip
+    notes = [
+        f"- {one.b} and {one.a}: {escape_markdown(note)}"
+        for one in comparisons
+        for note in one.notes
+    ]
+    parts = ["## Comparison", _table(header, rows), HOW_COMPARED, "\n".join(notes)]
+    return "\n\n".join(filter(None, parts))
 
 
 def _columns(models: Iterable[str]) -> list[str]:

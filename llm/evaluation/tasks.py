@@ -14,10 +14,12 @@ from llm.evaluation.bits_per_byte import DocumentScores, score_documents
 from llm.evaluation.instructions import (
     HeldOut,
     answer_instructions,
+    are_right,
     exact_match,
     exact_match_by_kind,
     one_of_each_kind,
 )
+from llm.evaluation.items import Items, hashed_id, make_items
 from llm.evaluation.leak import find_leaks, leak_metrics, worst_metrics
 from llm.evaluation.report import Metric, Sample
 from llm.inference.generate import generate_texts
@@ -83,6 +85,8 @@ class TaskResult:
     """By name, without the model's."""
     samples: Sequence[Sample] = ()
     """With one completion each; every model gives as many, in the same order."""
+    items: Mapping[str, Items] = field(default_factory=dict[str, Items])
+    """By the name of the metric that they make: models are compared on it, item by item."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,12 +106,18 @@ class EvaluationTask:
 
 def _bits_per_byte(evaluated: Evaluated, data: EvaluationData) -> TaskResult:
     scores = _score(evaluated, data, data.text)
-    return TaskResult(metrics={"bits_per_byte": scores.bits_per_byte()})
+    items = make_items(data.text.sequences.document_ids(), scores.bits, scores.num_bytes)
+    return TaskResult(
+        metrics={"bits_per_byte": scores.bits_per_byte()}, items={"bits_per_byte": items}
+    )
 
 
 def _answer_loss(evaluated: Evaluated, data: EvaluationData) -> TaskResult:
     scores = _score(evaluated, data, data.chats)
-    return TaskResult(metrics={"answer_loss": scores.nats_per_token()})
+    items = make_items(data.chats.sequences.document_ids(), scores.nats, scores.num_tokens)
+    return TaskResult(
+        metrics={"answer_loss": scores.nats_per_token()}, items={"answer_loss": items}
+    )
 
 
 def _score(evaluated: Evaluated, data: EvaluationData, split: EvaluationSplit) -> DocumentScores:
@@ -133,6 +143,8 @@ def _instructions(evaluated: Evaluated, data: EvaluationData) -> TaskResult:
     if not instructions:
         return TaskResult()
     by_kind = exact_match_by_kind(answers, instructions)
+    ids = [hashed_id(one.prompt, one.expected) for one in instructions]
+    items = make_items(ids, are_right(answers, instructions), higher_is_better=True)
     return TaskResult(
         metrics={
             "exact_match": exact_match(answers, instructions),
@@ -147,6 +159,7 @@ def _instructions(evaluated: Evaluated, data: EvaluationData) -> TaskResult:
             )
             for index in one_of_each_kind(instructions, NUM_SHOWN_INSTRUCTIONS)
         ],
+        items={"exact_match": items},
     )
 
 
@@ -201,13 +214,20 @@ def _fill_in(
         precision=evaluated.precision,
         advance=evaluated.advance,
     )
-    names = (f"{prefix}masked_loss", f"{prefix}masked_accuracy")
-    return TaskResult(metrics=dict(zip(names, (result.loss, result.accuracy), strict=True)))
+    loss, accuracy = f"{prefix}masked_loss", f"{prefix}masked_accuracy"
+    ids, num_tokens = split.sequences.document_ids(), result.num_tokens
+    return TaskResult(
+        metrics={loss: result.loss, accuracy: result.accuracy},
+        items={
+            loss: make_items(ids, result.nats, num_tokens),
+            accuracy: make_items(ids, result.num_right, num_tokens, higher_is_better=True),
+        },
+    )
 
 
 def _pseudo_perplexity(evaluated: Evaluated, data: EvaluationData) -> TaskResult:
     assert data.masking is not None
-    metric = masked.pseudo_perplexity(
+    result = masked.pseudo_likelihood(
         evaluated.model,
         data.text.sequences,
         data.masking,
@@ -215,7 +235,10 @@ def _pseudo_perplexity(evaluated: Evaluated, data: EvaluationData) -> TaskResult
         precision=evaluated.precision,
         advance=evaluated.advance,
     )
-    return TaskResult(metrics={"pseudo_perplexity": metric})
+    return TaskResult(
+        metrics={"pseudo_perplexity": result.perplexity, "pseudo_loss": result.loss},
+        items={"pseudo_loss": make_items(result.ids, result.nats, result.num_tokens)},
+    )
 
 
 TASKS: dict[str, EvaluationTask] = {

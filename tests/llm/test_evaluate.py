@@ -27,6 +27,7 @@ from llm.evaluation.instructions import (
     read_chats,
     read_instructions,
 )
+from llm.evaluation.items import read_items
 from llm.evaluation.report import Metric, Report
 from llm.evaluation.tasks import TASKS, Evaluated, EvaluationData, EvaluationTask, TaskResult
 from llm.model.loss import IGNORED, token_losses
@@ -37,6 +38,7 @@ from llm.runtime import job as job_module
 from llm.runtime.job import PROGRESS, Job, StageFunction, write_job
 from llm.tokenizer.base import Tokenizer
 from llm.tokenizer.bpe import ByteLevelBPE
+from tests.llm.conftest import document_id
 
 SEQ_LEN = 48
 SHAPE = ModelConfig(num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, d_ff=48)
@@ -250,6 +252,35 @@ def test_a_task_added_to_the_table_is_measured_on_each_model(
     assert summary["base/size"] == summary["chat/size"] == 2 * num_parameters
     text = (folder / "report.md").read_text()
     assert "| `base/size` |" in text and "- size is no quality" in text
+
+
+def test_items_make_the_metrics_of_the_report_and_models_are_compared_on_them(
+    inputs: dict[str, Path],
+    chat_model: Transformer,
+    tokenizer: ByteLevelBPE,
+    run_evaluate: RunStage,
+) -> None:
+    inputs["aligned"] = write_model(inputs["chat"].parent / "aligned", chat_model, tokenizer)
+    folder, summary = run_evaluate(evaluate, SETTINGS, **inputs)
+    report, items = read_report(folder), read_items(folder)
+    assert list(items) == ["base", "chat", "aligned"]
+    for model, of_model in items.items():
+        assert set(of_model) == set(MODEL_METRICS)
+        for name, found in of_model.items():
+            assert found.value == pytest.approx(summary[f"{model}/{name}"], rel=1e-5)
+            assert len(found.ids) == report.metrics[f"{model}/{name}"].num_examples
+    known = {document_id(chat) for chat in CHATS}
+    assert set(items["chat"]["answer_loss"].ids) == known, "as in the documents of clean"
+    assert items["base"]["exact_match"].ids == items["chat"]["exact_match"].ids
+    found = {(one.a, one.b): one.metrics for one in report.comparisons}
+    assert list(found) == [("base", "chat"), ("base", "aligned"), ("chat", "aligned")]
+    better = found["base", "chat"]["answer_loss"]
+    assert (better.verdict, better.num_items) == ("not distinguishable", 6), "p = 2 / 64, 3 times"
+    assert better.difference < better.interval[1] < 0
+    same = found["chat", "aligned"]["bits_per_byte"]
+    assert (same.difference, same.p_value, same.interval) == (0.0, 1.0, (0.0, 0.0))
+    text = (folder / "report.md").read_text()
+    assert "| chat | base | exact\\_match | 1.0000 | 0.0000 | +1.0000 |" in text
 
 
 MODEL_METRICS = ("bits_per_byte", "answer_loss", "exact_match")

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from llm.data.packed import PackedSequences
-from llm.evaluation.masked import measure_filled_in, num_pseudo_sequences, pseudo_perplexity
+from llm.evaluation.masked import measure_filled_in, num_pseudo_sequences, pseudo_likelihood
 from llm.model.loss import IGNORED
 from llm.model.masked_lm import Masking, fill_in
 from llm.tokenizer.base import Tokenizer
@@ -152,9 +152,9 @@ def test_pseudo_perplexity_masks_each_token_of_a_row_in_turn(
         for parameter in model.parameters():  # large, so that an error in attention shows
             parameter.mul_(3.0)
     done: list[int] = []
-    found = pseudo_perplexity(
+    found = pseudo_likelihood(
         model, rows, hidden, document_mask=False, precision="fp32", advance=done.append
-    )
+    ).perplexity
     assert len(done) == rows.num_sequences == num_pseudo_sequences(rows) == found.num_examples
     costs: list[float] = []
     for row in range(rows.num_sequences):

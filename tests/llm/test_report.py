@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm.errors import ArtifactError
-from llm.evaluation.report import Metric, Report, Sample, escape_markdown, rounded, samples_json
+from llm.evaluation.report import (
+    Comparison,
+    Difference,
+    Metric,
+    Report,
+    Sample,
+    escape_markdown,
+    rounded,
+    samples_json,
+)
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -25,6 +34,25 @@ samples = st.builds(
     expected=texts | st.none(),
     completions=st.fixed_dictionaries({"base": texts, "chat": texts}),
 )
+differences = st.builds(
+    Difference,
+    a=finite,
+    b=finite,
+    difference=finite,
+    interval=st.tuples(finite, finite),
+    p_value=finite,
+    p_holm=finite,
+    verdict=st.sampled_from(["better", "worse", "not distinguishable"]),
+    num_items=st.integers(2, 10**6),
+    num_unpaired=st.integers(0, 10**6),
+)
+comparisons = st.builds(
+    Comparison,
+    a=st.just("base"),
+    b=st.just("chat"),
+    metrics=st.dictionaries(texts, differences, max_size=2),
+    notes=st.lists(texts, max_size=2).map(tuple),
+)
 reports = st.builds(
     Report,
     models=st.just(("base", "chat")),
@@ -32,6 +60,7 @@ reports = st.builds(
     samples=st.lists(samples, max_size=3).map(tuple),
     settings=st.dictionaries(texts, texts, max_size=3),
     notes=st.lists(texts, max_size=2).map(tuple),
+    comparisons=st.lists(comparisons, max_size=2).map(tuple),
 )
 
 
@@ -70,6 +99,26 @@ def example(**changed: float) -> Report:
         samples=shown,
         settings={"context": "64"},
         notes=("one note",),
+        comparisons=(
+            Comparison(
+                a="base",
+                b="chat",
+                metrics={
+                    "exact_match": Difference(
+                        a=0.0,
+                        b=0.625,
+                        difference=0.625,
+                        interval=(0.25, 0.875),
+                        p_value=0.0625,
+                        p_holm=0.125,
+                        verdict="not distinguishable",
+                        num_items=8,
+                        num_unpaired=0,
+                    )
+                },
+                notes=("answer_loss: not measured on base",),
+            ),
+        ),
     )
 
 
@@ -90,6 +139,7 @@ def test_order_of_insertion_changes_no_byte() -> None:
         samples=report.samples,
         settings=dict(reversed(report.settings.items())),
         notes=report.notes,
+        comparisons=report.comparisons,
     )
     assert turned.to_json() == report.to_json()
     assert turned.to_markdown() == report.to_markdown()
@@ -116,6 +166,9 @@ def test_markdown_shows_models_beside_baselines_and_answers_beside_the_right_one
     assert "| add(a, b)? | a, b | \\| | a, b |" in lines
     assert "| def | &nbsp;f():<br>&nbsp;&nbsp;&nbsp;&nbsp;x | &lt;b&gt; |" in lines
     assert "- one note" in lines
+    compared = "| chat | base | exact\\_match | 0.6250 | 0.0000 | +0.6250 | +0.2500 to +0.8750 "
+    assert compared + "| 0.12 | 8 | not distinguishable |" in lines
+    assert "- chat and base: answer\\_loss: not measured on base" in lines
     assert "leak test passed" in text
 
 

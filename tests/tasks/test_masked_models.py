@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 FIGURES = {
     *(f"{prefix}masked_{figure}" for prefix in ("", "answer_") for figure in ("loss", "accuracy")),
     "pseudo_perplexity",
+    "pseudo_loss",
 }
 
 
