@@ -336,9 +336,7 @@ def digest(folder: Path) -> str:
     return json.loads((folder / "out" / "manifest.json").read_text())["digest"]
 
 
-@pytest.mark.parametrize("kl_coefficient", [0.0, 0.1])
 def test_a_kill_between_two_updates_on_the_same_answers_changes_no_bit(
-    kl_coefficient: float,
     tmp_path: Path,
     inputs: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
