@@ -342,7 +342,8 @@ def test_a_kill_between_two_updates_on_the_same_answers_changes_no_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # samplings before steps 0, 3 and 6; checkpoints after 2, 4, 6 and 8
-    config = tiny_align({"updates_per_sampling": 3, "kl_coefficient": kl_coefficient}, num_steps=8)
+    # with a divergence every step has a gradient, so that each reaches the failpoint
+    config = tiny_align({"updates_per_sampling": 3, "kl_coefficient": 0.1}, num_steps=8)
     runtime = {"checkpoint_every_steps": 2}
     run(tmp_path / "undisturbed", inputs, config, **runtime)
     killed = tmp_path / "killed"
