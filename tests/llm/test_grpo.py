@@ -185,7 +185,7 @@ def test_loss_and_gradient_of_packed_answers_equal_plain_torch_on_each_answer_al
     num_tokens = num_clipped = 0
     divergence = 0.0
     for group in groups:
-        rewards = torch.tensor(group.rewards)
+        rewards = torch.tensor(group.rewards, dtype=torch.float64)
         advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
         of_models = [
             answer_log_probs(each, group, 0.7) for each in (model, sampled_from, reference)
@@ -201,10 +201,10 @@ def test_loss_and_gradient_of_packed_answers_equal_plain_torch_on_each_answer_al
     total.backward()
     second["loss"], total = second["loss"].detach(), total.detach()
     assert step.num_targets == num_tokens
-    assert float(first["policy/clip_fraction"]) == 0, "the ratio of the first update is 1"
+    assert first["policy/clip_fraction"].item() == 0, "the ratio of the first update is 1"
     assert float(second["loss"]) == pytest.approx(float(total), rel=1e-5, abs=1e-5)
-    assert float(second["policy/kl"]) == pytest.approx(divergence, rel=1e-4)
-    assert float(second["policy/clip_fraction"]) == num_clipped > 0
+    assert second["policy/kl"].item() == pytest.approx(divergence, rel=1e-4)
+    assert second["policy/clip_fraction"].item() == num_clipped > 0
     for (name, found), expected in zip(
         begin.model.model.named_parameters(), model.parameters(), strict=True
     ):
@@ -302,9 +302,11 @@ def test_reward_on_held_out_prompts_rises(
     assert first["reward/mean"] == pytest.approx(
         first["reward/regex_02468"] + 0.5 * first["reward/format"]
     )
-    assert 0 < first["groups/equal"] < 1
+    assert 0 <= first["groups/equal"] < 1
     assert 0 < first["answers/mean_tokens"] <= 8
-    samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").open()]
+    samples = [
+        json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()
+    ]
     assert {sample["step"] for sample in samples} == {0, 10, 20}
     assert samples[0].keys() >= {"prompt", "answer", "reference", "reward", "rewards"}
     assert samples[0]["prompt"].startswith("what is ")
@@ -334,15 +336,14 @@ def digest(folder: Path) -> str:
     return json.loads((folder / "out" / "manifest.json").read_text())["digest"]
 
 
-@pytest.mark.parametrize("kl_coefficient", [0.0, 0.1])
 def test_a_kill_between_two_updates_on_the_same_answers_changes_no_bit(
-    kl_coefficient: float,
     tmp_path: Path,
     inputs: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # samplings before steps 0, 3 and 6; checkpoints after 2, 4, 6 and 8
-    config = tiny_align({"updates_per_sampling": 3, "kl_coefficient": kl_coefficient}, num_steps=8)
+    # with a divergence every step has a gradient, so that each reaches the failpoint
+    config = tiny_align({"updates_per_sampling": 3, "kl_coefficient": 0.1}, num_steps=8)
     runtime = {"checkpoint_every_steps": 2}
     run(tmp_path / "undisturbed", inputs, config, **runtime)
     killed = tmp_path / "killed"
@@ -486,5 +487,5 @@ def test_a_process_without_answers_to_train_on_still_takes_part(
     assert len(step.micro_batches) == 1
     found = loss_sum(grpo, begin.model, step)
     found["loss"].backward()
-    assert float(found["loss"]) == 0
+    assert found["loss"].item() == 0
     assert all(p.grad is not None for p in begin.model.parameters())
