@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llm.artifact import ArtifactWriter, Json
+from llm.artifact import ArtifactWriter, Json, read_manifest
 from llm.clean import clean
 from llm.config import SourceConfig
 from llm.data.documents import DocumentReader
@@ -95,11 +95,25 @@ def nothing_lost(folder: Path, name: str, data: bytes) -> None:
         every = list(file.read(range(len(file))))
         assert rows.info.num_documents == len(every)
         written = sum(len(text.encode()) for one in every for text in one.texts)
-        control = sum(1 + 2 * len(one.messages) for one in every)
-        assert rows.info.num_tokens == written + control, "tokens of bytes, and those of control"
+        assert rows.info.num_tokens == written + len(every), "a token per byte, and `<|bos|>`"
         found = _bytes_in(rows, tokenizer)
         assert max(len(text) for one in every for text in one.texts) > 100 * SEQ_LEN
         assert found >= written
+
+
+def long_chats_are_counted(folder: Path) -> None:
+    """Pack chats of which some are far longer than a row: each is cut, counted, and packed."""
+    documents, _, rows_folder = rows_of(folder, "chats.jsonl", chats([*TEXTS, *LONG]))
+    summary = read_manifest(rows_folder).summary
+    num_cut = 0
+    for split in ("train", "validation"):
+        file, rows = DocumentReader(documents, split), PackedSequences(rows_folder, split)
+        every = list(file.read(range(len(file))))
+        num_cut += sum(len("".join(one.texts).encode()) > SEQ_LEN for one in every)
+        assert rows.info.num_documents == len(every)
+        assert rows.info.num_cut_documents == 0, "a chat is never in two sequences"
+    counts = [summary.get(f"{split}_truncated_chats", 0) for split in ("train", "validation")]
+    assert sum(map(int, counts)) == num_cut >= len(LONG)
 
 
 def _bytes_in(rows: PackedSequences, tokenizer: Tokenizer) -> int:
@@ -149,7 +163,5 @@ SMALL_DATA_CASES: dict[str, Case] = {
     "a document longer than a row": functools.partial(
         nothing_lost, name="a.jsonl", data=lines([*TEXTS, *LONG])
     ),
-    "a chat longer than a row": functools.partial(
-        nothing_lost, name="chats.jsonl", data=chats([*TEXTS, *LONG])
-    ),
+    "a chat longer than a row": long_chats_are_counted,
 }  # fmt: skip

@@ -116,7 +116,7 @@ def test_chat_prints_the_folder_of_the_newest_model_without_a_terminal(
         stage="finetune", role="", settings={}, seed=1, inputs={}, libraries={}, code={}
     )
     folder = tmp_path / "finetune" / "abc"
-    folder.mkdir(parents=True)
+    ArtifactWriter(folder).finish(stage="finetune", summary={"content": "chats"})
     ArtifactStore(tmp_path).remember(
         KeyRecord(key=parts.key, parts=parts, digest="abc", seconds=1.0, made_at="now")
     )

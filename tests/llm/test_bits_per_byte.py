@@ -22,7 +22,7 @@ SEQ_LEN = 16
 SHAPE = ModelConfig(num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, d_ff=48)
 CHATS = [
     [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": word * count}]
-    for count, word in enumerate(["yes", "no", "ümlaut", ""], start=1)
+    for count, word in enumerate(["yes", "no", "ü", ""], start=1)
 ]
 
 MakeDocuments = Callable[..., Path]

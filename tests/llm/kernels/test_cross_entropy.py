@@ -125,6 +125,7 @@ def test_gradients_are_those_of_finite_differences(
     head = cross_entropy._Head(
         vocab_size=vocab_size,
         soft_cap=cap,
+        temperature=1.0,
         dtype=torch.float64,
         is_grad_early=is_grad_early,
         is_compiled=False,
@@ -322,7 +323,12 @@ def test_sure_and_wrong_models_have_finite_exact_losses(scale: float) -> None:
     weight = torch.randn(V, 8, generator=torch.Generator().manual_seed(6)) * scale
     targets = torch.arange(40)
     head = cross_entropy._Head(
-        vocab_size=V, soft_cap=0.0, dtype=torch.float32, is_grad_early=False, is_compiled=False
+        vocab_size=V,
+        soft_cap=0.0,
+        temperature=1.0,
+        dtype=torch.float32,
+        is_grad_early=False,
+        is_compiled=False,
     )
     found = cross_entropy._HeadLosses.apply(x, weight, targets, head)
     expected = F.cross_entropy(x.double() @ weight.double().T, targets, reduction="none")
