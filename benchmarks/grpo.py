@@ -23,11 +23,12 @@ import torch
 
 from llm.align import align
 from llm.artifact import ArtifactWriter
-from llm.config import RuntimeConfig, load_config
+from llm.config import RuntimeConfig
 from llm.data.packed import PackedSequences
 from llm.evaluation.instructions import answer_instructions, exact_match, read_instructions
 from llm.model.loss import ModelWithLoss
 from llm.model.weights import load_model
+from llm.recipes import load_config
 from llm.runtime.job import Job
 from llm.tokenizer.load import load_tokenizer
 from llm.training import rollouts

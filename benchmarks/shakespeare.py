@@ -31,12 +31,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llm.config import ModelConfig, PretrainConfig, RuntimeConfig, load_config
+from llm.config import ModelConfig, PretrainConfig, RuntimeConfig
 from llm.data.packed import PackedSequences
 from llm.model.loss import ModelWithLoss
 from llm.model.transformer import Transformer
 from llm.model.weights import load_model
 from llm.monitoring.metrics import METRICS_FILE
+from llm.recipes import load_config
 from llm.runtime.job import Job, write_job
 from llm.tokenizer.load import load_tokenizer
 from llm.training.loop import TrainingSetup, TrainState, training_steps

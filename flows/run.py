@@ -30,9 +30,10 @@ from flows.services.addresses import addresses
 from flows.services.environments import served_artifacts
 from flows.services.registry import running_prefect_environment
 from flows.sweep import SWEEP
-from llm.config import RunConfig, flatten, load_config
+from llm.config import RunConfig, flatten
 from llm.errors import FromscratchError, Interrupted, TransientError
 from llm.models import Training, trainings
+from llm.recipes import load_config
 from tasks.cached import Builder, Outcome
 from tasks.plan import Selection, make_plan
 from tasks.preflight import refuse_what_cannot_run

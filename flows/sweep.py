@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import yaml
 
-from llm.config import RunConfig, load_config
+from llm.config import RunConfig
 from llm.errors import ConfigError, FromscratchError
 from llm.models import MODELS, trainings
-from llm.recipes import CONFIG_FOLDERS
+from llm.recipes import CONFIG_FOLDERS, load_config
 from llm.settings import did_you_mean
 from tasks.cached import Outcome
 

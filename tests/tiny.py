@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.pipeline import language_model
-from llm.config import RunConfig, load_config
+from llm.config import RunConfig
+from llm.recipes import load_config
 from tasks.cached import Builder, Outcome
 from tasks.launch import Progress
 from tasks.stages import PipelineStep, in_order

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, cast
 from flows.commands.options import EXIT_BAD_SETTINGS, EXIT_FAILED
 from flows.pipeline import language_model
 from flows.services.processes import ServiceError
-from llm.config import RunConfig, load_config
+from llm.config import RunConfig
 from llm.errors import Interrupted
-from llm.recipes import recipe_names
+from llm.recipes import load_config, recipe_names
 from tasks.plan import PlannedStep, Selection, make_plan
 from tasks.preflight import find_problems, refuse_what_cannot_run
 from tasks.stages import all_stages, in_order

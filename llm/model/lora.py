@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from llm.artifact import ArtifactWriter, file_sha256
-from llm.config import LoraConfig, lora_problems, read_section
+from llm.config import LoraConfig, read_section
+from llm.consistency import lora_problems
 from llm.errors import ArtifactError, ConfigError
 from llm.model.kernels.linear import Linear, linear
 from llm.model.transformer import Transformer

@@ -14,7 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from llm.config import ModelConfig, model_problems
+from llm.config import ModelConfig
+from llm.consistency import model_problems
 from llm.errors import ConfigError, DataError
 from llm.model.attention import Attention, AttentionContext, soft_cap
 from llm.model.cache import KeyValueCache

@@ -2,8 +2,8 @@
 
 Covered are the stage's module and the project modules it imports, transitively, also inside
 functions. Never covered are packages that decide no bytes of an artifact, and modules that only
-they import; `llm.config` and `llm.settings`, whose values are in the cache key themselves; and
-`llm.errors`, whose messages are for people.
+they import; `llm.config` and `llm.settings`, whose values are in the cache key themselves;
+`llm.consistency`, which only refuses settings; and `llm.errors`, whose messages are for people.
 """
 
 import ast
@@ -16,7 +16,7 @@ from pathlib import Path
 from llm.artifact import DIGEST_HEX_CHARACTERS
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
-NOT_COVERED = frozenset({"llm.config", "llm.errors", "llm.settings"})
+NOT_COVERED = frozenset({"llm.config", "llm.consistency", "llm.errors", "llm.settings"})
 NOT_COVERED_PACKAGES = frozenset({"llm.runtime", "llm.monitoring"})
 
 # CPython 3.11 counts the depth of `ast.parse` once for all threads, and raises a SystemError when

@@ -24,11 +24,11 @@ from torch.nn import functional as F
 
 from llm.artifact import ArtifactWriter, Json, write_bytes_atomically
 from llm.config import AlignConfig, DpoConfig
-from llm.data.packed import PackedArrays, PackedSequences
-from llm.errors import ConfigError, DataError, Interrupted
+from llm.data.packed import PackedArrays
+from llm.errors import Interrupted
 from llm.model.loss import IGNORED, ModelWithLoss
 from llm.model.precision import autocast, fp32_products
-from llm.model.weights import load_model
+from llm.model.transformer import Transformer
 from llm.runtime.job import STARTING_MODEL, Job
 from llm.training.objectives import Batch, TrainingStart, sums
 from llm.training.processes import sum_over_processes
@@ -37,28 +37,12 @@ from llm.training.run import train
 DIGEST_BYTES = 32  # sha256
 
 
-def dpo(job: Job, writer: ArtifactWriter, config: AlignConfig) -> dict[str, Json]:
-    """Train on preference pairs from the starting model's weights, which are the reference too.
-
-    Raises:
-        ConfigError: a model that is not causal.
-        DataError: sequences of something else than preference pairs.
-    """
-    folder = Path(job.inputs["sequences"])
-    content = PackedSequences(folder, "train").layout.content
-    if content != "preferences":
-        raise DataError(
-            f"align.data: found {content} in {folder}, expected preference pairs for the method"
-            " dpo; name a dataset of preferences"
-        )
-    start = Path(job.inputs[STARTING_MODEL])
-    model = load_model(start)
-    if not model.config.is_causal:
-        raise ConfigError(
-            "model.is_causal: found false, expected true for align: a masked language model gives"
-            " no probability to an answer"
-        )
-    return train(job, writer, model, config, start, partial(preference_pairs, config=config.dpo))
+def dpo(
+    job: Job, writer: ArtifactWriter, config: AlignConfig, model: Transformer
+) -> dict[str, Json]:
+    """Train on preference pairs from the starting model, which is the reference too."""
+    make_objective = partial(preference_pairs, config=config.dpo)
+    return train(job, writer, model, config, Path(job.inputs[STARTING_MODEL]), make_objective)
 
 
 def preference_pairs(start: TrainingStart, config: DpoConfig) -> "PreferencePairs":

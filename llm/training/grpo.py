@@ -23,12 +23,11 @@ from torch import Tensor
 
 from llm.artifact import ArtifactWriter, Json, write_bytes_atomically
 from llm.config import AlignConfig
-from llm.data.packed import PADDING_ID, PackedArrays, PackedSequences
-from llm.errors import ArtifactError, ConfigError, DataError
+from llm.data.packed import PADDING_ID, PackedArrays
+from llm.errors import ArtifactError, DataError
 from llm.inference.packed import packed
 from llm.model.loss import IGNORED, ModelWithLoss
 from llm.model.precision import autocast
-from llm.model.weights import load_model
 from llm.runtime.job import STARTING_MODEL, Job
 from llm.seeds import derive_seed
 from llm.training.batches import POSITIONS, StepBatches
@@ -55,42 +54,20 @@ SAMPLES_FILE = "samples.jsonl"
 SAMPLED_PROMPTS = 4  # whose answers are written to SAMPLES_FILE, of each step that is
 
 
-def grpo(job: Job, writer: ArtifactWriter, config: AlignConfig) -> dict[str, Json]:
+def grpo(
+    job: Job, writer: ArtifactWriter, config: AlignConfig, model: Transformer
+) -> dict[str, Json]:
     """Train from the starting model's weights on the problems of the packed chats.
 
     Raises:
-        ConfigError: settings that do not fit together, an unknown reward function.
+        ConfigError: a reward function that cannot be loaded.
         DataError: no problem that fits the context.
         StageError: a reward function failed on all prompts of a step; the last checkpoint stays.
     """
     rewards = load_rewards(config.grpo.rewards, "align.grpo.rewards")
-    if config.global_batch_size % config.grpo.group_size:
-        raise ConfigError(
-            f"align.global_batch_size: found {config.global_batch_size} answers, expected a"
-            f" multiple of align.grpo.group_size = {config.grpo.group_size}"
-        )
-    if config.lora.dropout:
-        raise ConfigError(
-            f"align.lora.dropout: found {config.lora.dropout:g}, expected 0 for the method grpo,"
-            " which samples without dropout"
-        )
-    folder = Path(job.inputs["sequences"])
-    content = PackedSequences(folder, "train").layout.content
-    if content != "chats":
-        raise DataError(
-            f"align.data: found {content} in {folder}, expected chats for the method grpo: prompts"
-            " and reference answers; name a dataset of chats"
-        )
+    make_objective = partial(Grpo, config=config, rewards=rewards)
     start = Path(job.inputs[STARTING_MODEL])
-    model = load_model(start)
-    if not model.config.is_causal:
-        raise ConfigError(
-            "model.is_causal: found false, expected true for align: a masked language model"
-            " generates no answers"
-        )
-    summary = train(
-        job, writer, model, config, start, partial(Grpo, config=config, rewards=rewards)
-    )
+    summary = train(job, writer, model, config, start, make_objective)
     samples = job.work / SAMPLES_FILE
     if samples.exists():  # of the main process
         writer.write_bytes(SAMPLES_FILE, samples.read_bytes(), is_log=True)

@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from torch.utils.checkpoint import checkpoint
 
 from llm.artifact import ArtifactWriter, Json
-from llm.config import OptimizationConfig, RuntimeConfig, TuningConfig, tuning_problems
+from llm.config import OptimizationConfig, RuntimeConfig, TuningConfig
+from llm.consistency import tuning_problems
 from llm.errors import ConfigError, Interrupted
 from llm.model.lora import add_adapters, merge_adapters, save_adapter
 from llm.model.loss import ModelWithLoss

@@ -29,7 +29,7 @@ import numpy as np
 import sentencepiece
 
 from llm.artifact import MANIFEST, ArtifactWriter, file_sha256, load_artifact, read_manifest
-from llm.config import OptimizationConfig, SourceConfig, load_config
+from llm.config import OptimizationConfig, SourceConfig
 from llm.data.documents import DocumentReader
 from llm.data.packed import PackedSequences
 from llm.data.sources.fingerprint import fingerprint
@@ -37,6 +37,7 @@ from llm.errors import FromscratchError
 from llm.exchange.folders import export_model, import_model, load_both
 from llm.exchange.import_tokenizer import import_tokenizer
 from llm.model.weights import save_model
+from llm.recipes import load_config
 from llm.tokenizer.load import load_tokenizer
 from llm.tokenizer.sentencepiece import SentencePieceTokenizer
 from llm.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint

@@ -9,8 +9,9 @@ import pytest
 from flows.pipeline import language_model
 from flows.sweep import Member, Sweep, comparison, run_sweep
 from llm.artifact import Json
-from llm.config import RunConfig, load_config
+from llm.config import RunConfig
 from llm.errors import ConfigError
+from llm.recipes import load_config
 from tasks.cached import Outcome
 from tasks.plan import Selection, key_parts, make_plan, section_of
 from tasks.stages import in_order

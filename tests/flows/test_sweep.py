@@ -18,9 +18,10 @@ from flows.sweep import (
     short_name,
     sweep_names,
 )
-from llm.config import RunConfig, load_config
+from llm.config import RunConfig
 from llm.errors import ConfigError, Interrupted, StageError
 from llm.models import MODELS
+from llm.recipes import load_config
 from tasks.cached import Outcome
 from tasks.tracking.models import _title
 

@@ -200,7 +200,7 @@ def masked_model(inputs: dict[str, Path], folder: Path, tokenizer: ByteLevelBPE)
 @pytest.mark.parametrize(
     ("change", "settings", "error", "message"),
     [
-        (chats, {}, DataError, "align.data: found chats in .*, expected preference pairs"),
+        (chats, {}, DataError, "align.data: found chats in .*, expected preferences"),
         (no_held_out_pairs, {}, DataError, "validation: found 0 sequences with 0 target tokens"),
         (masked_model, {}, ConfigError, "model.is_causal: found false, expected true for align"),
         (

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.config import OptimizationConfig, load_config
+from llm.config import OptimizationConfig
 from llm.data.packed import PackedArrays, PackedSequences, sequence_order
-from llm.recipes import recipe_names
+from llm.recipes import load_config, recipe_names
 from llm.training.batches import batches_of_steps
 from llm.training.objectives import NextToken
 from llm.training.shares import even_size, share_of

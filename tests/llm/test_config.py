@@ -9,9 +9,9 @@ import pytest
 
 from llm import config
 from llm.artifact import canonical
-from llm.config import RunConfig, flatten, load_config, read_section
+from llm.config import RunConfig, flatten, read_section
 from llm.errors import ConfigError
-from llm.recipes import recipe_names
+from llm.recipes import load_config, recipe_names
 
 
 @pytest.mark.parametrize("recipe", recipe_names())

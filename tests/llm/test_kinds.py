@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from llm.artifact import Json
-from llm.config import TrainTokenizerConfig, load_config
+from llm.config import TrainTokenizerConfig
 from llm.data.packed import PackedSequences
 from llm.errors import ConfigError
 from llm.exchange.hf_tokenizer import exported_files
 from llm.pack import pack
+from llm.recipes import load_config
 from llm.runtime.code import code_digests
 from llm.tokenizer.base import CONTROL_TOKENS, Ids, Tokenizer, json_bytes
 from llm.tokenizer.kinds import TOKENIZER_KINDS, TokenizerCode, TokenizerKind

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from llm.config import LoraConfig, ModelConfig, OptimizationConfig, lora_problems
+from llm.config import LoraConfig, ModelConfig, OptimizationConfig
+from llm.consistency import lora_problems
 from llm.errors import ConfigError
 from llm.inference.packed import packed
 from llm.model.feed_forward import MLPS

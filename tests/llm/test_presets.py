@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm.config import PretrainConfig, load_preset
+from llm.config import PretrainConfig
 from llm.errors import ConfigError
 from llm.model.loss import token_losses
 from llm.model.transformer import Transformer
 from llm.presets import PRESETS
+from llm.recipes import load_preset
 from llm.training.optimizers import make_optimizer
 from tests.llm.toy_presets import resolve, toy_shape
 

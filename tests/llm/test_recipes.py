@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from llm.config import flatten, load_config
+from llm.config import flatten
 from llm.errors import ConfigError
-from llm.recipes import recipe_names
+from llm.recipes import load_config, recipe_names
 
 BELOW = """
 name: another

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.artifact import Json
-from llm.config import SourceConfig, load_config
+from llm.config import SourceConfig
 from llm.data.raw.conversations import UnusableError
 from llm.data.raw.record_formats import (
     FORMAT_NAMES,
@@ -21,6 +21,7 @@ from llm.data.raw.record_formats import (
     recognize,
 )
 from llm.errors import ConfigError
+from llm.recipes import load_config
 from tests.llm.cleaning import jsonl, run_clean
 
 U, A, S = "user", "assistant", "system"

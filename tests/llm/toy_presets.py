@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from llm.config import ModelConfig, RunConfig, load_config, load_preset
+from llm.config import ModelConfig, RunConfig
+from llm.recipes import load_config, load_preset
 
 TOY_D_MODEL, TOY_HEADS = 32, 4
 

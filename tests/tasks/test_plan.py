@@ -7,9 +7,9 @@ import pytest
 
 from flows.pipeline import language_model
 from llm.artifact import ArtifactWriter
-from llm.config import RunConfig, load_config
+from llm.config import RunConfig
 from llm.errors import ArtifactError, ConfigError, DataError
-from llm.recipes import recipe_names
+from llm.recipes import load_config, recipe_names
 from tasks import plan as plan_module
 from tasks.plan import PlannedStep, Selection, key_parts, make_plan
 from tasks.stages import all_stages, in_order

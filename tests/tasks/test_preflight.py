@@ -9,7 +9,7 @@ import pytest
 
 from flows.cli import main
 from flows.pipeline import language_model
-from llm.config import load_config
+from llm.recipes import load_config
 from tasks import preflight
 from tasks.plan import Selection, make_plan
 from tasks.preflight import find_problems
