@@ -28,6 +28,7 @@ from llm.errors import ArtifactError, DataError
 from llm.inference.packed import packed
 from llm.model.loss import IGNORED, ModelWithLoss
 from llm.model.precision import autocast
+from llm.model.transformer import Transformer
 from llm.runtime.job import STARTING_MODEL, Job
 from llm.seeds import derive_seed
 from llm.training.batches import POSITIONS, StepBatches
