@@ -305,3 +305,28 @@ def test_a_stage_has_one_name_everywhere() -> None:
     for stage in all_stages():
         assert hasattr(config, stage.name)
         assert f"def {stage.name}(" in (llm_folder / f"{stage.name}.py").read_text()
+
+
+def test_the_source_of_a_reward_function_is_part_of_the_key(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rewards = ["stages_after_pretrain=[finetune,align]", "align.method=grpo"]
+    rewards += ["align.grpo.rewards=['my_rewards:short']"]
+    module, source = tmp_path / "my_rewards.py", "def short(prompt, answer, reference): return 1.0"
+    module.write_text(source)
+    store = ArtifactStore(tmp_path / "artifacts")
+    config = load_config(RECIPE, [*overrides, *rewards])
+    build_all(config, store)
+    assert to_build(planned(store, [*overrides, *rewards])) == []
+    module.write_text(source.replace("1.0", "-len(answer)"))
+    found = planned(store, [*overrides, *rewards])
+    assert to_build(found) == ["align", "evaluate"]
+    assert reason(found, "align").startswith("my_rewards ")
+
+
+def test_the_plan_shows_the_format_of_local_records(tmp_path: Path, overrides: list[str]) -> None:
+    (tmp_path / "chats.json").write_text(f"[{CHAT}]")
+    store = ArtifactStore(tmp_path / "artifacts")
+    found = {item.step.name: item.note for item in planned(store, overrides)}
+    assert (found["download chats"], found["download corpus"]) == ("format alpaca", "")
