@@ -37,7 +37,7 @@ Experiment = Literal["pipelines", "models"]
 MAX_PARAMETER_CHARACTERS = 6000  # MLflow truncates longer ones silently
 MAX_TAG_CHARACTERS = 8000
 PARAMETERS_PER_BATCH = 100
-NOTE = "mlflow.note.content"
+NOTE, TABLES_TAG = "mlflow.note.content", "mlflow.loggedArtifacts"
 UID_TAG = "fromscratch.uid"
 STAGE_TAG, DIGEST_TAG, KEY_TAG = "fromscratch.stage", "fromscratch.digest", "fromscratch.key"
 SWEEP_TAG = "fromscratch.sweep"  # the runs of one sweep are grouped by it
@@ -213,9 +213,10 @@ class MlflowConnection:
         columns = list(rows[0]) if rows else []
         table = {"columns": columns, "data": [[row[name] for name in columns] for row in rows]}
         self.client.log_text(run_id, json.dumps(table), file)
-        self.client.set_tag(
-            run_id, "mlflow.loggedArtifacts", json.dumps([{"path": file, "type": "table"}])
-        )
+        tables = json.loads(self.client.get_run(run_id).data.tags.get(TABLES_TAG, "[]"))
+        entry = {"path": file, "type": "table"}
+        tables = [*(known for known in tables if known != entry), entry]
+        self.client.set_tag(run_id, TABLES_TAG, json.dumps(tables))
 
     def _find_or_create(self, experiment: Experiment) -> str:
         from mlflow.exceptions import MlflowException

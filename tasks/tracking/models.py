@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 RUN_FILE, LOCK_FILE = "tracking.json", ".tracking.lock"
 SAMPLE_TABLE = "samples.json"
+SAMPLES_FILE, SAMPLED_TABLE = "samples.jsonl", "sampled_answers.json"
+"""Answers that a training by rewards sampled: in its artifact, and as a table in MLflow."""
 OTHER_COLUMNS = ("expected", "kind")
 logger = logging.getLogger("fromscratch")
 
@@ -202,6 +204,9 @@ class ModelRuns:
         self._mlflow.set_tags(run_id, {**texts, DIGEST_TAG: event.digest, NOTE: note})
         for file in (folder / "model.json", *sorted(folder.glob("tokenizer.*"))):
             client.log_artifact(run_id, str(file))
+        if (sampled := folder / SAMPLES_FILE).is_file():
+            rows = [json.loads(line) for line in sampled.read_text(encoding="utf-8").splitlines()]
+            self._mlflow.log_table(run_id, SAMPLED_TABLE, [_sampled_row(row) for row in rows])
         points = MetricsReader(folder / METRICS_FILE).read_new()
         client.log_figure(run_id, draw_losses(points, title), "loss.png")
         last_step = points[-1].step if points else 0
@@ -295,6 +300,11 @@ def _metrics_of(
         elif group not in models:
             own[key] = value
     return own
+
+
+def _sampled_row(sample: Mapping[str, Json]) -> dict[str, Json]:
+    names = ("prompt", "answer", "step", "reward", "reference")
+    return {name: sample.get(name) for name in names}
 
 
 def _sample_rows(samples: Sequence[Mapping[str, Json]], model: str) -> list[dict[str, Json]]:

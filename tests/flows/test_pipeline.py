@@ -111,6 +111,12 @@ def test_names_and_datasets_are_checked_before_anything_runs(override: str, prob
         load_config("quickstart", ["stages_after_pretrain=[finetune,align]", override])
 
 
+SAMPLED = [
+    {"step": 0, "prompt": "?", "answer": answer, "reference": "a", "reward": reward}
+    for answer, reward in (("a", 1.0), ("b", 0.0))
+]
+
+
 def test_three_models_are_tracked_beside_each_other(tmp_path: Path) -> None:
     tracked = TrackedFolder(tmp_path)
     tracker = tracked.start()
@@ -118,7 +124,8 @@ def test_three_models_are_tracked_beside_each_other(tmp_path: Path) -> None:
         work = tmp_path / f"{stage}-work"
         start_model(tracker, work, stage)
         write_points(work, range(2))
-        finish_model(tracker, work, tmp_path / stage, stage)
+        lines = "".join(json.dumps(one) + "\n" for one in SAMPLED) if stage == "align" else ""
+        finish_model(tracker, work, tmp_path / stage, stage, samples=lines)
     report = tmp_path / "report"
     report.mkdir()
     for name in ("report.md", "report.json"):
@@ -132,6 +139,13 @@ def test_three_models_are_tracked_beside_each_other(tmp_path: Path) -> None:
     chat, aligned = runs["chat lr=1 3.2M tiny"], runs["aligned lr=1 3.2M tiny"]
     assert aligned.data.metrics["eval/exact_match"] == 0.75
     assert "chat/exact_match" not in aligned.data.metrics
+    file = tracked.client.download_artifacts(aligned.info.run_id, "sampled_answers.json")
+    assert json.loads(Path(file).read_text())["data"] == [
+        ["?", "a", 0, 1.0, "a"],
+        ["?", "b", 0, 0.0, "a"],
+    ]
+    shown = json.loads(aligned.data.tags["mlflow.loggedArtifacts"])
+    assert [one["path"] for one in shown] == ["sampled_answers.json", "samples.json"]
     [start] = aligned.inputs.model_inputs
     assert start.model_id == chat.outputs.model_outputs[0].model_id
     [made] = aligned.outputs.model_outputs

@@ -89,8 +89,12 @@ def start_model(tracker: Tracker, work: Path, stage: str = "pretrain") -> None:
     )
 
 
-def finish_model(tracker: Tracker, work: Path, folder: Path, stage: str = "pretrain") -> str:
+def finish_model(
+    tracker: Tracker, work: Path, folder: Path, stage: str = "pretrain", samples: str = ""
+) -> str:
     writer = ArtifactWriter(folder)
+    if samples:
+        writer.write_bytes("samples.jsonl", samples.encode(), is_log=True)
     writer.write_bytes("model.safetensors", stage.encode())
     writer.write_json("model.json", {})
     writer.write_bytes("tokenizer.json", b"{}")
