@@ -2,11 +2,13 @@
 
 import dataclasses
 import hashlib
+import http.client
 import itertools
 import random
 import socket
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.data.sources.connections import Resolver, find_route
+from llm.data.sources.connections import Resolver, deadline, find_route
 from llm.data.sources.http import FetchLimits, fetch_file, file_name, redirect_target
 from llm.errors import DataError, DiskFullError
 from tests.llm.http_server import Answer, HostileServer, answer, drip, redirect, serve_ranges
@@ -339,6 +341,16 @@ def test_a_server_that_drips_is_given_up(tmp_path: Path, head: bytes) -> None:
 def test_a_server_that_drips_its_head_for_ever_is_a_network_failure(tmp_path: Path) -> None:
     with pytest.raises(ConnectionError, match=r"not answered within 0.5 seconds"):
         fetch_all([drip(b"HTTP/1.1 200 OK\r\nSlow: ")], tmp_path / "p")
+
+
+def test_a_reset_after_the_deadline_is_a_timeout_too() -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", 9)
+    with (
+        pytest.raises(TimeoutError, match=r"not answered within 0.01 seconds"),
+        deadline(connection, 0.01),
+    ):
+        time.sleep(0.2)  # the timer breaks the connection
+        raise ConnectionResetError("Connection reset by peer")
 
 
 def test_a_head_that_breaks_off_is_tried_again(tmp_path: Path) -> None:

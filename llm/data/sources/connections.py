@@ -138,12 +138,17 @@ def deadline(connection: http.client.HTTPConnection, seconds: float) -> Generato
     timer = threading.Timer(seconds, break_off)
     timer.daemon = True
     timer.start()
+    error = None
     try:
         yield
+    except OSError as found:  # bytes after the break reset the connection
+        if not is_over.is_set():
+            raise
+        error = found
     finally:
         timer.cancel()
     if is_over.is_set():  # http.client accepts a truncated response head
-        raise TimeoutError(f"not answered within {seconds:g} seconds")
+        raise TimeoutError(f"not answered within {seconds:g} seconds") from error
 
 
 def shown(url: str) -> str:
