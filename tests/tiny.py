@@ -32,6 +32,7 @@ SETTINGS = (
     "finetune.num_steps=8",
     "finetune.warmup_steps=1",
     "finetune.global_batch_size=4",
+    "finetune.replay_fraction=0.25",
     "evaluate.num_instructions=4",
     "evaluate.max_new_tokens=8",
     "runtime.checkpoint_every_steps=3",

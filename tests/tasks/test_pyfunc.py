@@ -55,8 +55,13 @@ def log_model(tracked: TrackedFolder, folder: Path, stage: str) -> str:
     tracker = tracked.start()
     start_model(tracker, tracked.work, stage)
     write_points(tracked.work, range(2))
+    content = "text" if stage == "pretrain" else "chats"
     event = ModelFinished(
-        stage=stage, role="", digest="d" * 32, folder=str(folder), summary=SUMMARY
+        stage=stage,
+        role="",
+        digest="d" * 32,
+        folder=str(folder),
+        summary={**SUMMARY, "content": content},
     )
     tracker.log(event)
     tracker.close()
