@@ -22,7 +22,7 @@ from llm.errors import ArtifactError
 from llm.exchange.folders import CARD, load_both, new_folder
 from llm.exchange.hf_config import Shape
 from llm.exchange.huggingface import writable_dtype
-from llm.exchange.layouts import Layout, layout_for
+from llm.exchange.layouts import Layout, expressible_shape, layout_for
 from llm.model.lora import (
     ADAPTER_JSON,
     Adapter,
@@ -49,7 +49,8 @@ def export_adapter(source: Path, target: Path, *, dtype: str = "float32") -> Non
     dtype_written, info = writable_dtype(dtype), read_adapter_info(source)
     model = load_model(source)
     load_adapter(source, model)
-    layout = layout_for(Shape(model.config, model.vocab_size, model.seq_len))
+    shape = Shape(model.config, model.vocab_size, model.seq_len)
+    layout = layout_for(expressible_shape(shape))
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, (a, b) in _in_layout(layout, adapters_of(model)).items():

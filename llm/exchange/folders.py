@@ -15,6 +15,7 @@ from llm.errors import ArtifactError, ConfigError
 from llm.exchange.hf_tokenizer import exported_files
 from llm.exchange.huggingface import CONFIG, read_json_object, read_model, write_model
 from llm.exchange.import_tokenizer import import_tokenizer
+from llm.exchange.layouts import expressible
 from llm.model.transformer import Transformer
 from llm.model.weights import load_model, save_model
 from llm.tokenizer.base import Tokenizer
@@ -33,6 +34,7 @@ def export_model(source: Path, target: Path, *, dtype: str = "float32") -> None:
     """
     _refuse_existing(target)
     model, tokenizer = load_both(source)
+    model = expressible(model)
     with new_folder(target) as writer:
         ids = {
             "bos_token_id": tokenizer.bos_id,

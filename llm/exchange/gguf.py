@@ -21,7 +21,7 @@ from llm.exchange.folders import load_both, new_folder
 from llm.exchange.hf_config import Shape
 from llm.exchange.hf_tokenizer import chat_template, control_names, marked_library_json
 from llm.exchange.huggingface import LayoutTensors
-from llm.exchange.layouts import Layout, layout_for
+from llm.exchange.layouts import Layout, expressible, layout_for
 from llm.model.positions import ROPE_SCALINGS, head_dim_of
 from llm.model.transformer import Transformer
 from llm.model.weights import weights_of
@@ -58,6 +58,7 @@ def export_gguf(source: Path, target: Path, *, dtype: str = "float32") -> None:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
     model, tokenizer = load_both(source)
+    model = expressible(model)
     layout = layout_for(Shape(model.config, model.vocab_size, model.seq_len))
     _refuse(layout, model)
     with new_folder(target) as folder:

@@ -6,7 +6,8 @@ in its safetensors files. A shape that the round trip changes cannot be expresse
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import cast
 
 from llm.errors import ArtifactError, ConfigError
@@ -27,6 +28,8 @@ from llm.exchange.hf_config import (
     write_llama,
     write_qwen3,
 )
+from llm.model.transformer import Transformer
+from llm.model.weights import set_weights, weights_of
 from llm.settings import build
 
 GPT2_ALIASES = {  # transformers reads these names of GPT-2's keys too
@@ -168,6 +171,34 @@ def layout_for(shape: Shape) -> Layout:
             return LAYOUTS[name]
     listed = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in found.items())
     raise ConfigError(f"no layout of transformers can express this model\n{listed}")
+
+
+def expressible_shape(shape: Shape) -> Shape:
+    """Return the shape; where no layout can express it but for the scale of its embeddings, that
+    with the scale in the embedding, which then cannot be tied to the head.
+    """
+
+    def is_known(shape: Shape) -> bool:
+        return any(not unsupported_settings(layout, shape) for layout in LAYOUTS.values())
+
+    untied = replace(shape.config, is_embedding_scaled=False, tie_embeddings=False)
+    without = shape._replace(config=untied)
+    needs_it = shape.config.is_embedding_scaled and not is_known(shape) and is_known(without)
+    return without if needs_it else shape
+
+
+def expressible(model: Transformer) -> Transformer:
+    """Return the model, or an equal one of its `expressible_shape`."""
+    shape = Shape(model.config, model.vocab_size, model.seq_len)
+    if (found := expressible_shape(shape)) == shape:
+        return model
+    weights = weights_of(model)
+    embedding = weights["embedding.weight"]
+    weights.setdefault("head.weight", embedding)
+    weights["embedding.weight"] = embedding * model.embedding_scale
+    made = Transformer(*found)
+    set_weights(made, weights, Path("the exported model"))
+    return made
 
 
 def _rope_settings(config: Mapping[str, object], problems: list[str]) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,23 @@ def test_an_exported_folder_answers_a_chat_as_ours_does(
 
 
 SHAPE = ("num_layers", "d_model", "num_heads", "num_kv_heads", "d_ff")
+
+
+def test_the_scale_of_embeddings_goes_into_the_embedding_where_no_layout_has_it(
+    tmp_path: Path, tokenizer: ByteLevelBPE
+) -> None:
+    config = replace(LLAMA, has_qk_norm=True, is_embedding_scaled=True)
+    model = load_model(make_model(tmp_path / "ours", tokenizer, config)).eval()
+    export_model(tmp_path / "ours", tmp_path / "theirs")
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
+    assert found.config.model_type == "qwen3" and not found.config.tie_word_embeddings
+    tokens = torch.randint(7, tokenizer.vocab_size, (2, 30))
+    with torch.no_grad():
+        expected, logits = model(tokens), found(tokens).logits
+        import_model(tmp_path / "theirs", tmp_path / "back")
+        again = load_model(tmp_path / "back").eval()(tokens)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again[..., : model.vocab_size], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_exported_folder_comes_back_as_it_was(tmp_path: Path, tokenizer: ByteLevelBPE) -> None:
