@@ -5,12 +5,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress, pairwise
+from itertools import compress
 
-import numpy as np
-
-from llm.data.chat import RenderedChat, split_last_answer
-from llm.data.packed import PADDING_ID, PackedSequences
+from llm.data.chat import split_last_answer
+from llm.data.packed import PackedSequences
+from llm.data.packed_chats import prompt_text, read_chats
 from llm.evaluation.report import Metric, rounded
 from llm.inference.generate import generate
 from llm.inference.options import GenerationOptions
@@ -61,25 +60,12 @@ def read_instructions(sequences: PackedSequences, tokenizer: Tokenizer, limit: i
             found.append(
                 Instruction(
                     prompt_ids=tuple(split.prompt_ids),
-                    prompt=_prompt_text(split.prompt_ids, tokenizer),
+                    prompt=prompt_text(split.prompt_ids, tokenizer),
                     expected=split.answer,
                     kind=NOT_IN_METRIC_NAMES.sub("_", sequences.kind(ordinal)),
                 )
             )
     return HeldOut(instructions=tuple(found), num_other_shapes=num_other_shapes)
-
-
-def read_chats(sequences: PackedSequences) -> Iterator[tuple[int, RenderedChat]]:
-    """Yield the ordinal and the tokens of every packed chat, bos first."""
-    for start in range(0, sequences.num_sequences, SEQUENCES_PER_READ):
-        indices = np.arange(start, min(start + SEQUENCES_PER_READ, sequences.num_sequences))
-        for tokens, mask, owners in zip(*sequences.read(indices), strict=True):  # (T+1,) each
-            is_begin = np.diff(owners, prepend=PADDING_ID) != 0
-            ends = [*np.flatnonzero(is_begin)[1:].tolist(), len(owners)]
-            for begin, end in pairwise([0, *ends]):
-                if owners[begin] != PADDING_ID:
-                    chat = RenderedChat(tokens[begin:end].tolist(), mask[begin:end].tolist())
-                    yield int(owners[begin]), chat
 
 
 def answer_instructions(
@@ -142,13 +128,3 @@ def one_of_each_kind(instructions: Sequence[Instruction], count: int) -> list[in
         firsts.setdefault(instruction.kind, index)
     others = [index for index in range(len(instructions)) if index not in firsts.values()]
     return [*firsts.values(), *others][:count]
-
-
-def _prompt_text(prompt: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Return the text of a prompt, with blank lines where a message ends."""
-    messages: list[list[int]] = [[]]
-    for token in prompt:
-        if token == tokenizer.end_id:
-            messages.append([])
-        messages[-1].append(token)
-    return "\n\n".join(filter(None, map(tokenizer.decode, messages)))

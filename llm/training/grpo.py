@@ -52,7 +52,7 @@ from llm.training.sequences import sample_sequences
 from llm.training.shares import share_of
 
 SAMPLES_FILE = "samples.jsonl"
-SAMPLED_PROMPTS = 4  # whose answers are written to SAMPLES_FILE, of each step that is
+SAMPLED_PROMPTS = 4  # per logged step, with all their answers
 
 
 def grpo(

@@ -45,9 +45,9 @@ class PackedAnswers:
         # powers of two: few shapes for a compiled model, and several answers in most sequences
         enough = 1 << (longest - 2).bit_length() if longest > 2 else 1
         self._positions = min(max(enough, MIN_POSITIONS), seq_len)
-        places = pack_best_fit(lengths, self._positions)
-        order = np.argsort(places.document)
-        self._sequences, self._starts = places.sequence[order], places.start[order]  # 2 x (A,)
+        segments = pack_best_fit(lengths, self._positions)
+        order = np.argsort(segments.document)
+        self._sequences, self._starts = segments.sequence[order], segments.start[order]  # 2 x (A,)
 
     def filled_up(self, num_positions: int) -> tuple[PackedArrays, int]:
         """Return the sequences and the size of a micro-batch of at most `num_positions`.

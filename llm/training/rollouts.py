@@ -8,9 +8,8 @@ Shapes: B sequences, T positions.
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
 from typing import Any, NamedTuple
@@ -20,7 +19,9 @@ import numpy.typing as npt
 
 from llm.artifact import write_bytes_atomically
 from llm.config import GrpoConfig
-from llm.data.packed import PADDING_ID, PackedArrays, PackedSequences
+from llm.data.chat import RenderedChat, split_last_answer
+from llm.data.packed import PackedArrays, PackedSequences
+from llm.data.packed_chats import chats_in, prompt_text, read_chats
 from llm.errors import ArtifactError, StageError
 from llm.inference.generate import generate
 from llm.inference.options import GenerationOptions
@@ -29,7 +30,6 @@ from llm.seeds import derive_seed
 from llm.tokenizer.base import Tokenizer
 from llm.training.rewards import Answer, Reward, judge, total
 
-SEQUENCES_PER_READ = 64
 # sampled at once: short answers took 40 % less time than in batches of 64, 512 no less than 256
 SEQUENCES_PER_BATCH = 256
 SPREAD_EPSILON = 1e-4  # as in TRL: groups of almost equal rewards get no huge advantages
@@ -178,7 +178,7 @@ class Sampler:
     def samples(self, groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
         """Yield each answer as people read it."""
         for group in groups:
-            prompt = _prompt_text(group.prompt, self._tokenizer)
+            prompt = prompt_text(group.prompt, self._tokenizer)
             reference = self._tokenizer.decode(self._problems[group.problem].reference.tolist())
             for nth, ids in enumerate(group.answers):
                 yield {
@@ -200,7 +200,7 @@ class Sampler:
 
     def _values(self, problem: Problem, ids: Sequence[int], has_ended: bool) -> dict[str, float]:
         answer = Answer(
-            prompt=_prompt_text(problem.prompt.tolist(), self._tokenizer),
+            prompt=prompt_text(problem.prompt.tolist(), self._tokenizer),
             text=self._tokenizer.decode(ids),
             reference=self._tokenizer.decode(problem.reference.tolist()),
             has_ended=has_ended,
@@ -263,37 +263,31 @@ def read_problems(
 ) -> Problems:
     """Read the problems of a split, in its order."""
     found: list[Problem] = []
-    num_chats = num_too_long = 0
-    for start in range(0, sequences.num_sequences, SEQUENCES_PER_READ):
-        stop = min(start + SEQUENCES_PER_READ, sequences.num_sequences)
-        for problem in problems_in(sequences.read(np.arange(start, stop)), tokenizer):
-            num_chats += 1
-            if len(problem.prompt) > max_prompt_tokens:
-                num_too_long += 1
-            else:
-                found.append(problem)
+    num_problems = num_too_long = 0
+    for problem in _problems(read_chats(sequences), tokenizer):
+        num_problems += 1
+        if len(problem.prompt) > max_prompt_tokens:
+            num_too_long += 1
+        else:
+            found.append(problem)
     num_cut = sequences.info.num_cut_documents
     return Problems(
         found=found,
         num_too_long=num_too_long + num_cut,
-        num_without_answer=sequences.info.num_documents - num_chats - num_cut,
+        num_without_answer=sequences.info.num_documents - num_problems - num_cut,
     )
 
 
 def problems_in(arrays: PackedArrays, tokenizer: Tokenizer) -> Iterator[Problem]:
-    """Yield the chats in packed sequences whose last answer is whole."""
-    for tokens, mask, owners in zip(*arrays, strict=True):
-        ends = np.flatnonzero(np.diff(owners, append=PADDING_ID)) + 1
-        for begin, end in pairwise([0, *ends.tolist()]):
-            targets = np.flatnonzero(mask[begin:end])
-            # a chat that was cut continues without bos, or stops before the end of an answer
-            is_whole = tokens[begin] == tokenizer.bos_id and len(targets)
-            if not is_whole or tokens[begin + targets[-1]] != tokenizer.end_id:
-                continue
-            last_run = np.flatnonzero(np.diff(targets, prepend=-2) > 1)[-1]
-            first, last = targets[last_run], targets[-1]
-            ids = tokens[begin:end].astype(np.uint32)
-            yield Problem(prompt=ids[:first], reference=ids[first:last])
+    """Yield the chats in packed sequences that end with a whole answer."""
+    return _problems(chats_in(arrays), tokenizer)
+
+
+def _problems(chats: Iterable[tuple[int, RenderedChat]], tokenizer: Tokenizer) -> Iterator[Problem]:
+    for _, chat in chats:
+        if (split := split_last_answer(*chat, tokenizer)) is not None:
+            [reference] = tokenizer.encode_arrays([split.answer])
+            yield Problem(prompt=np.array(split.prompt_ids, np.uint32), reference=reference)
 
 
 def write_groups(folder: Path, sampling: int, process: int, groups: Sequence[Group]) -> None:
@@ -321,11 +315,3 @@ def remove_groups(folder: Path, before: int) -> None:
     for path in folder.glob("*.jsonl"):
         if int(path.name.split(".")[0]) < before:
             path.unlink(missing_ok=True)
-
-
-def _prompt_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Return the texts of a prompt's messages, separated by blank lines."""
-    control = set(tokenizer.control_ids)
-    runs = groupby(ids, key=lambda token: token in control)
-    texts = [tokenizer.decode(list(run)) for is_control, run in runs if not is_control]
-    return "\n\n".join(texts)

@@ -16,6 +16,7 @@ from llm.artifact import ArtifactWriter, Json, load_artifact
 from llm.config import ModelConfig, RuntimeConfig
 from llm.data.chat import CHAT_FORMATS, Message, render_chat, render_prompt
 from llm.data.packed import PackedSequences
+from llm.data.packed_chats import read_chats
 from llm.errors import ArtifactError, ConfigError, Interrupted
 from llm.evaluate import evaluate
 from llm.evaluation.instructions import (
@@ -24,7 +25,6 @@ from llm.evaluation.instructions import (
     exact_match,
     exact_match_by_kind,
     one_of_each_kind,
-    read_chats,
     read_instructions,
 )
 from llm.evaluation.items import read_items
