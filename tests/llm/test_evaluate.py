@@ -152,6 +152,15 @@ def run_evaluate(run_stage: RunStage) -> RunStage:
     return run
 
 
+@pytest.fixture
+def three_models(
+    inputs: dict[str, Path], chat_model: Transformer, tokenizer: ByteLevelBPE
+) -> dict[str, Path]:
+    """The inputs with a third model, equal to the chat model."""
+    aligned = write_model(inputs["chat"].parent / "aligned", chat_model, tokenizer)
+    return {**inputs, "aligned": aligned}
+
+
 def new_model(tokenizer: Tokenizer, seed: int, seq_len: int = SEQ_LEN) -> Transformer:
     model = Transformer(SHAPE, tokenizer.vocab_size, seq_len)
     model.initialize(torch.Generator().manual_seed(seed))
@@ -208,13 +217,9 @@ def test_the_report_holds_every_metric_and_the_chat_model_answers(
 
 
 def test_a_third_model_is_measured_and_reported(
-    inputs: dict[str, Path],
-    chat_model: Transformer,
-    tokenizer: ByteLevelBPE,
-    run_evaluate: RunStage,
+    three_models: dict[str, Path], run_evaluate: RunStage
 ) -> None:
-    inputs["aligned"] = write_model(inputs["chat"].parent / "aligned", chat_model, tokenizer)
-    folder, summary = run_evaluate(evaluate, SETTINGS, **inputs)
+    folder, summary = run_evaluate(evaluate, SETTINGS, **three_models)
     for name in MODEL_METRICS:
         assert summary[f"aligned/{name}"] == summary[f"chat/{name}"] != summary[f"base/{name}"]
     assert summary["leak/passed"] == 1.0
@@ -255,13 +260,9 @@ def test_a_task_added_to_the_table_is_measured_on_each_model(
 
 
 def test_items_make_the_metrics_of_the_report_and_models_are_compared_on_them(
-    inputs: dict[str, Path],
-    chat_model: Transformer,
-    tokenizer: ByteLevelBPE,
-    run_evaluate: RunStage,
+    three_models: dict[str, Path], run_evaluate: RunStage
 ) -> None:
-    inputs["aligned"] = write_model(inputs["chat"].parent / "aligned", chat_model, tokenizer)
-    folder, summary = run_evaluate(evaluate, SETTINGS, **inputs)
+    folder, summary = run_evaluate(evaluate, SETTINGS, **three_models)
     report, items = read_report(folder), read_items(folder)
     assert list(items) == ["base", "chat", "aligned"]
     for model, of_model in items.items():
